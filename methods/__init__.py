@@ -1,1 +1,10 @@
-"""."""
+"""Self-supervised methods: one file, one class each."""
+
+from ssl_bench.methods.barlow_twins import BarlowTwins
+from ssl_bench.methods.base import Method
+from ssl_bench.methods.simclr import SimCLR
+from ssl_bench.methods.vicreg import VICReg
+
+METHODS: dict[str, type[Method]] = {"barlow_twins": BarlowTwins, "simclr": SimCLR, "vicreg": VICReg}
+
+__all__ = ["METHODS", "BarlowTwins", "Method", "SimCLR", "VICReg"]

@@ -1,0 +1,55 @@
+"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.off_diagonal import off_diagonal_energy
+
+EPS = 1e-5  # of the standardisation; the official code's batch norm
+
+
+class BarlowTwins(Method):
+    """Drives the cross-correlation of the two views' embeddings to the identity.
+
+    Args:
+        backbone: maps images (n, 3, H, W) to features (n, feature_dim).
+        feature_dim: the number of features, > 0.
+        projector: widths of the projector's Linear layers, each > 0; the last is D. TVLARS paper: 2048-2048-4096;
+            Barlow Twins paper: 8192-8192-8192.
+        lambd: weight of the off-diagonal term, >= 0; 0 turns it off. Barlow Twins paper and code: 0.0051.
+
+    Raises:
+        ValueError: if a width is not positive or ``lambd`` is negative.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        projector: tuple[int, ...] = (2048, 2048, 4096),
+        lambd: float = 0.0051,
+    ) -> None:
+        if not lambd >= 0:
+            raise ValueError(f"barlow_twins: lambd got {lambd}, must be >= 0")
+        super().__init__(backbone, feature_dim, build_projector(feature_dim, projector))
+        self.lambd = lambd
+
+    def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2, C = z1' z2 / N of embeddings standardised over the batch.
+
+        Args:
+            z1: (N, D) embeddings of the global batch's first views.
+            z2: (N, D) those of the second views.
+
+        Returns:
+            "loss", and detached "on_diagonal" and "off_diagonal", the two sums without lambd.
+        """
+        n = len(z1)
+        z1 = F.batch_norm(z1, None, None, training=True, eps=EPS)  # biased variance
+        z2 = F.batch_norm(z2, None, None, training=True, eps=EPS)
+        on_diagonal = (1 - (z1 * z2).sum(dim=0) / n).square().sum()
+        off_diagonal = off_diagonal_energy(z1, z2) / n**2
+        loss = on_diagonal + self.lambd * off_diagonal
+        return {"loss": loss, "on_diagonal": on_diagonal.detach(), "off_diagonal": off_diagonal.detach()}

@@ -1,0 +1,66 @@
+"""The normalised temperature-scaled cross entropy (NT-Xent) of SimCLR, in blocks of rows."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+BLOCK = 1 << 24  # similarities held at a time: 64 MiB in float32, all of them up to N = 2048
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    height = max(1, BLOCK // rows)
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def _logits(z: Tensor, rows: slice, temperature: float) -> Tensor:
+    """(b, M) similarities of a block of anchors to all rows, with -inf for an anchor to itself."""
+    logits = (z[rows] @ z.T).div_(temperature)
+    logits.diagonal(offset=rows.start).fill_(-torch.inf)
+    return logits
+
+
+class _MeanLogSumExp(torch.autograd.Function):
+    """mean_i log sum_{j != i} exp(z_i'z_j / temperature), never holding more than one block of the (M, M) matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
+        log_sums = []
+        for rows in _blocks(len(z)):
+            logits = _logits(z, rows, temperature)
+            log_sums.append(logits.logsumexp(dim=1))
+        log_sum = torch.cat(log_sums)  # (M,)
+        only = logits if len(log_sums) == 1 else None  # a single block is kept, more are recomputed
+        ctx.temperature = temperature
+        ctx.save_for_backward(z, log_sum, only)
+        return log_sum.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        z, log_sum, only = ctx.saved_tensors
+        grad_z = torch.empty_like(z)
+        for rows in _blocks(len(z)):
+            logits = _logits(z, rows, ctx.temperature) if only is None else only
+            # Row i pulls on z_j with p_ij and row j on z_i with p_ji; the matrix of logits is symmetric.
+            pull = (logits - log_sum[rows, None]).exp_().add_((logits - log_sum).exp_())
+            torch.mm(pull, z, out=grad_z[rows])
+        return grad_z.mul_(grad / (ctx.temperature * len(z))), None
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Computes the mean over all 2N anchors of -log softmax of the positive among the other 2N - 1 views.
+
+    Exact (no sampling, no approximation); memory grows with N, not N^2. Differentiable once.
+
+    Args:
+        z1: (N, D) embeddings of the first views, not normalised.
+        z2: (N, D) those of the second views.
+        temperature: divides the cosine similarities, > 0.
+    """
+    z1, z2 = F.normalize(z1), F.normalize(z2)
+    positive = (z1 * z2).sum(dim=1).mean() / temperature
+    return _MeanLogSumExp.apply(torch.cat([z1, z2]), temperature) - positive

@@ -1,0 +1,66 @@
+"""VICReg (Bardes et al. 2022, arXiv 2105.04906)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.off_diagonal import off_diagonal_energy
+
+EPS = 1e-4  # added to the variance; paper, eq. 2
+
+
+class VICReg(Method):
+    """Keeps the views' embeddings close, every dimension's variance up, and the dimensions uncorrelated.
+
+    Args:
+        backbone: maps images (n, 3, H, W) to features (n, feature_dim).
+        feature_dim: the number of features, > 0.
+        projector: widths of the expander's Linear layers, each > 0; the last is D. TVLARS paper: 2048-2048-4096;
+            VICReg paper: 8192-8192-8192.
+        sim_coeff: weight of the invariance term (mean squared error), >= 0; 0 turns it off. Paper: 25.
+        std_coeff: weight of the variance term (hinge at a standard deviation of 1), >= 0; 0 turns it off. Paper: 25.
+        cov_coeff: weight of the covariance term, >= 0; 0 turns it off. Paper: 1.
+
+    Raises:
+        ValueError: if a width is not positive or a weight is negative.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        projector: tuple[int, ...] = (2048, 2048, 4096),
+        sim_coeff: float = 25.0,
+        std_coeff: float = 25.0,
+        cov_coeff: float = 1.0,
+    ) -> None:
+        for name, value in (("sim_coeff", sim_coeff), ("std_coeff", std_coeff), ("cov_coeff", cov_coeff)):
+            if not value >= 0:
+                raise ValueError(f"vicreg: {name} got {value}, must be >= 0")
+        super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, hidden_bias=True))
+        self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
+
+    def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """sim_coeff MSE + std_coeff mean_j relu(1 - std_j) / 2 + cov_coeff sum_{i != j} Cov_ij^2 / D, over both views.
+
+        Variance and covariance are unbiased. The 1/2 is the official code's, not the paper's.
+
+        Args:
+            z1: (N, D) embeddings of the global batch's first views, not normalised.
+            z2: (N, D) those of the second views.
+
+        Returns:
+            "loss", and detached "invariance", "variance" and "covariance", the terms without their weights.
+        """
+        n, d = z1.shape
+        invariance = F.mse_loss(z1, z2)
+        variance, covariance = z1.new_zeros(()), z1.new_zeros(())
+        for z in (z1, z2):
+            centred = z - z.mean(dim=0)
+            std = (centred.square().sum(dim=0) / (n - 1) + EPS).sqrt()
+            variance = variance + F.relu(1 - std).mean() / 2
+            covariance = covariance + off_diagonal_energy(centred) / (n - 1) ** 2 / d
+        loss = self.sim_coeff * invariance + self.std_coeff * variance + self.cov_coeff * covariance
+        terms = {"invariance": invariance, "variance": variance, "covariance": covariance}
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
