@@ -1,0 +1,106 @@
+"""Colour, each sample with its own parameters and its own order of operations.
+
+Semantics: torchvision's on float images in [0, 1]. Nothing is rounded to uint8 between operations (PIL does, and
+differs by a few 1/255 for that reason); results are clamped to [0, 1] where torchvision clamps them.
+"""
+
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from ssl_bench.resample import Params, uniform
+
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of ColorJitter's operations
+_ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4)
+_TINY = 1e-20
+
+
+def draw_jitter(n: int, jitter: tuple[float, float, float, float], p: float, generator: torch.Generator) -> Params:
+    """Draws the parameters of torchvision's ``RandomApply([ColorJitter(*jitter)], p)``.
+
+    Args:
+        n: the number of samples.
+        jitter: half-widths of brightness, contrast and saturation factors around 1 (not below 0), and of the hue's
+            shift around 0, in turns.
+        p: the probability that a sample is jittered at all.
+        generator: the CPU generator to draw from.
+    """
+    factors = [uniform((n,), max(0.0, 1 - width), 1 + width, generator) for width in jitter[:3]]
+    return {
+        "jitter": torch.rand(n, generator=generator) < p,
+        "factors": torch.stack(factors, 1),  # (n, 3)
+        "hue": uniform((n,), -jitter[3], jitter[3], generator),
+        "order": _ORDERS[torch.randint(len(_ORDERS), (n,), generator=generator)],  # (n, 4)
+    }
+
+
+def hue_position(params: Params) -> Tensor:
+    """(n,) how many operations come before the hue's; 4 for a sample that is not jittered."""
+    position = (params["order"] == HUE).to(torch.uint8).argmax(1)
+    return torch.where(params["jitter"], position, 4)
+
+
+def blend_coefficients(params: Params) -> Tensor:
+    """(n, 3, 3): the coefficients of `blend` for brightness, contrast and saturation in the sample's order."""
+    order = params["order"]
+    order = order[order != HUE].view(-1, 3)
+    factor = params["factors"].gather(1, order)
+    rest = 1 - factor
+    return torch.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
+
+
+def luma(images: Tensor) -> Tensor:
+    """(n, 3, P) -> (n, P) torchvision's grey value."""
+    red, green, blue = images.unbind(1)
+    return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def blend(images: Tensor, coefficients: Tensor) -> Tensor:
+    """One of brightness, contrast and saturation for each sample, in place.
+
+    All three are ``clamp(factor * x + (1 - factor) * other)`` where `other` is black, the image's mean grey value or
+    the pixel's grey value, so samples with different operations share the passes over memory.
+
+    Args:
+        images: (n, 3, P) float in [0, 1], contiguous.
+        coefficients: (n, 3) of the image, of the pixel's grey value, and of the mean grey value.
+    """
+    ratio, on_grey, on_mean = coefficients[:, :, None].unbind(1)  # (n, 1) each
+    grey = luma(images)
+    mean = grey.mean(1, keepdim=True).mul_(on_mean)
+    offset = grey.mul_(on_grey).add_(mean)
+    return torch.addcmul(offset[:, None], images, ratio[:, None], out=images).clamp_(0, 1)
+
+
+def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """torchvision's ``adjust_hue``, in place, without its branches.
+
+    With chroma c = max - min and R' = (r - min) / c and so on, one of R', G', B' is 0 and one is 1. In sixths of a
+    turn, the hue's distance from red is then 1 - R' + G' + B', on the side given by the sign of g - b. Back from hue t
+    in [0, 6), a channel is min + c * clamp(2 - distance(t, its own hue), 0, 1); r, g and b have hues 0, 2 and 4.
+
+    Args:
+        images: (n, 3, P) float in [0, 1].
+        shift: (n,) in turns, within [-0.5, 0.5].
+    """
+    red, green, blue = images.unbind(1)
+    high = torch.maximum(red, green)
+    torch.maximum(high, blue, out=high)
+    low = torch.minimum(red, green)
+    torch.minimum(low, blue, out=low)
+    chroma = high.sub_(low)
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=_TINY)).add_(1)
+    hue.copysign_(green - blue).add_(shift[:, None] * 6)
+    hue.sub_(torch.floor(hue * (1 / 6)), alpha=6)  # in [0, 6]
+    for channel, centre in ((red, 3), (green, 2), (blue, 4)):
+        share = (hue - centre).abs_()
+        share = share.sub_(1) if channel is red else share.neg_().add_(2)  # red's hue lies at 0 and at 6
+        torch.addcmul(low, chroma, share.clamp_(0, 1), out=channel)
+    return images
+
+
+def solarize(images: Tensor, threshold: float) -> Tensor:
+    """torchvision's ``solarize``: inverts what is at or above the threshold."""
+    return torch.where(images >= threshold, 1 - images, images)
