@@ -1,0 +1,67 @@
+"""Figures: what they show, and that odd records do not break them."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from synthetic_runs import LAYERS, write_run
+
+from ssl_bench.report.curves import load_curves, short_names, thin
+from ssl_bench.report.figures import demo_figure
+
+
+def test_curves_are_the_record(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=40)
+    curves = load_curves(tmp_path / "run")
+    assert curves.layers == LAYERS
+    assert curves.steps.tolist() == list(range(40))
+    assert curves.telemetry["w_norm"].shape == (40, len(LAYERS))
+    assert curves.telemetry["w_norm"][0].tolist() == pytest.approx([8, 10, 12, 14, 16])
+    steps, top1 = curves.metric("test_top1")
+    assert steps.tolist() == [10, 20, 30, 40]
+    assert top1[-1] == pytest.approx(70 * (1 - 2.718281828**-4))
+    assert curves.metric("test_top1", "samples")[0].tolist() == [5120, 10240, 15360, 20480]
+    assert curves.metric("online_top1")[0].size == 0
+    assert not curves.has("phi")  # LARS has none
+    assert curves.has("ratio")
+
+
+def test_a_run_without_telemetry_has_no_layers(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", telemetry=False)
+    curves = load_curves(tmp_path / "run")
+    assert curves.layers == ()
+    assert not curves.has("w_norm")
+
+
+def test_names_are_shortened_and_stay_unique() -> None:
+    assert short_names(["backbone.conv1.weight", "backbone.layer2.0.downsample.0.weight", "projector.0.weight"]) == [
+        "conv1",
+        "layer2.0.downsample",
+        "projector.0",
+    ]
+    assert short_names(["backbone.fc.weight", "fc.weight", "fc.bias"]) == ["backbone.fc.weight", "fc.weight", "fc.bias"]
+
+
+def test_thinning_keeps_the_ends() -> None:
+    assert thin(5, 10).tolist() == [0, 1, 2, 3, 4]
+    kept = thin(1001, 11)
+    assert kept.tolist() == list(range(0, 1001, 100))
+
+
+def test_demo_figure_shows_several_runs(tmp_path: Path) -> None:
+    for optimizer in ("lars", "lamb", "tvlars"):
+        write_run(tmp_path / optimizer, optimizer=optimizer)
+    write_run(tmp_path / "bad", status="diverged", telemetry=False)
+    runs = {name.upper(): tmp_path / name for name in ("lars", "lamb", "tvlars", "bad")}
+    path = demo_figure(runs, tmp_path / "demo.png")
+    with Image.open(path) as image:
+        assert image.width > image.height > 500
+    svg = demo_figure(runs, tmp_path / "demo.svg").read_text()
+    for text in ("LARS", "TVLARS", "training loss", "not recorded", "layer, from the input"):
+        assert text in svg
+    assert svg == demo_figure(runs, tmp_path / "again.svg").read_text()
+
+
+def test_demo_figure_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no runs"):
+        demo_figure({}, tmp_path / "demo.png")
