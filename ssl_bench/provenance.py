@@ -1,0 +1,168 @@
+"""What a number needs beside it to be believed: code, packages, hardware and every effective setting."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ssl_bench
+from ssl_bench import sampling
+
+# Distribution names; one of faiss's is there, or none.
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "accelerate", "faiss-gpu", "faiss-cpu", "faiss-gpu-cu12", "numpy"),
+    *("pyarrow", "datasets", "hydra-core"),
+)
+
+
+def collect(
+    *,
+    recipe: Mapping[str, Any],
+    identity: str,
+    track: str,
+    world_size: int,
+    device: torch.device | str,
+    optimizer: torch.optim.Optimizer,
+    plan: Mapping[str, Any],
+    notes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything about a run that can be known before its first step, for ``Run.write_provenance``.
+
+    No environment variables, host or user names are recorded.
+
+    Args:
+        recipe: the resolved recipe, nested, with its "seed".
+        identity: the hash of what in the recipe can change the result.
+        track: "pretrain" or "classify".
+        world_size: the number of processes.
+        device: what the run computes on.
+        optimizer: its parameter groups are recorded with their effective settings (see ``describe_groups``).
+        plan: the run's durations in steps.
+        notes: what a reader should know besides, e.g. the samples that batch norm sees.
+    """
+    return {
+        "track": track,
+        "identity": identity,
+        "recipe": dict(recipe),
+        "started": now(),
+        "argv": sys.argv,
+        "seeds": {"seed": recipe["seed"], "streams": _streams()},
+        "world_size": world_size,
+        "device": str(device),
+        "code": code_version(),
+        "packages": package_versions(),
+        "hardware": hardware(),
+        "torch": torch_settings(),
+        "plan": dict(plan),
+        "notes": dict(notes),
+        "param_groups": describe_groups(optimizer.param_groups),
+    }
+
+
+def _streams() -> dict[str, int]:
+    """The streams of randomness that are derived from the seed, by name."""
+    return {name.lower(): value for name, value in vars(sampling).items() if name.isupper() and isinstance(value, int)}
+
+
+def now() -> str:
+    """The time in UTC, to the second, e.g. 2026-01-31T12:00:00+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def code_version() -> dict[str, Any]:
+    """The package's version, and the git commit it runs from with whether tracked files differ from it.
+
+    The commit is None for an installed package, also one that lies inside somebody else's checkout.
+    """
+    version: dict[str, Any] = {"version": ssl_bench.__version__, "commit": None, "dirty": None}
+    folder = Path(ssl_bench.__file__).resolve().parent
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
+        version["commit"] = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
+        version["dirty"] = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    return version
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """A git command's output, or None where it fails or there is no git."""
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that can change a result."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """This machine's processor, usable cores, memory (GiB), GPUs and CUDA version."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
+        "cuda": torch.version.cuda if gpus else None,
+        "cudnn": torch.backends.cudnn.version() if gpus else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # no Linux
+    return platform.processor() or platform.machine()
+
+
+def torch_settings() -> dict[str, Any]:
+    """torch's global switches that can change a result's last digits."""
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def describe_groups(param_groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each parameter group's settings, the number of its tensors and elements, and its tensors' names if it has them.
+
+    Args:
+        param_groups: in the form of ``torch.optim.Optimizer.param_groups``.
+    """
+    groups = []
+    for group in param_groups:
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        parameters = list(group["params"])
+        groups.append(
+            {
+                **settings,
+                "tensors": len(parameters),
+                "elements": sum(parameter.numel() for parameter in parameters),
+                "param_names": list(group.get("param_names", [])),
+            }
+        )
+    return groups
