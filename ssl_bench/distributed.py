@@ -4,6 +4,7 @@ Every function also works in a single process without a process group, where it 
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -163,8 +164,9 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device | str | None 
     """
     if world_size() == 1:
         return module
-    device = torch.device(device) if device is not None else next(module.parameters()).device
-    if device.type != "cpu":
+    if device is None:
+        device = next((tensor.device for tensor in chain(module.parameters(), module.buffers())), "cpu")
+    if torch.device(device).type != "cpu":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
 
         return convert_sync_batchnorm(module)

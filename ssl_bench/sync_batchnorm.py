@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -72,11 +72,8 @@ class SyncBatchNorm(_BatchNorm):
 
     The same parameters, buffers and state dict as ``nn.BatchNorm1d/2d/3d``. Statistics are taken in float32 at least,
     the running variance is unbiased, and evaluation mode is torch's. Processes may hold different numbers of samples.
-    ``drop`` and ``act`` follow the normalisation (timm's ``BatchNormAct2d``); nothing by default.
+    Its children, if any, follow the normalisation (the drop and act of timm's ``BatchNormAct2d``).
     """
-
-    drop: nn.Module = nn.Identity()
-    act: nn.Module = nn.Identity()
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2:
@@ -85,12 +82,15 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(n, C, ...) -> the same shape, dtype and memory format."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.act(self.drop(super().forward(x)))
-        self._check_input_dim(x)
-        out, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
-        if self.track_running_stats:
-            self._record(mean, var, count)
-        return self.act(self.drop(out))
+            out = super().forward(x)
+        else:
+            self._check_input_dim(x)
+            out, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
+            if self.track_running_stats:
+                self._record(mean, var, count)
+        for after in self.children():
+            out = after(out)
+        return out
 
     @torch.no_grad()
     def _record(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -111,6 +111,6 @@ class SyncBatchNorm(_BatchNorm):
         new.running_mean, new.running_var = layer.running_mean, layer.running_var
         new.num_batches_tracked = layer.num_batches_tracked
         new.training = layer.training
-        for name, child in layer.named_children():  # timm's BatchNormAct2d: drop and act
+        for name, child in layer.named_children():
             new.add_module(name, child)
         return new

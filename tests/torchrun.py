@@ -1,7 +1,8 @@
 """Runs a function of a test file in several gloo processes on the CPU, started by torchrun as a user would.
 
-In a test: ``results = torchrun(worker, 4, tmp_path)``, with ``worker`` at the top level of the test's file. Each process
-calls ``worker()`` inside a process group; ``results[rank]`` is what it returned (tensors, numbers, strings, lists, dicts).
+In a test: ``results = torchrun(worker, 4, tmp_path)``, with ``worker`` at the top level of the test's file. Each
+process calls ``worker()`` inside a process group; ``results[rank]`` is what it returned (tensors, numbers, strings,
+lists, dicts).
 """
 
 import importlib.util
@@ -34,7 +35,7 @@ def torchrun(worker: Callable[[], Any], world_size: int, folder: Path, timeout: 
     command = [*launch, __file__, str(source), worker.__name__, str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
-    assert done.returncode == 0, f"{source.name}:{worker.__name__} failed\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"{source.name}:{worker.__name__} failed\n{done.stdout[-2000:]}{done.stderr[:6000]}"
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
