@@ -1,1 +1,61 @@
-"""."""
+"""Optimizers of large-batch training, schedules, parameter groups and layer telemetry; needs torch only.
+
+    from ssl_bench.optim import TVLARS
+    optimizer = TVLARS(model.parameters(), lr=1.0, delay_steps=10 * steps_per_epoch)
+
+CLARS (Huo, Gu, Huang: "Large Batch Training Does Not Need Warmup", arXiv 2002.01576; AAAI 2021) is left out: only its
+abstract was at hand, so its formula could not be settled. The rule ascribed to it, gamma eta |w_k| / ((1/B) sum_i
+|grad_k f_i|), needs per-sample gradients, which a loss on the whole batch or a net with batch norm does not define.
+"""
+
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+
+from ssl_bench.optim.groups import build_groups, check_cover
+from ssl_bench.optim.lamb import LAMB, LAMBC
+from ssl_bench.optim.lars import LARS
+from ssl_bench.optim.schedules import (
+    SCHEDULES,
+    Schedule,
+    batch_scale,
+    constant,
+    polynomial,
+    released_warmup_cosine,
+    warmup_cosine,
+)
+from ssl_bench.optim.telemetry import Telemetry
+from ssl_bench.optim.timm_adapter import timm_optimizer
+from ssl_bench.optim.torch_adapter import adamw, sgd
+from ssl_bench.optim.tvlars import TVLARS
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "lars": LARS,
+    "lamb": LAMB,
+    "lambc": LAMBC,
+    "tvlars": TVLARS,
+    "sgd": sgd,
+    "adamw": adamw,
+    "timm": timm_optimizer,
+}
+
+__all__ = [
+    "LAMB",
+    "LAMBC",
+    "LARS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "TVLARS",
+    "Schedule",
+    "Telemetry",
+    "adamw",
+    "batch_scale",
+    "build_groups",
+    "check_cover",
+    "constant",
+    "polynomial",
+    "released_warmup_cosine",
+    "sgd",
+    "timm_optimizer",
+    "warmup_cosine",
+]

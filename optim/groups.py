@@ -1,0 +1,108 @@
+"""Parameter groups: which tensors have weight decay, which are adapted layer-wise, and at what learning rate."""
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+Filter = Sequence[str] | Callable[[str, Tensor], bool]
+
+
+def build_groups(
+    module: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    decay_1d: bool = False,
+    adapt_1d: bool = False,
+    lr_1d: float | None = None,
+    exclude: Filter = (),
+    exclude_decay: Filter = (),
+    exclude_adapt: Filter = (),
+) -> list[dict[str, Any]]:
+    """Sort a module's trainable parameters into groups that any optimizer of this package takes.
+
+    "1-d" tensors are those with ndim <= 1: biases and the scales of normalisation layers.
+
+    Args:
+        module: the whole model; a tied parameter counts once, under its first name.
+        lr: learning rate, >= 0.
+        weight_decay: beta of the tensors that have decay, >= 0; 0 turns it off.
+        decay_1d: whether 1-d tensors have decay.
+        adapt_1d: whether 1-d tensors are adapted layer-wise.
+        lr_1d: learning rate of the 1-d tensors; None for `lr`.
+        exclude: name patterns (`*.bn1.*`) or a function (name, parameter) -> bool; neither decay nor adaptation.
+        exclude_decay: likewise, no decay.
+        exclude_adapt: likewise, no adaptation.
+
+    Returns:
+        Non-empty groups with "params", "param_names", "lr", "weight_decay" and "adapt", in the order of their first
+        parameter, covering every trainable parameter exactly once.
+
+    Raises:
+        ValueError: for a negative value, a module without trainable parameters, or a pattern that matches no name.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_1d", lr_1d)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"build_groups: {name} must be a number >= 0, got {value!r}")
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            f"build_groups: module {type(module).__name__} has no trainable parameters; at least 1 is needed"
+        )
+    neither, undecayed, unadapted = (_matching(f, named) for f in (exclude, exclude_decay, exclude_adapt))
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for name, param in named:
+        is_1d = param.ndim <= 1
+        decays = (decay_1d or not is_1d) and name not in neither | undecayed
+        adapts = (adapt_1d or not is_1d) and name not in neither | unadapted
+        rate = lr if lr_1d is None or not is_1d else lr_1d
+        key = (rate, weight_decay if decays else 0.0, adapts)
+        group = groups.setdefault(
+            key, {"params": [], "param_names": [], "lr": key[0], "weight_decay": key[1], "adapt": key[2]}
+        )
+        group["params"].append(param)
+        group["param_names"].append(name)
+    result = list(groups.values())
+    check_cover(module, result)
+    return result
+
+
+def check_cover(module: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
+    """Check that groups hold every trainable parameter of a module exactly once, and nothing else.
+
+    Args:
+        module: the model.
+        groups: parameter groups, or an optimizer's `param_groups`.
+
+    Raises:
+        ValueError: names the first parameter that is missing or comes twice.
+    """
+    wanted = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    seen: set[int] = set()
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if id(param) in seen:
+                raise ValueError(f"parameter groups: {wanted.get(id(param), i)!r} comes more than once; allowed: once")
+            if id(param) not in wanted:
+                raise ValueError(f"parameter groups: parameter {i} of a group is no trainable parameter of the module")
+            seen.add(id(param))
+    missing = [name for key, name in wanted.items() if key not in seen]
+    if missing:
+        raise ValueError(
+            f"parameter groups: {missing[0]!r} ({len(missing)} in all) is in no group; allowed: all in one"
+        )
+
+
+def _matching(chosen: Filter, named: Sequence[tuple[str, Tensor]]) -> set[str]:
+    """Names of the parameters that a filter chooses."""
+    if callable(chosen):
+        return {name for name, param in named if chosen(name, param)}
+    found: set[str] = set()
+    for pattern in chosen:
+        hits = {name for name, _ in named if fnmatchcase(name, pattern)}
+        if not hits:
+            raise ValueError(f"build_groups: pattern {pattern!r} matches no parameter, e.g. {named[0][0]!r}")
+        found |= hits
+    return found

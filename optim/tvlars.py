@@ -1,0 +1,157 @@
+"""TVLARS (Do et al., "Revisiting LARS for Large Batch Training Generalization of Neural Networks", 2023), twice.
+
+`variant="paper"` is Algorithm 1 of the text, `variant="released"` the authors' code (GitHub KhoiDOO/tvlars,
+opt/tvlars.py at commit 89c3291). They differ in phi, the norms, the decay and the momentum.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ssl_bench.optim.lars import ZERO_NORMS, Rule, momentum_step
+from ssl_bench.optim.layerwise import Bucket, LayerStats, LayerwiseOptimizer, check_choice, check_range
+
+VARIANTS = ("paper", "released")
+RELEASED_ALPHA = 0.1
+RELEASED_NORM_CLAMP = 10.0
+MAX_EXPONENT = 80.0  # exp(80) = 5.5e34 is finite in float32, and 1 / exp(80) is as good as 0
+
+
+def phi(
+    t: Tensor | float, *, decay: float, delay_steps: float, alpha: float, gamma_min: float, time_unit_steps: float = 1.0
+) -> Tensor:
+    """The time-varying factor 1 / (alpha + exp(lambda (t - d_e))) + gamma_min (Algorithm 1).
+
+    Args:
+        t: steps done so far, >= 0; any shape.
+        decay: lambda per time unit.
+        delay_steps: d_e in steps.
+        alpha: limits the factor to 1 / alpha.
+        gamma_min: the factor's limit for large t.
+        time_unit_steps: length of lambda's time unit in steps.
+
+    Returns:
+        The factor, in t's shape and dtype (float64 for a number).
+    """
+    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    exponent = (t - delay_steps) * (decay / time_unit_steps)
+    return 1.0 / (alpha + exponent.clamp(max=MAX_EXPONENT).exp()) + gamma_min
+
+
+class TVLARS(LayerwiseOptimizer):
+    """TVLARS: LARS with a time-varying factor phi(t) in place of a warm-up.
+
+    variant="paper": gamma_t = lr eta phi |w| / |g + beta w|; b = mu b + gamma_t g; w -= gamma_t g + mu b (Algorithm 1
+    in the cheaper, equal form). The decay enters the norm only, and no tensor is excluded.
+    variant="released": d = g + beta w; q = eta phi min(|w|, 10) / min(|d|, 10), phi = 1 / (0.1 + exp(lambda (t + 1)));
+    b = mu b + q d; w -= lr b; 1-d tensors: no decay, q = 1.
+    In both q = 1, without eta and phi, where a norm is zero. phi is a function of the step counter in the state, so it
+    survives a checkpoint and does not advance when a gradient scaler skips a step.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; a group may set "adapt" (bool) and any keyword below.
+        lr: Learning rate, a number >= 0 or a one-element tensor; 1 is the paper's text read literally.
+        momentum: mu in (0, 1).
+        weight_decay: beta >= 0; 0 turns it off.
+        eta: Trust coefficient >= 0.
+        decay: lambda >= 0, how fast phi falls, per time unit (1e-4 in Table 1 for classification, 1e-5 for Barlow
+            Twins, 1e-3 in the released code); 0 keeps phi constant.
+        delay_steps: d_e in steps, >= 0 (the paper has 10 epochs); 0 for no delay. Not in variant="released".
+        alpha: Limits phi to 1 / alpha, > 0; None for the variant's own, 1 (paper) or 0.1 (released).
+        gamma_min: Lower limit of phi, >= 0; 0 turns it off. Not in variant="released".
+        variant: "paper" or "released".
+        time_unit_steps: Length of lambda's time unit in steps, > 0: 1 counts steps, the steps per epoch count epochs.
+        zero_norm: As in LARS: "update", "gradient" or "skip".
+        decay_1d: Whether 1-d tensors have weight decay; None for the variant's own, yes (paper) or no (released).
+        adapt_1d: Whether 1-d tensors are adapted; None for the variant's own, yes (paper) or no (released).
+        foreach: False: one tensor after another, which needs less memory. None or True: multi-tensor operations.
+        fused: The cache-blocked CPU path: None where it can serve, True to insist, False to turn it off.
+
+    Raises:
+        ValueError: for a value out of range, or a parameter twice, sharded, sparse, complex or integer.
+    """
+
+    STATE = ("momentum_buffer", "step")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        eta: float = 1e-3,
+        decay: float = 1e-4,
+        delay_steps: float = 0.0,
+        alpha: float | None = None,
+        gamma_min: float = 0.0,
+        variant: Literal["paper", "released"] = "paper",
+        time_unit_steps: float = 1.0,
+        zero_norm: Literal["update", "gradient", "skip"] = "update",
+        decay_1d: bool | None = None,
+        adapt_1d: bool | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        check_choice(self.component, "variant", variant, VARIANTS)
+        paper = variant == "paper"
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "decay": decay,
+            "delay_steps": delay_steps, "alpha": (1.0 if paper else RELEASED_ALPHA) if alpha is None else alpha,
+            "gamma_min": gamma_min, "variant": variant, "time_unit_steps": time_unit_steps, "zero_norm": zero_norm,
+            "decay_1d": paper if decay_1d is None else decay_1d, "adapt_1d": paper if adapt_1d is None else adapt_1d,
+            "foreach": foreach, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _is_1d(self, param: Tensor) -> bool:
+        # The released code tests ndim == 1, so it decays and adapts a 0-d tensor.
+        return param.ndim == 1 if self.defaults["variant"] == "released" else super()._is_1d(param)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "eta", "decay", "delay_steps", "gamma_min"):
+            check_range(self.component, name, group[name])
+        for name in ("alpha", "time_unit_steps"):
+            check_range(self.component, name, group[name], 1e-12)
+        check_range(self.component, "momentum", group["momentum"], 1e-12, 1.0)
+        check_choice(self.component, "variant", group["variant"], VARIANTS)
+        check_choice(self.component, "zero_norm", group["zero_norm"], ZERO_NORMS)
+        if group["variant"] == "released":
+            for name in ("delay_steps", "gamma_min"):
+                if group[name] != 0:
+                    raise ValueError(
+                        f"{self.component}: variant='released' has no {name}; allowed: 0, got {group[name]}"
+                    )
+
+    def _phi(self, group: dict[str, Any], steps: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """phi of each tensor, before its counter advances: (K,)."""
+        t = torch.stack(steps).to(dtype)
+        if group["variant"] == "released":
+            t = t + 1
+        return phi(
+            t,
+            decay=group["decay"],
+            delay_steps=group["delay_steps"],
+            alpha=group["alpha"],
+            gamma_min=group["gamma_min"],
+            time_unit_steps=group["time_unit_steps"],
+        )
+
+    def _update(self, group: dict[str, Any], chunk: Bucket, *, fused: bool) -> LayerStats | None:
+        paper = group["variant"] == "paper"
+        steps = chunk.state["step"]
+        factor = self._phi(group, steps, torch.float64 if fused else chunk.params[0].dtype)
+        torch._foreach_add_(steps, 1.0)
+        rule = Rule(
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            eta=group["eta"],
+            adapt=group["adapt"],
+            lr_in_buffer=paper,
+            nesterov=paper,
+            zero_norm=group["zero_norm"],
+            norm_clamp=None if paper else RELEASED_NORM_CLAMP,
+            decay_in_update=not paper,
+        )
+        return momentum_step(rule, chunk, factor, fused=fused, recording=self.recording)
