@@ -29,11 +29,12 @@ class Quantity:
     meaning: str
 
 
-W_NORM = Quantity("w_norm", r"$\|w\|$", "|w|", "weight norm")
-G_NORM = Quantity("g_norm", r"$\|g\|$", "|g|", "gradient norm")
-RATIO = Quantity("ratio", r"$\|w\|\,/\,\|u\|$", "|w| / |u|", "trust ratio")
-PHI = Quantity("phi", r"$\varphi$", "phi", "TVLARS time factor")
-MOVED = Quantity("dw_ratio", r"$\|\Delta w\|\,/\,\|w\|$", "|dw| / |w|", "relative change of the weights per step")
+# Columns of `ssl_bench.optim.telemetry`; u is the direction that the ratio divides by: g + beta w, for LAMB Adam's.
+W_NORM = Quantity("weight_norm", r"$\|w\|$", "|w|", "weight norm")
+G_NORM = Quantity("grad_norm", r"$\|g\|$", "|g|", "gradient norm")
+RATIO = Quantity("raw_ratio", r"$\|w\|\,/\,\|u\|$", "|w| / |u|", "trust ratio")
+MOVED = Quantity("relative_step", r"$\|\Delta w\|\,/\,\|w\|$", "|dw| / |w|", "relative step")
+PHI = Quantity("phi", r"$\varphi$", "phi", "time factor")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Curves:
     Attributes:
         metrics: by name, (T,) float64 arrays of equal length; NaN where a line has no such value. "step" (steps
             completed), "samples", "epochs" and "seconds" are the clocks.
-        layers: the L tensors that the telemetry follows, in the network's order.
+        layers: the L tensors that the telemetry follows, in the order of its parameter groups, which within a group
+            is the network's.
         steps: (S,) indices, from 0, of the steps that the telemetry describes.
         telemetry: by column, (S, L) float64 matrices; NaN where there is no value.
     """
@@ -60,6 +62,12 @@ class Curves:
         x, y = self.metrics[clock], self.metrics[name]
         measured = ~np.isnan(x) & ~np.isnan(y)
         return x[measured], y[measured]
+
+    def adapted(self) -> list[int]:
+        """Positions of the layers whose step is scaled by a ratio; of all layers where the optimizer has none."""
+        if not self.has(RATIO.column):
+            return list(range(len(self.layers)))
+        return np.flatnonzero(np.isfinite(self.telemetry[RATIO.column]).any(axis=0)).tolist()
 
     def has(self, column: str) -> bool:
         """Whether the telemetry holds a finite value of a column."""
@@ -119,7 +127,7 @@ def _telemetry(folder: Path) -> tuple[tuple[str, ...], Array, dict[str, Array]]:
         return (), np.empty(0, dtype=int), {}
     steps, row = np.unique(table["step"].to_numpy(), return_inverse=True)
     names = table["layer"].to_pylist()
-    layers = tuple(dict.fromkeys(names))  # in order of first appearance, which is the network's
+    layers = tuple(dict.fromkeys(names))  # in order of first appearance
     position = {name: index for index, name in enumerate(layers)}
     column_of = np.array([position[name] for name in names])
     telemetry = {}

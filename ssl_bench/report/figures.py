@@ -78,7 +78,7 @@ def depth_bar(figure: Figure, axes: Any, n_layers: int) -> None:
 
 
 def draw_layers(axis: Any, curves: Curves, quantity: Quantity, x: Array | None = None) -> None:
-    """Every layer's curve of one quantity, on a logarithmic axis; says so where nothing was recorded.
+    """Every adapted layer's curve of one quantity, on a logarithmic axis; says so where nothing was recorded.
 
     Args:
         axis: matplotlib's.
@@ -92,9 +92,10 @@ def draw_layers(axis: Any, curves: Curves, quantity: Quantity, x: Array | None =
         return
     kept = thin(len(curves.steps), POINTS)
     x = (curves.steps if x is None else x)[kept]
-    matrix = curves.telemetry[quantity.column][kept]
+    chosen = curves.adapted()
+    matrix = curves.telemetry[quantity.column][np.ix_(kept, chosen)]
     matrix = np.where(matrix > 0, matrix, np.nan)  # a logarithm has no place for zero
-    for column, color in zip(matrix.T, depth_colors(len(curves.layers)), strict=True):
+    for column, color in zip(matrix.T, depth_colors(len(chosen)), strict=True):
         if np.isfinite(column).any():
             axis.plot(x, column, color=color, linewidth=0.9, alpha=0.9)
     if np.isfinite(matrix).any():
@@ -133,5 +134,5 @@ def demo_figure(runs: Mapping[str, RunRecord | str | Path], path: str | Path) ->
             if column:
                 bottom.set_ylabel("")
         panels[0, 0].set_ylabel("training loss")
-        depth_bar(figure, panels[1, :].tolist(), max(len(curves.layers) for curves in loaded.values()))
+        depth_bar(figure, panels[1, :].tolist(), max(len(curves.adapted()) for curves in loaded.values()))
         return save(figure, path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_bench.optim.telemetry import VALUES
 from ssl_bench.recipe import DataOptions, ModelOptions, Plugin, Recipe
 from ssl_bench.record import Run
 
@@ -152,9 +153,7 @@ def layer_columns(
     recipe: Recipe, steps: range, total: int, gradient: float, rng: np.random.Generator
 ) -> dict[str, Any]:
     """A block of telemetry: norms that fall, ratios that follow LARS's formula."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("step", "layer", "w_norm", "g_norm", "ratio", "phi", "lr", "dw_ratio", "zero_norm")
-    }
+    columns: dict[str, list[Any]] = {name: [] for name in ("step", "layer", *VALUES)}
     options = recipe.optimizer.options
     eta, decay = options.get("eta", 1.0), options["weight_decay"]
     for step in steps:
@@ -164,10 +163,10 @@ def layer_columns(
             phi = math.nan
             if recipe.optimizer.target == "tvlars":
                 phi = 1 / (1 + math.exp(options.get("decay", 1e-4) * (step - 20)))
-            ratio = eta * w / (g + decay * w)
-            lr = options["lr"] * multiplier(recipe, step, total)
-            moved = lr * ratio * (1 if math.isnan(phi) else phi) * g / w
-            values = (step, layer, w, g, ratio, phi, lr, moved, 0)
+            update = g + decay * w
+            applied = eta * (1 if math.isnan(phi) else phi) * w / update
+            lr = options["lr"] * multiplier(recipe, step, total) * applied
+            values = (step, layer, w, g, update, w / update, applied, phi, lr, lr * update / w, 0)
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
     return columns

@@ -15,22 +15,22 @@ def test_curves_are_the_record(tmp_path: Path) -> None:
     curves = load_curves(tmp_path / "run")
     assert curves.layers == LAYERS
     assert curves.steps.tolist() == list(range(40))
-    assert curves.telemetry["w_norm"].shape == (40, len(LAYERS))
-    assert curves.telemetry["w_norm"][0].tolist() == pytest.approx([8, 10, 12, 14, 16])
+    assert curves.telemetry["weight_norm"].shape == (40, len(LAYERS))
+    assert curves.telemetry["weight_norm"][0].tolist() == pytest.approx([8, 10, 12, 14, 16])
     steps, top1 = curves.metric("test_top1")
     assert steps.tolist() == [10, 20, 30, 40]
     assert top1[-1] == pytest.approx(70 * (1 - 2.718281828**-4))
     assert curves.metric("test_top1", "samples")[0].tolist() == [5120, 10240, 15360, 20480]
     assert curves.metric("online_top1")[0].size == 0
     assert not curves.has("phi")  # LARS has none
-    assert curves.has("ratio")
+    assert curves.has("raw_ratio")
 
 
 def test_a_run_without_telemetry_has_no_layers(tmp_path: Path) -> None:
     write_run(tmp_path / "run", telemetry=False)
     curves = load_curves(tmp_path / "run")
     assert curves.layers == ()
-    assert not curves.has("w_norm")
+    assert not curves.has("weight_norm")
 
 
 def test_names_are_shortened_and_stay_unique() -> None:
