@@ -1,0 +1,271 @@
+"""Linear heads on cached features: a grid of learning rates and weight decays in one product (`linear-cached-v1`)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssl_bench.eval.base import Metrics, check_features, count_correct
+
+HOLDOUT_SEED = 20231114  # fixed: every run on a data set holds out the same images, whatever its own seed
+INIT_STD = 0.01  # of the head's weights; the bias starts at 0 (as in the official Barlow Twins evaluation)
+
+
+def holdout(labels: Tensor, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Splits a train set into a part to fit on and a held-out part, class by class, always in the same way.
+
+    Args:
+        labels: (N,) int64 labels.
+        fraction: the share of each class to hold out, rounded; a class of one image is never held out.
+
+    Returns:
+        the (n,) sorted indices to fit on and the (N - n,) sorted indices held out, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(HOLDOUT_SEED)
+    order = torch.randperm(len(labels), generator=generator)
+    shuffled = labels.cpu()[order]
+    held = []
+    for label in shuffled.unique():
+        members = order[shuffled == label]
+        if len(members) > 1:
+            held.append(members[: max(1, round(fraction * len(members)))])
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    if held:
+        mask[torch.cat(held)] = True
+    return (~mask).nonzero().flatten(), mask.nonzero().flatten()
+
+
+class Heads:
+    """S x G linear classifiers trained side by side by SGD with momentum, as `torch.optim.SGD` trains one.
+
+    The S groups see their own batches (one per probe seed); the G heads of a group see the same one, but each has its
+    own learning rate and weight decay. Logits and gradients of all are one batched product each. The arithmetic per
+    head: d = g + weight_decay w; b = momentum b + d; w -= lr b, on weight and bias alike.
+
+    Args:
+        dim: D, the features' dimension.
+        classes: C.
+        lrs: (G,) peak learning rates.
+        weight_decays: (G,) L2 factors.
+        generators: S CPU generators, one per seed, which draw that seed's initial weights (the same for its G heads).
+        momentum: of the gradient's buffer, in [0, 1).
+        device: where the heads live.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        lrs: list[float],
+        weight_decays: list[float],
+        generators: list[torch.Generator],
+        momentum: float = 0.9,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        seeds, grid = len(generators), len(lrs)
+        init = torch.stack([torch.randn(dim, 1, classes, generator=g) for g in generators])
+        self.weight = (INIT_STD * init).repeat(1, 1, grid, 1).view(seeds, dim, grid * classes).to(device)
+        self.bias = torch.zeros(seeds, 1, grid * classes, device=device)
+        self.momentum = momentum
+        self._buffers = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self._lr = torch.tensor(lrs, device=device).repeat_interleave(classes)
+        self._weight_decay = torch.tensor(weight_decays, device=device).repeat_interleave(classes)
+        self._decays = any(weight_decays)
+        self._shape = (seeds, grid, classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(S, n, D) features, or (1, n, D) for all seeds, to (S, G, n, C) logits."""
+        seeds, grid, classes = self._shape
+        product = torch.baddbmm(self.bias, x.expand(seeds, -1, -1), self.weight)
+        return product.view(seeds, -1, grid, classes).transpose(1, 2)
+
+    def finite(self) -> Tensor:
+        """(S, G) whether every weight of a head is finite (too high a learning rate ends otherwise)."""
+        seeds, grid, classes = self._shape
+        weights = self.weight.isfinite().all(dim=1) & self.bias.isfinite().all(dim=1)
+        return weights.view(seeds, grid, classes).all(dim=-1)
+
+    def step(self, x: Tensor, y: Tensor, factor: float = 1.0) -> None:
+        """One step of SGD on the mean cross-entropy of each seed's batch.
+
+        Args:
+            x: (S, n, D) features.
+            y: (S, n) int64 labels.
+            factor: the schedule's value; multiplies every head's learning rate.
+        """
+        seeds, grid, classes = self._shape
+        n = x.shape[1]
+        scores = torch.baddbmm(self.bias, x, self.weight).view(seeds, n, grid, classes)
+        delta = scores.softmax(dim=-1)  # d loss / d logits = (softmax - one-hot) / n
+        index = y.view(seeds, n, 1, 1).expand(-1, -1, grid, 1)
+        delta.scatter_add_(-1, index, delta.new_full((1, 1, 1, 1), -1.0).expand_as(index))
+        flat = delta.view(seeds, n, grid * classes)
+        weight_buffer, bias_buffer = self._buffers
+        weight_buffer.baddbmm_(x.transpose(1, 2), flat, beta=self.momentum, alpha=1 / n)
+        bias_buffer.mul_(self.momentum).add_(flat.mean(dim=1, keepdim=True))
+        for parameter, buffer in ((self.weight, weight_buffer), (self.bias, bias_buffer)):
+            if self._decays:
+                buffer.addcmul_(parameter, self._weight_decay)
+            parameter.addcmul_(buffer, self._lr, value=-factor)
+
+
+def cosine(step: int, total: int) -> float:
+    """Half a cosine from 1 at step 0 towards 0 at the total."""
+    return 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """Features to zero mean and unit deviation per dimension, by the statistics of the features fitted on.
+
+    A dimension whose deviation is below 1e-6 of the largest one is constant: it becomes 0, not amplified noise.
+    """
+
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,)
+
+    @classmethod
+    def fit(cls, x: Tensor) -> "Standardize":
+        sd, mean = torch.std_mean(x.double(), dim=0, correction=0)
+        scale = torch.where(sd > 1e-6 * sd.max(), 1 / sd, torch.zeros_like(sd))
+        return cls(mean.float(), scale.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - self.mean) * self.scale
+
+
+def accuracy(heads: Heads, x: Tensor, y: Tensor, k: int = 1) -> Tensor:
+    """(S, G) top-k accuracies in percent, on the heads' device; a head with a non-finite weight gets -1."""
+    correct = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part, labels in zip(x.split(2048), y.split(2048), strict=True):
+        correct = correct + count_correct(heads.logits(part.unsqueeze(0)), labels, k)
+    return torch.where(heads.finite(), 100 * correct / len(x), -1.0)
+
+
+def fit(
+    x: Tensor,
+    y: Tensor,
+    *,
+    classes: int,
+    lrs: list[float],
+    weight_decays: list[float],
+    seeds: list[int],
+    epochs: int,
+    batch_size: int,
+    momentum: float = 0.9,
+) -> Heads:
+    """Trains len(seeds) x len(lrs) heads together, with a cosine over all steps and the last batch of an epoch short.
+
+    Args:
+        x: (N, D) float32 features.
+        y: (N,) int64 labels, on the features' device.
+        classes: C.
+        lrs: (G,) peak learning rates.
+        weight_decays: (G,) L2 factors.
+        seeds: of each group's initial weights and batch order.
+        epochs: passes over x, >= 1.
+        batch_size: images per step, >= 1.
+        momentum: in [0, 1).
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    heads = Heads(
+        x.shape[1],
+        classes,
+        lrs=lrs,
+        weight_decays=weight_decays,
+        generators=generators,
+        momentum=momentum,
+        device=x.device,
+    )
+    total, step = epochs * math.ceil(len(x) / batch_size), 0
+    for _ in range(epochs):
+        order = torch.stack([torch.randperm(len(x), generator=g) for g in generators]).to(x.device)
+        for batch in order.split(batch_size, dim=1):
+            heads.step(x[batch], y[batch], cosine(step, total))
+            step += 1
+    return heads
+
+
+class LinearCached:
+    """`linear-cached-v1`: the linear probe on features extracted once.
+
+    Version 1 is this, and a change of any of it takes a new name: features standardised per dimension by the images
+    fitted on; softmax cross-entropy; SGD, momentum 0.9, batch 256, half a cosine to 0 over 20 epochs or, on a small
+    train set, as many as give 1,000 steps; weight decay as L2 on weight and bias; weights from N(0, 0.01), bias 0;
+    3 probe seeds (initial weights and batch order). The pair (lr, weight_decay) with the highest mean accuracy over
+    the probe seeds on a held-out tenth of train (`holdout`) is fitted again on all of train and reported at its last
+    epoch. Equal accuracies go to the lower lr, then to the lower decay.
+    """
+
+    name = "linear-cached-v1"
+    inputs: Literal["features"] = "features"
+    tabulated = True
+    limits = None
+    lrs = (0.01, 0.03, 0.1, 0.3)  # per 256 images, for standardised features
+    weight_decays = (0.0, 1e-4, 1e-3)
+    probe_seeds = 3
+    epochs = 20
+    min_steps = 1000
+    batch_size = 256
+
+    def _fit(self, x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]], seed: int) -> Heads:
+        steps_per_epoch = math.ceil(len(x) / self.batch_size)
+        return fit(
+            x,
+            y,
+            classes=classes,
+            lrs=[lr for lr, _ in grid],
+            weight_decays=[weight_decay for _, weight_decay in grid],
+            seeds=[1000 * seed + probe for probe in range(self.probe_seeds)],
+            epochs=max(self.epochs, math.ceil(self.min_steps / steps_per_epoch)),
+            batch_size=self.batch_size,
+        )
+
+    def __call__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, seed: int = 0) -> Metrics:
+        """Selects lr and weight decay on a held-out tenth of train, refits, and tests.
+
+        Args:
+            train_x: (N, D) float32 train features; all work is done on their device.
+            train_y: (N,) int64 labels.
+            test_x: (M, D) test features.
+            test_y: (M,) int64 labels.
+            seed: of the probe; the global generators are neither read nor advanced.
+
+        Returns:
+            "top1" and "top5" (mean over the probe seeds, percent; top5 is of at most C classes), "top1_sd" (sample
+            deviation over them), "top1_seed0" ..., the chosen "lr" and "weight_decay", "val_top1" (held-out accuracy
+            of the choice), "n_test".
+
+        Raises:
+            ValueError: as `check_features`, and if no class has the two images that holding one out takes.
+        """
+        check_features(self.name, train_x, train_y, test_x, test_y)
+        device, classes = train_x.device, int(train_y.max()) + 1
+        fitted, held = (indices.to(device) for indices in holdout(train_y))
+        if len(held) == 0:
+            raise ValueError(f"{self.name}: no class has 2 train images, so none can be held out of {len(train_x)}")
+        train_y, test_y = train_y.to(device), test_y.to(device)
+
+        grid = [(lr, weight_decay) for lr in self.lrs for weight_decay in self.weight_decays]
+        standardize = Standardize.fit(train_x[fitted])
+        heads = self._fit(standardize(train_x[fitted]), train_y[fitted], classes, grid, seed)
+        val_top1 = accuracy(heads, standardize(train_x[held]), train_y[held]).mean(dim=0).cpu()
+        chosen = int(val_top1.argmax())
+
+        standardize = Standardize.fit(train_x)
+        heads = self._fit(standardize(train_x), train_y, classes, [grid[chosen]], seed)
+        test_x = standardize(test_x.to(device))
+        top1 = accuracy(heads, test_x, test_y).flatten().cpu()
+        return {
+            "top1": top1.mean().item(),
+            "top5": accuracy(heads, test_x, test_y, k=5).mean().item(),
+            "top1_sd": top1.std().item(),
+            **{f"top1_seed{probe}": value for probe, value in enumerate(top1.tolist())},
+            "lr": grid[chosen][0],
+            "weight_decay": grid[chosen][1],
+            "val_top1": val_top1[chosen].item(),
+            "n_test": len(test_y),
+        }
