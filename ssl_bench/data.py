@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from ssl_bench.decode import RawSplit, Shape, decode_blocks, image_shape
+from ssl_bench.decode import Shape, decode_blocks, image_shape
 from ssl_bench.image_cache import CacheUnusable, CacheWriter, MappedImages, default_cache_dir, ensure, read_meta
 from ssl_bench.image_files import Located, RawDataset, locate_folder, locate_tiny_imagenet
 from ssl_bench.packaged import TORCHVISION, locate_digits, locate_torchvision
@@ -32,7 +33,7 @@ DATASETS: dict[str, int | None] = {
     "cifar100": 100,
     "stl10": 10,
     "fashion_mnist": 10,
-    "tiny_imagenet": 200,
+    "tiny_imagenet": None,
     "hf": None,
     "folder": None,
     "digits": 10,
@@ -44,6 +45,7 @@ CLASS_NAMES = {
     "fashion_mnist": "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot",
 }
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _CACHE_FORMAT = 1  # part of every cache key: raise it when decoding or the files' layout changes
 
 
@@ -126,8 +128,11 @@ def load_dataset(
     _check_arguments(name, path, size, resident, workers, hf_config)
     directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     located = _locate(name, path, directory, hf_config, download)
-    read = partial(_read, name, located)
-    decoded = _decode_to_memory(read(), size) if name == "digits" else _open(name, path, size, directory, located, read)
+    if located.files:
+        decoded = _open(name, size, directory, located)
+    else:
+        raw = _read(name, located)
+        decoded = _decode_to_memory(name, raw, size, image_shape(raw.train, size))
     keep = decoded.n_bytes <= RESIDENT_FRACTION * available_memory() if resident == "auto" else resident
     sources = {
         split: _source(part, keep, only_if_it_fits=resident == "auto", workers=workers)
@@ -162,8 +167,8 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
         return locate_digits()
     if path is None:
         return _download(name, directory / "downloads", download)
-    folder = Path(path).expanduser()
-    if name == "hf" and not folder.exists() and not str(path).startswith((".", "/", "~")):
+    folder = Path(path).expanduser().resolve()
+    if name == "hf" and not folder.exists() and _HUB_ID.fullmatch(str(path)):
         return locate_hub(str(path), hf_config)
     if not folder.is_dir():
         raise FileNotFoundError(f"data {name}: path {str(path)!r} is no folder")
@@ -198,7 +203,7 @@ def _download(name: str, root: Path, download: bool) -> Located:
 def _read(name: str, located: Located) -> RawDataset:
     """Reads and checks everything but the images."""
     raw = located.read()
-    for split, part in (("train", raw.train), ("test", raw.test)):
+    for split, part in raw.splits.items():
         if len(part) == 0:
             raise ValueError(f"data {name}: the {split} split is empty")
     n_classes, classes = DATASETS[name], raw.classes
@@ -208,7 +213,7 @@ def _read(name: str, located: Located) -> RawDataset:
         known = CLASS_NAMES.get(name, "").split()
         n_classes = n_classes or int(raw.train.labels.max()) + 1
         classes = tuple(known) if known else tuple(str(label) for label in range(n_classes))
-    for split, part in (("train", raw.train), ("test", raw.test)):
+    for split, part in raw.splits.items():
         wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
         if len(wrong):
             raise ValueError(
@@ -221,7 +226,8 @@ def _read(name: str, located: Located) -> RawDataset:
 class _PixelStatistics:
     """Exact mean and standard deviation per channel, from a histogram of the 256 pixel values."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
+        self.where = where
         self.counts = np.zeros((3, 256), dtype=np.int64)
 
     def add(self, block: np.ndarray) -> np.ndarray:
@@ -234,17 +240,13 @@ class _PixelStatistics:
         mean = self.counts @ values / total
         variance = (self.counts * (values - mean[:, None]) ** 2).sum(axis=1) / total
         if not variance.all():
-            raise ValueError(f"data: all pixels of the train split are equal in channel {int(variance.argmin())}")
+            raise ValueError(f"{self.where}: all pixels of the train split are equal in channel {variance.argmin()}")
         return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
 
 
-def _parts(raw: RawDataset) -> tuple[tuple[str, RawSplit], ...]:
-    return (("train", raw.train), ("test", raw.test))
-
-
-def _decode_to_memory(raw: RawDataset, size: int | None) -> _Decoded:
-    shape, statistics, splits = image_shape(raw.train, size), _PixelStatistics(), {}
-    for split, part in _parts(raw):
+def _decode_to_memory(name: str, raw: RawDataset, size: int | None, shape: Shape) -> _Decoded:
+    statistics, splits = _PixelStatistics(f"data {name}"), {}
+    for split, part in raw.splits.items():
         images, start = torch.empty((len(part), *shape), dtype=torch.uint8), 0
         for block in decode_blocks(part, size, shape):
             images[start : start + len(block)] = torch.from_numpy(statistics.add(block) if split == "train" else block)
@@ -253,14 +255,14 @@ def _decode_to_memory(raw: RawDataset, size: int | None) -> _Decoded:
     return _Decoded(splits, raw.classes or (), *statistics.mean_std())
 
 
-def _decode_to_disk(writer: CacheWriter, raw: RawDataset, size: int | None, shape: Shape) -> None:
-    statistics = _PixelStatistics()
-    for split, part in _parts(raw):
+def _decode_to_disk(writer: CacheWriter, name: str, raw: RawDataset, size: int | None, shape: Shape) -> None:
+    statistics = _PixelStatistics(f"data {name}")
+    for split, part in raw.splits.items():
         blocks = decode_blocks(part, size, shape)
         writer.write_blocks(f"{split}.images", map(statistics.add, blocks) if split == "train" else blocks)
         writer.write_blocks(f"{split}.labels", [part.labels])
     mean, std = statistics.mean_std()
-    counts = {split: len(part) for split, part in _parts(raw)}
+    counts = {split: len(part) for split, part in raw.splits.items()}
     writer.write_meta({"shape": shape, "counts": counts, "classes": raw.classes, "mean": mean, "std": std})
 
 
@@ -276,32 +278,24 @@ def _open_cached(folder: Path) -> _Decoded:
     return _Decoded(splits, tuple(meta["classes"]), tuple(meta["mean"]), tuple(meta["std"]))
 
 
-def _open(
-    name: str,
-    path: str | Path | None,
-    size: int | None,
-    directory: Path,
-    located: Located,
-    read: Callable[[], RawDataset],
-) -> _Decoded:
+def _open(name: str, size: int | None, directory: Path, located: Located) -> _Decoded:
     """The data set from the cache, into which it is decoded first if need be; without a usable cache from memory."""
     identity: Sequence[Any] = (_CACHE_FORMAT, name, size, located.files)
     key = f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
-    found: list[tuple[RawDataset, Shape]] = []
 
+    @cache
     def prepare() -> tuple[RawDataset, Shape]:
-        if not found:
-            raw = read()
-            found.append((raw, image_shape(raw.train, size)))
-        return found[0]
+        raw = _read(name, located)
+        return raw, image_shape(raw.train, size)
 
     def n_bytes() -> int:
         raw, shape = prepare()
         return (len(raw.train) + len(raw.test)) * int(np.prod(shape))
 
     def build(writer: CacheWriter) -> None:
-        log.info("data %s: decoding %s into %s, once", name, path or "the download", directory)
-        _decode_to_disk(writer, *prepare()[:1], size, prepare()[1])
+        raw, shape = prepare()
+        log.info("data %s: decoding %d images into %s, once", name, len(raw.train) + len(raw.test), directory)
+        _decode_to_disk(writer, name, raw, size, shape)
 
     try:
         return _open_cached(ensure(directory, key, n_bytes, build))
@@ -313,7 +307,8 @@ def _open(
                 f"nor into the cache ({error}); set SSL_BENCH_CACHE to a disk with room, or a smaller size"
             ) from error
         log.warning("data %s: not cached on disk (%s), decoding it into memory each time", name, error)
-        return _decode_to_memory(prepare()[0], size)
+        raw, shape = prepare()
+        return _decode_to_memory(name, raw, size, shape)
 
 
 def _source(part: _Split, keep: bool, only_if_it_fits: bool, workers: int) -> Source:

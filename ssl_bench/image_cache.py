@@ -8,12 +8,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,12 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 META = "meta.json"
+
+
+class RawWriter(Protocol):
+    """An unbuffered file: a write may take a part only."""
+
+    def write(self, data: memoryview, /) -> int | None: ...
 
 
 class CacheUnusable(Exception):
@@ -66,6 +72,13 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     return meta if whole else None
 
 
+def write_all(file: RawWriter, block: np.ndarray) -> None:
+    """Writes an array's bytes, in as many writes as the system takes them."""
+    data = np.ascontiguousarray(block).data.cast("B")
+    while data:
+        data = data[file.write(data) :]
+
+
 class CacheWriter:
     """Writes the files of one cached data set into its unfinished folder and syncs them to disk."""
 
@@ -75,27 +88,27 @@ class CacheWriter:
 
     def write_blocks(self, name: str, blocks: Iterable[np.ndarray]) -> None:
         """Appends each block's bytes to one file; the disk's errors become CacheUnusable, the blocks' own pass."""
-        with self._open(name) as file:
+        size = 0
+        with self._disk_errors():
+            file = open(self.folder / name, "wb", buffering=0)  # noqa: SIM115
+        with file:
             for block in blocks:
-                try:
-                    file.write(np.ascontiguousarray(block).data)
-                except OSError as error:
-                    raise CacheUnusable(f"{self.folder.parent}: {error.strerror}") from error
-            try:
-                file.flush()
+                size += block.nbytes
+                with self._disk_errors():
+                    write_all(file, block)
+            with self._disk_errors():
                 os.fsync(file.fileno())
-            except OSError as error:
-                raise CacheUnusable(f"{self.folder.parent}: {error.strerror}") from error
-        self.sizes[name] = (self.folder / name).stat().st_size
+        self.sizes[name] = size
 
     def write_meta(self, meta: dict[str, Any]) -> None:
         """Writes the description, last: it lists every file with its size."""
         text = json.dumps(meta | {"files": self.sizes}, indent=1)
         self.write_blocks(META, [np.frombuffer(text.encode(), dtype=np.uint8)])
 
-    def _open(self, name: str) -> Any:
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
         try:
-            return open(self.folder / name, "wb", buffering=0)
+            yield
         except OSError as error:
             raise CacheUnusable(f"{self.folder.parent}: {error.strerror}") from error
 

@@ -24,6 +24,11 @@ class RawDataset:
     test: RawSplit
     classes: tuple[str, ...] | None
 
+    @property
+    def splits(self) -> dict[str, RawSplit]:
+        """Both splits by name."""
+        return {"train": self.train, "test": self.test}
+
 
 @dataclass(frozen=True)
 class Located:
@@ -36,6 +41,11 @@ class Located:
 
     files: Files
     read: Callable[[], RawDataset]
+
+
+def labelled_split(tests: Sequence[RawSplit]) -> RawSplit:
+    """The first test split with labels: ImageNet's own has none (all -1), so there it is the validation split."""
+    return next((split for split in tests if len(split) == 0 or (split.labels >= 0).any()), tests[0])
 
 
 def stat_files(paths: Iterable[Path]) -> Files:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssl_bench.decode import RawSplit
-from ssl_bench.image_files import TEST_NAMES, Files, Located, RawDataset, stat_files
+from ssl_bench.image_files import TEST_NAMES, Files, Located, RawDataset, labelled_split, stat_files
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -130,9 +130,7 @@ def _read_split(paths: Sequence[Path]) -> tuple[RawSplit, tuple[str, ...] | None
 def _read_parquet(splits: Mapping[str, Sequence[Path]]) -> RawDataset:
     train, classes = _read_split(splits["train"])
     tests = [_read_split(splits[name])[0] for name in TEST_NAMES if name in splits]
-    # ImageNet's test split is published without labels (all -1): then the validation split is the test set.
-    labelled = [split for split in tests if (split.labels >= 0).any() or len(split) == 0]
-    return RawDataset(train, labelled[0] if labelled else tests[0], classes)
+    return RawDataset(train, labelled_split(tests), classes)
 
 
 def locate_parquet(folder: Path) -> Located | None:
@@ -172,11 +170,11 @@ def locate_hub(path: str, config: str | None) -> Located:
     try:
         loaded = datasets.load_dataset(path, config)
     except Exception as error:  # the library raises its builders' and the hub's errors as they come
-        raise ValueError(f"path {path}: the datasets library cannot load it ({_one_line(error)})") from error
+        raise ValueError(f"data hf: path {path!r}: the datasets library cannot load it ({_one_line(error)})") from error
     names = [name for name in TEST_NAMES if name in loaded]
     if "train" not in loaded or not names:
         raise ValueError(
-            f"path {path}: needs a train split and one of {', '.join(TEST_NAMES)}; got {', '.join(loaded)}"
+            f"data hf: path {path!r} must have a train split and {' or '.join(TEST_NAMES)}, got {', '.join(loaded)}"
         )
     files = stat_files(Path(file["filename"]) for split in loaded.values() for file in split.cache_files)
     return Located(files, partial(_read_hub, loaded, names, path))
@@ -185,8 +183,7 @@ def locate_hub(path: str, config: str | None) -> Located:
 def _read_hub(loaded: Mapping[str, Any], test_names: Sequence[str], where: str) -> RawDataset:
     train, classes = _read_hub_split(loaded["train"], f"{where} train")
     tests = [_read_hub_split(loaded[name], f"{where} {name}")[0] for name in test_names]
-    labelled = [split for split in tests if (split.labels >= 0).any() or len(split) == 0]
-    return RawDataset(train, labelled[0] if labelled else tests[0], classes)
+    return RawDataset(train, labelled_split(tests), classes)
 
 
 def _read_hub_split(split: Any, where: str) -> tuple[RawSplit, tuple[str, ...] | None]:

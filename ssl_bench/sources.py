@@ -1,5 +1,6 @@
 """The images of one split: resident as one tensor, or streamed from disk. Same interface, same bytes."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,11 +44,11 @@ class Source(Protocol):
         ...
 
 
-def _cgroup_limit() -> int | None:
+def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
     """The smallest memory limit of this process's control groups (containers and SLURM set them); None without any."""
-    root, limits = Path("/sys/fs/cgroup"), []
+    limits = []
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = membership.read_text().splitlines()
         inside = next(line.removeprefix("0::") for line in lines if line.startswith("0::")).lstrip("/")
     except (OSError, StopIteration):
         return None
@@ -64,7 +65,7 @@ def _cgroup_limit() -> int | None:
 def available_memory() -> int:
     """The bytes of main memory that a new allocation may take."""
     available = psutil.virtual_memory().available
-    limit = _cgroup_limit()
+    limit = cgroup_limit()
     return available if limit is None else min(available, limit)
 
 
@@ -137,7 +138,7 @@ class _Loader:
             _Rows(images),
             batch_size=None,
             sampler=self._sampler,
-            num_workers=workers,
+            num_workers=min(workers, os.cpu_count() or 1),  # torch warns of more, and they gain nothing
             persistent_workers=workers > 0,
             pin_memory=pinned,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
