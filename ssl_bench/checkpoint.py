@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ssl_bench.storage import TEMPORARY, jsonable, naming, remove_atomically, remove_temporaries, sync_folder
+from ssl_bench.storage import TEMPORARY, jsonable, naming, remove_atomically, sync_folder
 
 FORMAT = 1  # of a checkpoint folder; another number is refused by name
 
@@ -36,7 +36,8 @@ class CheckpointError(OSError):
 class Checkpoints:
     """A run's checkpoints: ``step-00000100/`` with state.pt, meta.json and SHA256SUMS (for ``sha256sum -c``) each.
 
-    One process saves; any number may load.
+    One process saves; any number may load. What a killed save leaves behind is hidden under a temporary name and goes
+    when the run is opened again.
 
     Args:
         folder: where they are; made on the first save.
@@ -59,10 +60,6 @@ class Checkpoints:
             return []
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
-
-    def recover(self) -> int:
-        """Deletes what a killed save left behind; call it while holding the run's claim. Returns the number deleted."""
-        return remove_temporaries(self.folder)
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
         """Writes one checkpoint, whole or not at all, then deletes those beyond the last ``keep``.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import ssl_bench
-from ssl_bench import sampling
 
 # Distribution names; one of faiss's is there, or none.
 _PACKAGES = (
@@ -22,53 +21,38 @@ _PACKAGES = (
 )
 
 
-def collect(
+def collect_provenance(
     *,
-    recipe: Mapping[str, Any],
-    identity: str,
     track: str,
+    seeds: Mapping[str, int],
     world_size: int,
+    param_groups: Iterable[Mapping[str, Any]],
     device: torch.device | str,
-    optimizer: torch.optim.Optimizer,
-    plan: Mapping[str, Any],
-    notes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything about a run that can be known before its first step, for ``Run.write_provenance``.
+    """Everything about a run that its recipe does not say, for ``Run.write_provenance``.
 
     No environment variables, host or user names are recorded.
 
     Args:
-        recipe: the resolved recipe, nested, with its "seed".
-        identity: the hash of what in the recipe can change the result.
         track: "pretrain" or "classify".
+        seeds: each seed by what it seeds.
         world_size: the number of processes.
+        param_groups: the optimizer's, with their effective settings (see ``describe_groups``).
         device: what the run computes on.
-        optimizer: its parameter groups are recorded with their effective settings (see ``describe_groups``).
-        plan: the run's durations in steps.
-        notes: what a reader should know besides, e.g. the samples that batch norm sees.
     """
     return {
         "track": track,
-        "identity": identity,
-        "recipe": dict(recipe),
         "started": now(),
         "argv": sys.argv,
-        "seeds": {"seed": recipe["seed"], "streams": _streams()},
+        "seeds": dict(seeds),
         "world_size": world_size,
         "device": str(device),
         "code": code_version(),
         "packages": package_versions(),
         "hardware": hardware(),
         "torch": torch_settings(),
-        "plan": dict(plan),
-        "notes": dict(notes),
-        "param_groups": describe_groups(optimizer.param_groups),
+        "param_groups": describe_groups(param_groups),
     }
-
-
-def _streams() -> dict[str, int]:
-    """The streams of randomness that are derived from the seed, by name."""
-    return {name.lower(): value for name, value in vars(sampling).items() if name.isupper() and isinstance(value, int)}
 
 
 def now() -> str:

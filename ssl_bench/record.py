@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from ssl_bench.checkpoint import Checkpoints
 from ssl_bench.claim import Claim, InUseError
 from ssl_bench.reading import (
     FORMAT,
@@ -118,9 +117,8 @@ class Run:
         claim = Claim(folder)
         try:
             with naming(f"run_dir {folder}: removing temporary files"):
-                for part in (folder, folder / "telemetry"):
+                for part in (folder, folder / "telemetry", folder / "checkpoints"):
                     remove_temporaries(part)
-                Checkpoints(folder / "checkpoints").recover()
             if (folder / RUN).exists():
                 _check_same(folder, recipe, identity, resume, ignore)
             return cls(folder, recipe, identity, claim)
@@ -132,7 +130,7 @@ class Run:
         """Writes ``run.json``, unless the run has one, and adds this start to ``sessions.jsonl``.
 
         Args:
-            provenance: see ``ssl_bench.provenance.collect``.
+            provenance: see ``ssl_bench.provenance.collect_provenance``.
             step: the steps completed before this start.
         """
         if self._claim is None:
@@ -145,21 +143,22 @@ class Run:
         with naming(f"{self.folder / SESSIONS}: writing"), open(self.folder / SESSIONS, "a") as file:
             file.write(line)
 
-    def truncate_to(self, step: int) -> None:
+    def truncate_to(self, step: int | None) -> None:
         """Drops what was recorded beyond a checkpoint, so that continuing leaves no gap and no double line.
 
         A resumed run must call it once before it logs.
 
         Args:
-            step: the steps that the checkpoint has completed; 0 without a checkpoint: everything is dropped.
+            step: the steps that the checkpoint has completed; None without a checkpoint: everything is dropped.
 
         Raises:
             RecordError: the metrics are damaged before their last line.
         """
         if self._claim is None:
             return
+        step = step or 0
         self._close_metrics()
-        kept = [(line, row) for line, row in metric_rows(self.folder) if row["step"] <= step and step > 0]
+        kept = [(line, row) for line, row in metric_rows(self.folder) if step and row["step"] <= step]
         if (self.folder / METRICS).exists():
             with atomic_file(self.folder / METRICS) as file:
                 file.writelines(line for line, _ in kept)

@@ -18,7 +18,7 @@ import torch
 from tiny_disk import mounted
 
 from ssl_bench.checkpoint import CheckpointError, Checkpoints
-from ssl_bench.storage import TEMPORARY
+from ssl_bench.storage import TEMPORARY, remove_temporaries
 
 
 @pytest.fixture
@@ -256,9 +256,10 @@ def test_a_failing_system_call_leaves_the_earlier_checkpoint(
 # interpreter does it all, for importing torch takes longer than the rest.
 KILLS = """
 import os, random, signal, sys, time
+from pathlib import Path
 import torch
 from ssl_bench.checkpoint import Checkpoints
-from ssl_bench.storage import TEMPORARY
+from ssl_bench.storage import TEMPORARY, remove_temporaries
 torch.set_num_threads(1)
 folder, random = sys.argv[1], random.Random(0)
 damaged, litter, step = [], 0, 0
@@ -273,7 +274,7 @@ for round in range(40):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     checkpoints = Checkpoints(folder, warn=damaged.append)
-    litter += checkpoints.recover() > 0
+    litter += remove_temporaries(Path(folder)) > 0
     left = [name for name in os.listdir(folder) if name.startswith(TEMPORARY)] if os.path.isdir(folder) else []
     assert not left, left
     latest = checkpoints.load_latest()
@@ -303,12 +304,12 @@ def test_a_process_killed_at_forty_random_points_always_leaves_a_valid_newest_ch
     assert int(done.stdout) >= 10, "too few kills hit a write for the test to mean anything"
 
 
-def test_recover_deletes_only_the_temporary_ones(tmp_path: Path) -> None:
+def test_only_what_a_dead_writer_left_is_deleted(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(), {})
     (tmp_path / f"{TEMPORARY}1234-step-00000002").mkdir()
     (tmp_path / f"{TEMPORARY}1234-step-00000002" / "state.pt").touch()
     (tmp_path / f"{TEMPORARY}meta.json").touch()
-    assert checkpoints.recover() == 2
+    assert remove_temporaries(tmp_path) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert Checkpoints(tmp_path / "absent").recover() == 0
+    assert remove_temporaries(tmp_path / "absent") == 0
