@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ssl_bench import color
-from ssl_bench.resample import Params, crop_boxes, crop_resize, draw_crops, gaussian_blur, shifted_rotation, uniform
+from ssl_bench.resample import (
+    Params,
+    crop_boxes,
+    crop_geometry,
+    crop_resize,
+    draw_crops,
+    gaussian_blur,
+    shifted_rotation,
+    uniform,
+)
 
 __all__ = [
     "Augmentation",
@@ -30,7 +39,7 @@ __all__ = [
     "take",
 ]
 
-BLOCK = 64 * 3 * 32 * 32  # values that a CPU works on at a time: what its caches hold
+BLOCK = 128 * 3 * 32 * 32  # values a CPU works on at a time: what its caches hold, and enough to hide the calls
 
 
 def take(params: Params, index: slice | Tensor) -> Params:
@@ -100,16 +109,23 @@ class Augmentation(ABC):
         shape = (len(images), 3, height, width)
         return torch.empty(shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
 
-    def _normalize(self, images: Tensor) -> Tensor:
-        """(n, 3, P) float in [0, 1], overwritten -> (n, P, 3) of the output's dtype."""
-        for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
-            channel.sub_(mean).mul_(1 / std)
-        return images.to(self.dtype).transpose(1, 2)
+    def _normalize(self, planes: Tensor) -> Tensor:
+        """(3, n, P) float in [0, 1], overwritten -> (n, P, 3) of the output's dtype."""
+        for plane, mean, std in zip(planes, self.mean, self.std, strict=True):
+            plane.sub_(mean).mul_(1 / std)
+        pixels = torch.empty((*planes.shape[1:], 3), device=planes.device)
+        return pixels.copy_(planes.permute(1, 2, 0)).to(self.dtype)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """Moves a small CPU tensor without waiting for the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _planes(images: Tensor) -> Tensor:
+    """(n, 3, H, W) uint8 -> (3, n, H * W) float32 in [0, 1]."""
+    planes = torch.empty((3, len(images), images.shape[2] * images.shape[3]), device=images.device)
+    return planes.copy_(images.flatten(2).transpose(0, 1)).div_(255)
 
 
 class SSLView(Augmentation):
@@ -189,59 +205,62 @@ class SSLView(Augmentation):
     @torch.autocast("cuda", enabled=False)
     def __call__(self, images: Tensor, params: Params) -> Tensor:
         self._check_images(images, params)
+        height, width = images.shape[2:]
         # Samples are sorted by how many colour operations come before the hue's, the only one that is not a blend:
         # then each of the steps below is one operation on a run of neighbours.
         position = color.hue_position(params)
         order = position.argsort(stable=True)
         position = position[order]
+        boxes = crop_boxes(params, height, width, self.crop_ratio)
         numbers = [
-            crop_boxes(params, images.shape[2], images.shape[3], self.crop_ratio),
-            params["flip"][:, None],
             color.blend_coefficients(params).flatten(1),
             params["hue"][:, None],
             params["sigma"][:, None],
+            crop_geometry(boxes, params["flip"], height, width, self.size),
         ]
-        table = torch.cat(numbers, 1)[order]  # (n, 16) float32
+        table = torch.cat(numbers, 1).index_select(0, order)
         chosen = torch.stack([params["gray"], params["blur"], params["solarize"]])[:, order]
-        output = self._empty(images, self.size, self.size)
-        flat = output.permute(0, 2, 3, 1).view(len(images), self.size * self.size, 3)
+        pixels = torch.empty((len(images), self.size**2, 3), dtype=self.dtype, device=images.device)
         for block in self._blocks(images, self.size):
             lists = [order[block], *(mask.nonzero().squeeze(1) for mask in chosen[:, block])]
             rows, *lists = _to(torch.cat(lists), images.device).split([len(rows) for rows in lists])
             ends = torch.searchsorted(position[block], torch.arange(5)).tolist()
-            x = self._augment(images[rows], _to(table[block], images.device), ends[1:], lists)
-            flat.index_copy_(0, rows, self._normalize(x))
-        return output
+            planes = self._augment(images.index_select(0, rows), _to(table[block], images.device), ends[1:], lists)
+            pixels[block] = self._normalize(planes)
+        unsorted = pixels.index_select(0, _to(order.argsort(), images.device))
+        return unsorted.unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
 
     def _augment(self, images: Tensor, table: Tensor, ends: list[int], lists: list[Tensor]) -> Tensor:
-        """A block of samples: (n, 3, H, W) uint8 -> (n, 3, size * size) float32 in [0, 1].
+        """A block of samples: (n, 3, H, W) uint8 -> (3, n, size * size) float32 in [0, 1].
 
         Args:
             images: sorted by the hue's position.
-            table: (n, 16) box (4), flip, three blends (9), hue, sigma.
+            table: (n, ...) three blends (9), hue, sigma, the crop's geometry.
             ends: how many samples have their hue at position 0, at most 1, ..., at most 3.
-            lists: rows that become grey, blurred, solarized.
+            lists: the samples that become grey, blurred, solarized.
         """
-        boxes, flip, blends, hue, sigma = table.split([4, 1, 9, 1, 1], 1)
-        x = crop_resize(images, boxes, flip.squeeze(1), self.size, "bicubic").flatten(2)
-        blends = blends.view(-1, 3, 3)
+        blends, hue, sigma, geometry = table.tensor_split([9, 10, 11], 1)
+        square = crop_resize(images, geometry, self.size, "bicubic")
+        planes = square.flatten(2)
+        blends = blends.unflatten(1, (3, 3))
         jittered = ends[3]
         for step in range(3):  # blends before the hue
-            rows = slice(ends[step], jittered)
-            color.blend(x[rows], blends[rows, step])
-        color.rotate_hue(x[:jittered], hue[:jittered, 0])
+            color.blend(planes[:, ends[step] : jittered], blends[ends[step] : jittered, step])
+        color.rotate_hue(planes[:, :jittered], hue[:jittered])
         for step in range(3):  # and after it
-            rows = slice(0, ends[step])
-            color.blend(x[rows], blends[rows, step])
+            color.blend(planes[:, : ends[step]], blends[: ends[step], step])
         gray, blur, solarize = lists
-        if self.gray_p:
-            x[gray] = color.luma(x[gray])[:, None].expand(-1, 3, -1)
-        if self.blur_p:
-            square = x.view(-1, 3, self.size, self.size)
-            square[blur] = gaussian_blur(square[blur], sigma[blur, 0], self.blur_kernel)
-        if self.solarize_p:
-            x[solarize] = color.solarize(x[solarize], self.solarize_threshold)
-        return x
+        if len(gray):
+            planes.index_copy_(1, gray, color.luma(planes.index_select(1, gray)).expand(3, -1, -1))
+        if len(blur) == len(images):
+            gaussian_blur(square, sigma, self.blur_kernel)
+        elif len(blur):
+            blurred = gaussian_blur(square.index_select(1, blur), sigma.index_select(0, blur), self.blur_kernel)
+            square.index_copy_(1, blur, blurred)
+        if len(solarize):
+            inverted = color.solarize(planes.index_select(1, solarize), self.solarize_threshold)
+            planes.index_copy_(1, solarize, inverted)
+        return planes
 
 
 class RandomResizedCropFlip(Augmentation):
@@ -277,13 +296,14 @@ class RandomResizedCropFlip(Augmentation):
     @torch.autocast("cuda", enabled=False)
     def __call__(self, images: Tensor, params: Params) -> Tensor:
         self._check_images(images, params)
-        boxes = crop_boxes(params, images.shape[2], images.shape[3], self.crop_ratio)
-        table = _to(torch.cat([boxes, params["flip"][:, None]], 1), images.device)
+        height, width = images.shape[2:]
+        boxes = crop_boxes(params, height, width, self.crop_ratio)
+        geometry = _to(crop_geometry(boxes, params["flip"], height, width, self.size), images.device)
         output = self._empty(images, self.size, self.size)
-        flat = output.permute(0, 2, 3, 1).view(len(images), self.size * self.size, 3)
+        flat = output.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self._blocks(images, self.size):
-            x = crop_resize(images[block], table[block, :4], table[block, 4], self.size, "bilinear")
-            flat[block] = self._normalize(x.flatten(2))
+            planes = crop_resize(images[block], geometry[block], self.size, "bilinear")
+            flat[block] = self._normalize(planes.flatten(2))
         return output
 
 
@@ -328,7 +348,7 @@ class PadCropFlipRotate(Augmentation):
         flat = output.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self._blocks(images, 0):
             x = shifted_rotation(images[block], table[block, :2], table[block, 2], table[block, 3])
-            flat[block] = self._normalize(x.flatten(2).float().mul_(1 / 255))
+            flat[block] = self._normalize(_planes(x))
         return output
 
 
@@ -343,5 +363,5 @@ class Normalize(Augmentation):
         output = self._empty(images, *images.shape[2:])
         flat = output.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self._blocks(images, 0):
-            flat[block] = self._normalize(images[block].flatten(2).float().mul_(1 / 255))
+            flat[block] = self._normalize(_planes(images[block]))
         return output

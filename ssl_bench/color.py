@@ -1,5 +1,8 @@
 """Colour, each sample with its own parameters and its own order of operations.
 
+Images are (3, n, P): a plane for each channel, holding the P pixels of each of n samples, so that a channel, and a run
+of samples within it, is contiguous.
+
 Semantics: torchvision's on float images in [0, 1]. Nothing is rounded to uint8 between operations (PIL does, and
 differs by a few 1/255 for that reason); results are clamped to [0, 1] where torchvision clamps them.
 """
@@ -51,30 +54,30 @@ def blend_coefficients(params: Params) -> Tensor:
     return torch.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
 
 
-def luma(images: Tensor) -> Tensor:
-    """(n, 3, P) -> (n, P) torchvision's grey value."""
-    red, green, blue = images.unbind(1)
+def luma(planes: Tensor) -> Tensor:
+    """(3, n, P) -> (n, P) torchvision's grey value."""
+    red, green, blue = planes
     return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-def blend(images: Tensor, coefficients: Tensor) -> Tensor:
+def blend(planes: Tensor, coefficients: Tensor) -> Tensor:
     """One of brightness, contrast and saturation for each sample, in place.
 
     All three are ``clamp(factor * x + (1 - factor) * other)`` where `other` is black, the image's mean grey value or
     the pixel's grey value, so samples with different operations share the passes over memory.
 
     Args:
-        images: (n, 3, P) float in [0, 1], contiguous.
+        planes: (3, n, P) float in [0, 1].
         coefficients: (n, 3) of the image, of the pixel's grey value, and of the mean grey value.
     """
     ratio, on_grey, on_mean = coefficients[:, :, None].unbind(1)  # (n, 1) each
-    grey = luma(images)
+    grey = luma(planes)
     mean = grey.mean(1, keepdim=True).mul_(on_mean)
     offset = grey.mul_(on_grey).add_(mean)
-    return torch.addcmul(offset[:, None], images, ratio[:, None], out=images).clamp_(0, 1)
+    return torch.addcmul(offset, planes, ratio, out=planes).clamp_(0, 1)
 
 
-def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
+def rotate_hue(planes: Tensor, shift: Tensor) -> Tensor:
     """torchvision's ``adjust_hue``, in place, without its branches.
 
     With chroma c = max - min and R' = (r - min) / c and so on, one of R', G', B' is 0 and one is 1. In sixths of a
@@ -82,25 +85,27 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     in [0, 6), a channel is min + c * clamp(2 - distance(t, its own hue), 0, 1); r, g and b have hues 0, 2 and 4.
 
     Args:
-        images: (n, 3, P) float in [0, 1].
-        shift: (n,) in turns, within [-0.5, 0.5].
+        planes: (3, n, P) float in [0, 1].
+        shift: (n, 1) in turns, within [-0.5, 0.5].
     """
-    red, green, blue = images.unbind(1)
+    red, green, blue = planes
     high = torch.maximum(red, green)
     torch.maximum(high, blue, out=high)
     low = torch.minimum(red, green)
     torch.minimum(low, blue, out=low)
     chroma = high.sub_(low)
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=_TINY)).add_(1)
-    hue.copysign_(green - blue).add_(shift[:, None] * 6)
+    hue.copysign_(green - blue).add_(shift * 6)
     hue.sub_(torch.floor(hue * (1 / 6)), alpha=6)  # in [0, 6]
-    for channel, centre in ((red, 3), (green, 2), (blue, 4)):
-        share = (hue - centre).abs_()
-        share = share.sub_(1) if channel is red else share.neg_().add_(2)  # red's hue lies at 0 and at 6
-        torch.addcmul(low, chroma, share.clamp_(0, 1), out=channel)
-    return images
+    for channel, centre in ((green, 2), (blue, 4)):
+        share = (hue - centre).abs_().neg_().add_(2).clamp_(0, 1)
+        torch.addcmul(low, chroma, share, out=channel)
+    share = hue.sub_(3).abs_().sub_(1).clamp_(0, 1)  # red's own hue is both 0 and 6
+    torch.addcmul(low, chroma, share, out=red)
+    return planes
 
 
-def solarize(images: Tensor, threshold: float) -> Tensor:
+def solarize(planes: Tensor, threshold: float) -> Tensor:
     """torchvision's ``solarize``: inverts what is at or above the threshold."""
-    return torch.where(images >= threshold, 1 - images, images)
+    above = torch.ge(planes, threshold, out=torch.empty_like(planes))  # arithmetic: selecting by a mask is slow on CPUs
+    return torch.addcmul(planes, above, 1 - 2 * planes)

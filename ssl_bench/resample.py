@@ -69,73 +69,78 @@ def crop_boxes(params: Params, height: int, width: int, ratio: tuple[float, floa
     return torch.where(fits.any(1, keepdim=True), torch.cat([corner, size], 1), fallback)
 
 
-def _filter(distance: Tensor, interpolation: str) -> Tensor:
-    """The resampling filter at distances >= 0 (in place): bilinear, or bicubic with a = -0.5 (PIL, antialias).
+def _axis(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size: int) -> list[Tensor]:
+    """Where an axis' input and output pixels lie, in units of the resampling filter's width: (n, source), (n, size).
 
-    The cubic is written in truncated powers of u = (2 - d)+ and v = (1 - d)+, f = u^2 (u - 1) / 2 + v^2 (1 - 2 v),
-    which needs no branch. The factor of 2 that is left out goes with the normalisation of the weights.
-    """
-    if interpolation == "bilinear":
-        return distance.neg_().add_(1).clamp_(min=0)
-    u = distance.neg_().add_(2).clamp_(min=0)
-    u_1 = u - 1
-    v = u_1.clamp(min=0)
-    inner = torch.rsub(v, 2, alpha=4).mul_(v).mul_(v)
-    return u.mul_(u).mul_(u_1).add_(inner)
-
-
-def resize_weights(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size: int, kind: str) -> Tensor:
-    """The matrices that resize one axis of a crop, antialiased as torchvision's and PIL's.
-
-    Args:
-        start: (n,) first pixel of the crop.
-        length: (n,) pixels of the crop, >= 1. Pixels outside the crop have no weight: its edges count as an image's.
-        flip: (n,) float, 1 to reverse the output and 0 not to; None for no flip at all.
-        source: pixels of the whole axis.
-        size: pixels of the output.
-        kind: "bicubic" or "bilinear".
-
-    Returns:
-        (n, size, source), rows summing to 1.
+    Pixels outside the crop lie beyond the filter's reach: the crop's edges are treated as an image's.
     """
     start, length = start[:, None], length[:, None]
     scale = length / size
-    shrink = 1 / scale.clamp(min=1)  # the filter widens where the crop shrinks
-    pixel = torch.arange(source, device=start.device) + 0.5 - start  # (n, source), relative to the crop
-    position = pixel * shrink
-    position.masked_fill_((pixel < 0) | (pixel > length), _OUTSIDE)
-    output = torch.arange(size, device=start.device) + 0.5  # (size,)
+    shrink = 1 / scale.clamp(min=1)  # the filter widens where the crop shrinks (antialias)
+    pixel = torch.arange(source) + 0.5 - start  # relative to the crop
+    inputs = (pixel * shrink).masked_fill_((pixel < 0) | (pixel > length), _OUTSIDE)
+    output = torch.arange(size) + 0.5
     if flip is not None:
         output = output + flip[:, None] * (size - 2 * output)
-    centre = output * (scale * shrink)  # (n, size)
-    weights = _filter((position[:, None, :] - centre[:, :, None]).abs_(), kind)
+    return [inputs, output * (scale * shrink)]
+
+
+def crop_geometry(boxes: Tensor, flip: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Where the pixels of crops and of their resized, perhaps flipped images lie, for `crop_resize`.
+
+    Args:
+        boxes: (n, 4) top, left, height, width of each crop, as from `crop_boxes`.
+        flip: (n,) bool.
+        height, width: of the images, in pixels.
+        size: pixels of the output's sides.
+
+    Returns:
+        (n, height + size + width + size) float32: inputs and outputs along y, then along x.
+    """
+    top, left, crop_height, crop_width = boxes.unbind(1)
+    along_x = _axis(left, crop_width, flip, width, size)
+    return torch.cat(_axis(top, crop_height, None, height, size) + along_x, 1)
+
+
+def _weights(inputs: Tensor, outputs: Tensor, kind: str) -> Tensor:
+    """(n, source), (n, size) -> (n, size, source) resampling matrices, rows summing to 1.
+
+    The bicubic filter (a = -0.5, PIL's and that of antialias) is written in truncated powers of u = (2 - d)+ and
+    v = (1 - d)+: f = u^2 (u - 1) / 2 + v^2 (1 - 2 v) needs no branch. The division by 2 is left to the normalisation.
+    """
+    distance = (inputs[:, None, :] - outputs[:, :, None]).abs_()
+    if kind == "bilinear":
+        weights = distance.neg_().add_(1).clamp_(min=0)
+    else:
+        u = distance.neg_().add_(2).clamp_(min=0)
+        u_1 = u - 1
+        v = u_1.clamp(min=0)
+        inner = torch.rsub(v, 2, alpha=4)
+        weights = u.mul_(u).mul_(u_1).addcmul_(inner, v.mul_(v))
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int, kind: str) -> Tensor:
+def crop_resize(images: Tensor, geometry: Tensor, size: int, kind: str) -> Tensor:
     """Crops, resizes and flips: torchvision's ``resized_crop(antialias=True)``, then ``horizontal_flip``.
 
     Args:
         images: (n, 3, H, W) uint8.
-        boxes: (n, 4) float, top, left, height, width.
-        flip: (n,) float, 1 or 0.
+        geometry: (n, H + size + W + size) from `crop_geometry`, on the images' device.
         size: pixels of the output's sides.
         kind: "bicubic" or "bilinear".
 
     Returns:
-        (n, 3, size, size) float32 in [0, 1], contiguous: a bicubic's overshoot is clamped, as uint8 images' is.
+        (3, n, size, size) float32 in [0, 1]: a bicubic's overshoot is clamped, as torchvision does for uint8 images.
     """
     n, _, height, width = images.shape
-    top, left, crop_height, crop_width = boxes.unbind(1)
-    wy = resize_weights(top, crop_height, None, height, size, kind).div_(255)  # uint8 -> [0, 1] costs nothing here
-    wx = resize_weights(left, crop_width, flip, width, size, kind)
-    # Rows of all three channels side by side make both products batched ones without a further copy.
-    rows = torch.empty((n, height, 3, width), device=images.device)
-    rows.copy_(images.permute(0, 2, 1, 3))
-    rows = torch.bmm(wy, rows.view(n, height, 3 * width))  # (n, size, 3 * W)
-    rows = torch.bmm(rows.view(n, size * 3, width), wx.transpose(1, 2))  # (n, size * 3, size)
-    output = torch.empty((n, 3, size, size), device=images.device)
-    return torch.clamp(rows.view(n, size, 3, size).permute(0, 2, 1, 3), 0, 1, out=output)
+    y_inputs, y_outputs, x_inputs, x_outputs = geometry.split([height, size, width, size], 1)
+    wy = _weights(y_inputs, y_outputs, kind).div_(255)  # uint8 -> [0, 1] costs little here
+    wx = _weights(x_inputs, x_outputs, kind).transpose(1, 2)
+    planes = torch.empty((3, n, height, width), device=images.device).copy_(images.transpose(0, 1))
+    output = torch.empty((3, n, size, size), device=images.device)
+    for plane, result in zip(planes, output, strict=True):
+        torch.bmm(torch.bmm(wy, plane), wx, out=result)
+    return output.clamp_(0, 1)
 
 
 @lru_cache(maxsize=8)
@@ -150,26 +155,23 @@ def _tap_matrices(size: int, radius: int, device: torch.device) -> Tensor:
     return counts.view(radius + 1, size * size).to(device)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Blurs each sample with its own sigma: torchvision's ``gaussian_blur``.
+def gaussian_blur(planes: Tensor, sigma: Tensor, kernel: int) -> Tensor:
+    """Blurs each sample with its own sigma, in place: torchvision's ``gaussian_blur``.
 
     Args:
-        images: (n, 3, S, S) float.
-        sigma: (n,) standard deviation in pixels, > 0.
+        planes: (3, n, S, S) float32, contiguous.
+        sigma: (n, 1) standard deviation in pixels, > 0.
         kernel: taps, odd, < 2 S.
-
-    Returns:
-        (n, 3, S, S) float32, a view with rows of all channels side by side in memory.
     """
-    n, _, size, _ = images.shape
+    _, n, size, _ = planes.shape
     radius = kernel // 2
-    distance = torch.arange(radius + 1, device=images.device)
-    taps = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # (n, radius + 1)
+    distance = torch.arange(radius + 1, device=planes.device)
+    taps = torch.exp(-0.5 * (distance / sigma) ** 2)  # (n, radius + 1)
     taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
-    matrix = (taps @ _tap_matrices(size, radius, images.device)).view(n, size, size)
-    rows = torch.bmm(images.reshape(n, 3 * size, size), matrix.transpose(1, 2))  # along x
-    rows = rows.view(n, 3, size, size).permute(0, 2, 1, 3).reshape(n, size, 3 * size)
-    return torch.bmm(matrix, rows).view(n, size, 3, size).permute(0, 2, 1, 3)  # along y
+    matrix = (taps @ _tap_matrices(size, radius, planes.device)).view(n, size, size)
+    for plane in planes:
+        torch.bmm(torch.bmm(matrix, plane), matrix.transpose(1, 2), out=plane)
+    return planes
 
 
 def shifted_rotation(images: Tensor, shift: Tensor, flip: Tensor, angle: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_normalize_needs_no_parameters() -> None:
 
 @pytest.mark.parametrize("transform", PIPELINES, ids=lambda t: type(t).__name__)
 def test_slices_of_a_batch_are_bitwise_the_whole(transform: Augmentation) -> None:
-    n = 150  # more than two blocks
+    n = 150  # more than one block
     x = images(n)
     params = transform.draw(n, generator(2))
     whole = transform(x, params)
