@@ -15,10 +15,11 @@ PERMUTATION = 0
 VIEW1 = 1
 VIEW2 = 2
 INIT = 3
-PROBE = 4
-ONLINE = 5
+ONLINE = 4
+LAYERS = 5
+PROJECTOR = 6
 
-_MASK = (1 << 63) - 1
+_MASK = (1 << 62) - 1  # torch takes 63 bits; one is left for callers that count up from a seed
 
 
 def _mix(value: int) -> int:
@@ -30,7 +31,7 @@ def _mix(value: int) -> int:
 
 
 def derive_seed(seed: int, stream: int, index: int = 0) -> int:
-    """A 63-bit seed for one stream of randomness at one index (a step, an epoch), unrelated to its neighbours."""
+    """A 62-bit seed for one stream of randomness at one index (a step, an epoch), unrelated to its neighbours."""
     return _mix(_mix(_mix(seed) ^ stream) ^ index) & _MASK
 
 

@@ -1,0 +1,63 @@
+"""What a run shows on the terminal: a progress bar where someone is looking, and plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, Self
+
+# Seconds between lines where no terminal can show a bar (a batch job's log file).
+LINE_EVERY = 30.0
+
+
+def say(message: str) -> None:
+    """One line on standard error; standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Shows a run's progress; call it after every step.
+
+    Args:
+        total: the run's length in steps.
+        title: what runs.
+        enabled: false on all processes but the first.
+    """
+
+    def __init__(self, total: int, title: str, *, enabled: bool = True):
+        self.total, self.title, self.enabled = total, title, enabled
+        self._bar: Any = None
+        self._row: dict[str, float] = {}
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"), console=Console(stderr=True), refresh_per_second=4,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, status="")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, step: int, row: dict[str, float] | None) -> None:
+        if not self.enabled:
+            return
+        self._row = row or self._row
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=self._status())
+        elif time.monotonic() - self._said > LINE_EVERY or step == self.total:
+            self._said = time.monotonic()
+            say(f"{self.title}: step {step}/{self.total} {self._status()}")
+
+    def _status(self) -> str:
+        if not self._row:
+            return ""
+        return f"loss {self._row['loss']:.4g}, {self._row['images_per_second']:.0f} images/s"

@@ -1,0 +1,92 @@
+"""What the loop watches without ever waiting for the device: the logged scalars, and the first non-finite value."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Means of the logged scalars over a logging interval, kept on the device until `flush`."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._names: list[str] = []
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Takes one step's 0-d tensors; the same names at every step."""
+        if not self._names:
+            self._names = list(scalars)
+        self._rows.append(torch.stack([scalars[name].detach().float() for name in self._names]))
+
+    def flush(self, reduce: Any) -> dict[str, float]:
+        """The means since the last flush. This is where the loop waits for the device.
+
+        Args:
+            reduce: maps a (scalars,) tensor to its mean over processes.
+        """
+        if not self._rows:
+            return {}
+        mean = reduce(torch.stack(self._rows).double().mean(0)).tolist()
+        self._rows = []
+        return dict(zip(self._names, mean, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the interval has so far."""
+        return {"names": self._names, "rows": [row.cpu() for row in self._rows]}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Goes on where `state_dict` was taken."""
+        self._names, self._rows = state["names"], [row.to(device) for row in state["rows"]]
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first step whose loss or gradient was not finite, and in which tensors.
+
+    Args:
+        names: the parameters' names, in the order of ``update``'s gradients.
+        gradients: whether non-finite gradients count; false under a gradient scaler, for which they are everyday.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, gradients: bool = True):
+        self.names, self.gradients = list(names), gradients
+        self._step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._layers = torch.zeros(len(self.names), dtype=torch.bool, device=device)
+        self._zero = torch.zeros((), device=device)
+
+    def update(self, step: int, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Looks at one step's loss and gradients; one pass over the gradients, no wait."""
+        # The largest magnitude is infinite or NaN exactly where an entry is; a sum of squares could overflow.
+        gradients: Any = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = iter(torch._foreach_norm(gradients, float("inf")))
+        broken = (
+            torch.stack([self._zero if p.grad is None else next(norms) for p in parameters]).isfinite().logical_not()
+        )
+        bad = ~loss.detach().isfinite()
+        if self.gradients:
+            bad = bad | broken.any()
+        first = bad & (self._step < 0)
+        self._step = torch.where(first, step, self._step)
+        self._layers = torch.where(first, broken, self._layers)
+
+    def found(self, reduce_max: Any) -> dict[str, Any] | None:
+        """The first bad step and its first bad tensors, or None. Waits for the device.
+
+        Args:
+            reduce_max: maps a tensor to its maximum over processes.
+        """
+        step = int(reduce_max(self._step))
+        if step < 0:
+            return None
+        layers = reduce_max(self._layers.to(torch.int64)).tolist()
+        broken = [name for name, is_broken in zip(self.names, layers, strict=True) if is_broken]
+        return {"step": step, "layer": broken[0] if broken else None, "layers": len(broken), "of": len(self.names)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What has been found so far."""
+        return {"step": self._step.cpu(), "layers": self._layers.cpu()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on where `state_dict` was taken."""
+        self._step, self._layers = state["step"].to(self._step.device), state["layers"].to(self._step.device)

@@ -1,0 +1,408 @@
+"""One run's surroundings: processes, device, precision, the run directory, and the way from a recipe to its trainer."""
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from ssl_bench import gradient, plugins
+from ssl_bench.augment import Augmentation
+from ssl_bench.backbone import save_backbone
+from ssl_bench.checkpoint import Checkpoints
+from ssl_bench.console import Progress, say
+from ssl_bench.data import Dataset, load_dataset
+from ssl_bench.distributed import synchronize_batch_norm
+from ssl_bench.interrupt import REQUEUE_EXIT_CODE, Interrupt
+from ssl_bench.optim.groups import build_groups
+from ssl_bench.optim.schedules import batch_scale
+from ssl_bench.optim.telemetry import Telemetry
+from ssl_bench.pipeline import Pipeline
+from ssl_bench.provenance import collect_provenance
+from ssl_bench.recipe import IRRELEVANT, Recipe
+from ssl_bench.record import Run
+from ssl_bench.storage import remove_atomically
+from ssl_bench.train import Hook, Outcome, Rhythm, Trainer
+
+# Several processes agree on a signal by a collective call, which waits for the device; one step in so many.
+AGREE_EVERY = 10
+
+# An accuracy this many standard errors of a guesser's above chance, or less, is no sign of learning.
+CHANCE_MARGIN = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every duration of a run in steps, computed once."""
+
+    steps_per_epoch: float
+    total: int
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+
+    def every(self, epochs: float) -> int:
+        """A period given in epochs, in steps; 0 stays 0 = never."""
+        return max(1, round(epochs * self.steps_per_epoch)) if epochs else 0
+
+
+class Workplace:
+    """The processes and the device that a recipe asks for.
+
+    Raises:
+        ValueError: one line; the recipe does not fit this machine.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.accelerator = _accelerator(recipe)
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+
+    def say(self, message: str) -> None:
+        """A line for the user, once and not per process."""
+        if self.main:
+            say(message)
+
+    def dataset(self) -> Dataset:
+        """The recipe's data set, on the device."""
+        options = self.recipe.data
+        return load_dataset(
+            options.name,
+            path=options.path,
+            size=options.size,
+            resident=options.resident if options.resident == "auto" else options.resident == "true",
+            workers=options.workers,
+            cache_dir=options.cache_dir,
+        ).to(self.device)
+
+
+class Session(Workplace):
+    """Opens a run: `with Session(recipe) as session`.
+
+    Raises:
+        ValueError, OSError: one line; the recipe does not fit these processes, this device or this run directory.
+    """
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.folder = Path(recipe.run_dir or Path("runs") / recipe.name())
+        self._refuse_indivisible()
+        self._set_determinism()
+        self.interrupt = Interrupt()
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self.run = Run.open(
+            self.folder,
+            self.recipe.to_dict(),
+            self.recipe.identity(),
+            resume=self.recipe.resume,
+            main_process=self.main,
+            ignore=IRRELEVANT,
+        )
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.recipe.checkpoint.keep, warn=self.say)
+        self.interrupt.__enter__()
+        if self.recipe.tracker:
+            self.accelerator.init_trackers("ssl_bench", config={"identity": self.recipe.identity()})
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.interrupt.__exit__(*error)
+        if self.recipe.tracker:
+            self.accelerator.end_training()
+        self.run.close()
+
+    def _refuse_indivisible(self) -> None:
+        for name in ("batch_size", "chunk_size"):
+            value = getattr(self.recipe, name)
+            if value is not None and value % self.world_size:
+                raise ValueError(f"{name}: got {value}, allowed: a multiple of the {self.world_size} processes")
+
+    def _set_determinism(self) -> None:
+        if self.recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        else:
+            torch.backends.cudnn.benchmark = self.device.type == "cuda"
+
+    def plan(self, train_size: int) -> Plan:
+        """All durations in steps, from the number of train images."""
+        recipe = self.recipe
+        per_epoch = train_size / recipe.batch_size
+        total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
+        return Plan(
+            per_epoch,
+            total,
+            *(
+                plugins.in_steps(plugins.resolve(kind, node.target), node.options, per_epoch, total)
+                for kind, node in (("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
+            ),
+        )
+
+    def pipeline(
+        self,
+        dataset: Dataset,
+        augmentations: Sequence[Augmentation],
+        streams: Sequence[int],
+        *,
+        with_labels: bool = False,
+    ) -> Pipeline:
+        """The run's batches."""
+        return Pipeline(
+            dataset.train,
+            augmentations,
+            streams,
+            seed=self.recipe.seed,
+            batch_size=self.recipe.batch_size,
+            chunk_size=self.recipe.chunk_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            with_labels=with_labels,
+        )
+
+    def train(
+        self,
+        task: nn.Module,
+        pipeline: Pipeline,
+        plan: Plan,
+        step_gradient: Callable[..., dict[str, Tensor]],
+        hooks: Sequence[Hook] = (),
+    ) -> Outcome:
+        """Builds the optimizer, records what will run, continues from a checkpoint if there is one, and trains."""
+        recipe = self.recipe
+        task = task.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.world_size > 1:
+            task = synchronize_batch_norm(task)
+        optimizer, schedule = self._optimizer(task, plan)
+        if recipe.compile:
+            for part in task.children():
+                part.compile()
+        model, wrapped = self.accelerator.prepare(task, optimizer)
+        trainer = Trainer(
+            model=model,
+            optimizer=wrapped,
+            schedule=schedule,
+            gradient=step_gradient,
+            pipeline=pipeline,
+            rhythm=self._rhythm(plan),
+            accelerator=self.accelerator,
+            record=self,
+            telemetry=Telemetry(optimizer, every=recipe.telemetry.every),
+            save=self._save,
+            interrupted=self._interrupted,
+            progress=Progress(plan.total, recipe.name(), enabled=self.main),
+            hooks=hooks,
+        )
+        self._trainer = trainer
+        self._write_provenance(task, optimizer, plan, self._continue(trainer))
+        with trainer.progress:
+            outcome = trainer.run()
+        if outcome.status == "finished":
+            trainer.checkpoint()  # a run killed while it is evaluated goes on with the evaluation
+        return outcome
+
+    def _optimizer(self, task: nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+        recipe = self.recipe
+        options = dict(plan.optimizer)
+        scale = batch_scale(recipe.scaling.rule, recipe.batch_size, recipe.scaling.base_batch)
+        options["lr"] = options["lr"] * scale
+        groups = recipe.param_groups
+        lr_1d = None if groups.lr_1d is None else groups.lr_1d * scale
+        built = build_groups(
+            task,
+            lr=options["lr"],
+            weight_decay=options.get("weight_decay", 0.0),
+            decay_1d=groups.decay_1d,
+            adapt_1d=groups.adapt_1d,
+            lr_1d=lr_1d,
+            exclude=tuple(groups.exclude),
+        )
+        optimizer = plugins.resolve("optimizer", recipe.optimizer.target)(built, **options)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        make = plugins.resolve("schedule", recipe.schedule.target)
+        length = {"total_steps": plan.total} if "total_steps" in inspect.signature(make).parameters else {}
+        return optimizer, make(**length, **plan.schedule)
+
+    def _rhythm(self, plan: Plan) -> Rhythm:
+        recipe, checkpoint = self.recipe, self.recipe.checkpoint
+        every = (
+            checkpoint.every_steps if checkpoint.every_steps is not None else plan.every(checkpoint.every_epochs or 0)
+        )
+        check_equal = plan.every(recipe.check_every_epochs) if self.world_size > 1 else 0
+        return Rhythm(plan.total, recipe.log_every, every, check_equal)
+
+    def _write_provenance(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
+        recipe = self.recipe
+        chunk = recipe.chunk_size or recipe.batch_size
+        has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
+        self.run.write_provenance(
+            {
+                **collect_provenance(
+                    track=recipe.track,
+                    seeds={"run": recipe.seed, "probes": recipe.eval.seed},
+                    world_size=self.world_size,
+                    param_groups=optimizer.param_groups,
+                    device=self.device,
+                ),
+                "plan": {
+                    "total_steps": plan.total,
+                    "steps_per_epoch": plan.steps_per_epoch,
+                    "optimizer": plan.optimizer,
+                    "schedule": plan.schedule,
+                },
+                "batch_norm": f"batch norm over {chunk} of {recipe.batch_size} images" if has_norm else "none",
+            },
+            step=step,
+        )
+
+    def _continue(self, trainer: Trainer) -> int:
+        """Loads the last good checkpoint, if the run has one, and drops what was recorded after it."""
+        latest = self.checkpoints.load_latest() if self.recipe.resume == "auto" else None
+        if latest is None:
+            self.run.truncate_to(None)
+            return 0
+        step, state, _ = latest
+        trainer.load_state_dict(state)
+        self.run.truncate_to(step)
+        self.say(f"continuing {self.folder} from step {step}")
+        return step
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def already_finished(self) -> int:
+        """Nothing to do: the run of this directory has ended. Returns the exit code."""
+        self.say(f"{self.folder} has ended already: {self.run.results['status']}")  # type: ignore[index]
+        return 0
+
+    def finish(
+        self,
+        outcome: Outcome,
+        backbone: nn.Module,
+        evaluate: Callable[[nn.Module], list[dict[str, Any]]],
+        *,
+        trained: nn.Module,
+        untrained: Callable[[], nn.Module],
+    ) -> int:
+        """Evaluates what was trained, beside what it started from, and writes the results; returns the exit code.
+
+        Args:
+            outcome: of the loop; only a finished run is evaluated.
+            backbone: saved as ``backbone.safetensors``.
+            evaluate: a model's results, the same call on every process.
+            trained: the model to evaluate.
+            untrained: builds the model as it was before the first step.
+        """
+        if outcome.status == "interrupted":
+            self.say(f"stopped at step {outcome.step}; start again with resume=auto run_dir={self.folder} to go on")
+            return REQUEUE_EXIT_CODE
+        results: dict[str, Any] = {"status": outcome.status, "step": outcome.step, **outcome.details}
+        if outcome.status == "finished":
+            if self.main:
+                save_backbone(backbone, self.folder / "backbone.safetensors")
+            results["evaluations"] = [{"model": "trained", **result} for result in evaluate(trained)]
+            if self.recipe.eval.baseline:
+                start = untrained().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                results["evaluations"] += [{"model": "untrained", **result} for result in evaluate(start)]
+            if _at_chance(results["evaluations"]):
+                results["status"] = "collapsed"
+        results["seconds"] = time.perf_counter() - self.started
+        self.run.finish(results)
+        if self.main and not self.recipe.checkpoint.final:
+            remove_atomically(self.folder / "checkpoints")
+        self.say(f"{results['status']}: {self.folder}")
+        for line in summary(results):
+            self.say(line)
+        self.accelerator.wait_for_everyone()
+        return 0
+
+    # What the trainer calls ------------------------------------------------------------------------------------------
+
+    def log(self, row: dict[str, float]) -> None:
+        """One line of the metrics, for the record and for the tracker."""
+        self.run.log(row)
+        if self.recipe.tracker:
+            self.accelerator.log(row, step=int(row["step"]))
+
+    def log_telemetry(self, columns: Any) -> None:
+        """A block of the layers' norms and ratios; in the record a step is the number of steps completed."""
+        if columns["step"]:
+            self.run.log_telemetry({**columns, "step": [step + 1 for step in columns["step"]]})
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        if self.main and step not in self.checkpoints.steps():
+            with self.interrupt.saving():
+                self.run.sync()
+                self.checkpoints.save(step, state, {"identity": self.recipe.identity(), "world_size": self.world_size})
+        self.accelerator.wait_for_everyone()
+
+    def _interrupted(self) -> bool:
+        if self.world_size > 1 and self._trainer.step % AGREE_EVERY:
+            return False
+        return self.interrupt.agreed(self.device)
+
+
+def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dict[str, Tensor]]:
+    """How a step's gradient is computed: at once, or chunk by chunk, exactly in both cases."""
+    chunked = recipe.chunk_size is not None and recipe.chunk_size < recipe.batch_size
+    if not chunked:
+        function = gradient.full_batch
+    else:
+        function = gradient.grad_cache if recipe.track == "pretrain" else gradient.accumulate
+
+    def call(model: nn.Module, views: Any, n_chunks: int, backward: Any) -> dict[str, Tensor]:
+        return function(model, views, n_chunks, backward, autocast=accelerator.autocast)
+
+    return call
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but torch sees no GPU here; allowed: auto or cpu")
+    on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    if recipe.precision == "fp16" and on_cpu:
+        raise ValueError("precision: got fp16, which needs a GPU; allowed on the CPU: fp32 or bf16")
+    if recipe.tracker:
+        from accelerate.utils import LoggerType
+
+        known = [kind.value for kind in LoggerType if kind.value != "all"]
+        if recipe.tracker not in known:
+            raise ValueError(
+                f"unknown tracker {recipe.tracker!r}{plugins.nearest(recipe.tracker, known)} (known: {', '.join(known)})"
+            )
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+        log_with=recipe.tracker,
+        project_dir=recipe.run_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def _at_chance(evaluations: Sequence[dict[str, Any]]) -> bool:
+    """Whether every trained result is no better than guessing among the classes."""
+    trained = [entry for entry in evaluations if entry["model"] == "trained" and "chance" in entry]
+    return bool(trained) and all(
+        entry["metrics"]["top1"]
+        <= entry["chance"] + CHANCE_MARGIN * (entry["chance"] * (100 - entry["chance"]) / entry["n_test"]) ** 0.5
+        for entry in trained
+    )
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """The results as lines of text."""
+    if results["status"] == "diverged":
+        where = f" (first in {results['layer']})" if results["layer"] else ""
+        return [f"  loss or gradient not finite from step {results['step']} on{where}; not evaluated"]
+    return [
+        f"  {entry['protocol']:<18} {entry['model']:<10} top-1 {entry['metrics']['top1']:.2f}% of {entry['n_test']} images"
+        for entry in results.get("evaluations", [])
+    ]
