@@ -1,6 +1,10 @@
 """The pipelines: equal to torchvision's with the same parameters, however the batch is sliced."""
 
+import importlib.util
+import json
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +242,21 @@ def test_bad_batches_are_refused() -> None:
         view(torch.rand(4, 3, 8, 8), params)
     with pytest.raises(ValueError, match="5 rows, one per image"):
         view(images(5, 8, 8), params)
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "augmentation.py"
+    spec = importlib.util.spec_from_file_location("benchmark_augmentation", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # a peer's warnings are not ours
+        rows = benchmark.main(["--quick", "--json", str(tmp_path / "rows.json")])
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["rows"] == rows
+    assert record["versions"]["torch"]
+    assert {row["library"] for row in rows} >= {"ssl_bench bf16", "ssl_bench fp32", "torchvision v2", "kornia"}
+    assert all(row["images_per_second"] > 0 for row in rows if "skipped" not in row)
+    assert "skipped" not in next(row for row in rows if row["library"] == "torchvision v2")
