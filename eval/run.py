@@ -12,9 +12,11 @@ from ssl_bench.eval.base import Augment, Evaluator, ImageDataset, Metrics, Progr
 from ssl_bench.eval.features import Precision, extract_features
 from ssl_bench.eval.knn import KNN
 from ssl_bench.eval.linear import LinearCached
+from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE
 from ssl_bench.eval.online import Online, subset
 
-EVALUATORS: dict[str, Any] = {evaluator.name: evaluator for evaluator in (KNN(), LinearCached(), Online())}
+_ALL: tuple[Evaluator, ...] = (KNN(), LinearCached(), LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, Online())
+EVALUATORS: dict[str, Evaluator] = {evaluator.name: evaluator for evaluator in _ALL}
 
 
 class Result(TypedDict):
@@ -40,8 +42,7 @@ def get_evaluator(name: str) -> Evaluator:
         raise ValueError(
             f"eval: unknown protocol {name!r}, did you mean {nearest[0]!r}? known: {', '.join(EVALUATORS)}"
         )
-    evaluator: Evaluator = EVALUATORS[name]
-    return evaluator
+    return EVALUATORS[name]
 
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]  # train_x, train_y, test_x, test_y

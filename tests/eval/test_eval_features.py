@@ -1,19 +1,25 @@
 """Features of a frozen backbone: each image once, on any number of processes, and nothing else touched."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from eval_doubles import Backbone, Images, assert_unchanged, state, to_float
+from eval_doubles import Backbone, Images, Shift, Splits, assert_unchanged, state, to_float
 from torch import Tensor, nn
 from torchrun import torchrun
 
 from ssl_bench.eval import extract_features
 from ssl_bench.eval.features import frozen, gather_rows, shard
+from ssl_bench.eval.linear_augmented import LINEAR_AUG, RELEASED_PROBE
 
 N = 23  # not divisible by 2 or 3 processes, nor by the batch of 4
+SMALL_PROBES = [
+    replace(LINEAR_AUG, name="aug", epochs=3, lr=10.0, batch_size=10),  # batches of 10, 10, and 3
+    replace(RELEASED_PROBE, name="released", epochs=3, lr=10.0, batch_size=8, replicas=2),
+]
 
 
 def test_equals_the_plain_forward_pass() -> None:
@@ -125,6 +131,11 @@ def sharded() -> dict[str, Any]:
         gather_rows(torch.zeros(2, 3 + rank), [2] * world_size, "cpu")
     except RuntimeError as error:
         results["width_error"] = str(error)
+    splits = Splits(Images(N), Images(10, seed=1))
+    for probe in SMALL_PROBES:
+        for where, world in (("alone", {}), ("over all", {"rank": rank, "world_size": world_size})):
+            metrics = probe(Backbone(dropout=0.0), splits, to_float, Shift(), batch_size=4, **world)
+            results[f"{probe.name} {where}"] = metrics
     return results
 
 
@@ -139,5 +150,7 @@ def test_several_processes_equal_one(world_size: int, tmp_path: Path) -> None:
         assert "process 1 brought" in result["error"]
         assert "of 6 dimensions, expected" in result["error"]
         assert f"process 0 brought 2 rows of 3 dimensions, expected 2 of {2 + world_size}" in result["width_error"]
+        for probe in SMALL_PROBES:
+            assert result[f"{probe.name} over all"] == results[0][f"{probe.name} alone"]
     for batch_size in (4, 16):
         assert [i for result in results for i in result[f"asked{batch_size}"]] == list(range(N))

@@ -29,9 +29,7 @@ def metrics(digits: Split) -> dict[str, float]:
     return LinearCached()(*digits)
 
 
-def one_at_a_time(
-    x: Tensor, y: Tensor, lr: float, weight_decay: float, seed: int, epochs: int, batch: int
-) -> nn.Linear:
+def one_at_a_time(x: Tensor, y: Tensor, lr: float, weight_decay: float, seed: int, epochs: int) -> nn.Linear:
     """One head by nn.Linear, autograd and torch.optim.SGD; the same initial weights and batch order."""
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(x.shape[1], 10)
