@@ -93,7 +93,7 @@ def draw_layers(axis: Any, curves: Curves, quantity: Quantity, x: Array | None =
     kept = thin(len(curves.steps), POINTS)
     x = (curves.steps if x is None else x)[kept]
     chosen = curves.adapted()
-    matrix = curves.telemetry[quantity.column][np.ix_(kept, chosen)]
+    matrix = curves.telemetry[quantity.column][kept][:, chosen]
     matrix = np.where(matrix > 0, matrix, np.nan)  # a logarithm has no place for zero
     for column, color in zip(matrix.T, depth_colors(len(chosen)), strict=True):
         if np.isfinite(column).any():

@@ -1,0 +1,326 @@
+"""From runs to cells: runs of one recipe that differ in the seed alone are one cell, with a mean and a deviation."""
+
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ssl_bench.reading import RunRecord, Skipped
+from ssl_bench.recipe import IRRELEVANT, flatten
+from ssl_bench.report.inference import Summary, summarize
+
+# The first that a report's runs have is the one that its comparisons use; `online` is a monitor and never a result.
+PROTOCOLS = ("test-v1", "linear-aug-v1", "linear-cached-v1", "knn-v1", "paper-probe", "released-probe")
+MONITORS = frozenset({"online"})
+
+OPTIMIZER_NAMES = {"lars": "LARS", "lamb": "LAMB", "lambc": "LAMBC", "tvlars": "TVLARS", "sgd": "SGD", "adamw": "AdamW"}
+
+# Axes of every table, so never part of a variant's name.
+_AXES = frozenset(
+    {"seed", "track", "data.name", "data.path", "batch_size", "method.target", "optimizer.target", "optimizer.lr"}
+)
+# What a run looks at on its way, which changes nothing that it reaches.
+_OBSERVING = frozenset(
+    {
+        *("telemetry.every", "eval.protocols", "eval.baseline", "eval.batch_size"),
+        *("eval.online_every_epochs", "eval.test_every_epochs"),
+    }
+)
+_FAMILIES = ("method", "optimizer", "schedule")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one evaluation protocol says of one model.
+
+    Attributes:
+        top1, top5: percent; top5 is None where the protocol has none.
+        n_test: images.
+        chance: percent; None where it is not recorded.
+        probes: percent; top-1 of each probe seed, empty where the protocol has one number.
+    """
+
+    top1: float
+    top5: float | None
+    n_test: int | None
+    chance: float | None
+    probes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: its seed, how it ended, and its scores by protocol."""
+
+    record: RunRecord
+    seed: int
+    scores: dict[str, Score]
+    untrained: dict[str, Score]
+
+    @property
+    def status(self) -> str:
+        """finished, diverged, collapsed, running or interrupted."""
+        return self.record.status
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs of one recipe less its seed.
+
+    Attributes:
+        key: 16 hex digits of that recipe's hash.
+        problem: "classification" or the method's name.
+        dataset: name.
+        batch_size: images.
+        lr: the recipe's, before the schedule and any batch scaling; NaN where the optimizer has none.
+        optimizer: as tables print it.
+        variant: what distinguishes this cell from others of the same problem, data set, batch size and optimizer,
+            besides the learning rate; empty where nothing does.
+        results: by ascending seed.
+    """
+
+    key: str
+    problem: str
+    dataset: str
+    batch_size: int
+    lr: float
+    optimizer: str
+    variant: str
+    results: tuple[Result, ...]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The first run's."""
+        return self.results[0].record.recipe
+
+    @property
+    def arm(self) -> str:
+        """The optimizer with its variant: what a comparison compares."""
+        return f"{self.optimizer} ({self.variant})" if self.variant else self.optimizer
+
+    @property
+    def setting(self) -> tuple[str, str, int]:
+        """Problem, data set and batch size: within it, arms are compared."""
+        return self.problem, self.dataset, self.batch_size
+
+    @cached_property
+    def statuses(self) -> Counter[str]:
+        """How many runs ended in which way."""
+        return Counter(result.status for result in self.results)
+
+    def top1(self, protocol: str) -> dict[int, float]:
+        """Percent by seed, of the finished runs: a diverged or collapsed one has no accuracy."""
+        return {
+            result.seed: result.scores[protocol].top1
+            for result in self.results
+            if result.status == "finished" and protocol in result.scores
+        }
+
+    def summary(self, protocol: str) -> Summary:
+        """Mean and deviation over the finished runs."""
+        return summarize(list(self.top1(protocol).values()))
+
+    def chance(self, protocol: str) -> float | None:
+        """Percent; None where no run recorded it."""
+        known = [r.scores[protocol].chance for r in self.results if protocol in r.scores]
+        return next((chance for chance in known if chance is not None), None)
+
+    def untrained(self, protocol: str) -> Summary:
+        """The same protocol on the models before their first step."""
+        return summarize([r.untrained[protocol].top1 for r in self.results if protocol in r.untrained])
+
+    def text(self, protocol: str) -> str:
+        """The cell as a table prints it: mean +- sd and n, or a word, never a bare number for a failed run."""
+        summary = self.summary(protocol)
+        failed = [f"{self.statuses[word]} {word}" for word in ("diverged", "collapsed") if self.statuses[word]]
+        if summary.mean is None:
+            return self._words(protocol)
+        spread = f" ± {summary.sd:.2f}" if summary.sd is not None else ""
+        return f"{summary.mean:.2f}{spread} ({'; '.join([f'n = {summary.n}', *failed])})"
+
+    def _words(self, protocol: str) -> str:
+        words = [word for word in ("diverged", "collapsed", "interrupted", "running") if self.statuses[word]]
+        if not words:
+            return f"not measured by {protocol}"
+        if len(words) == 1:
+            return f"{words[0]} (n = {self.statuses[words[0]]})"
+        return ", ".join(f"{self.statuses[word]} {word}" for word in words)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a report is made from.
+
+    Attributes:
+        cells: sorted by problem, data set, batch size, optimizer, variant and learning rate.
+        skipped: folders that give no number, each with its reason.
+    """
+
+    cells: tuple[Cell, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def results(self) -> list[Result]:
+        """All runs."""
+        return [result for cell in self.cells for result in cell.results]
+
+    def protocols(self, problem: str) -> list[str]:
+        """The protocols that any run of a problem has, the one for comparisons first: it covers the most runs."""
+        counts = Counter(name for c in self.cells if c.problem == problem for r in c.results for name in r.scores)
+        order = {name: rank for rank, name in enumerate(PROTOCOLS)}
+        return sorted(counts, key=lambda name: (-counts[name], order.get(name, len(order)), name))
+
+    def headline(self, problem: str) -> str:
+        """The protocol that a problem's comparisons use."""
+        found = self.protocols(problem)
+        return found[0] if found else ("test-v1" if problem == "classification" else "linear-cached-v1")
+
+
+def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Collection:
+    """Sorts runs into cells. A record that has no usable recipe, or repeats another one, is skipped with its reason."""
+    passed_over = list(skipped)
+    groups: dict[str, dict[int, Result]] = defaultdict(dict)
+    for record in sorted(records, key=lambda record: record.results is None):  # of two copies the one that has ended
+        try:
+            result = _result(record)
+            key = _cell(cell_key(record.recipe), [result]).key
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{record.folder}: its record is not a benchmark run's: {type(error).__name__} {error}"
+            passed_over.append(Skipped(record.folder, " ".join(reason.split())))
+            continue
+        runs = groups[key]
+        if result.seed in runs:
+            reason = f"{record.folder}: the same run as {runs[result.seed].record.folder}, which counts once"
+            passed_over.append(Skipped(record.folder, reason))
+        else:
+            runs[result.seed] = result
+    cells = [_cell(key, [runs[seed] for seed in sorted(runs)]) for key, runs in groups.items()]
+    passed_over.sort(key=lambda entry: entry.folder)
+    return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(passed_over))
+
+
+def cell_key(recipe: Mapping[str, Any]) -> str:
+    """16 hex digits of the recipe less its seed and less what cannot change a result."""
+    relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
+    if lookup(recipe, "data.name") in ("hf", "folder"):
+        relevant["data.path"] = lookup(recipe, "data.path")
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def lookup(recipe: Mapping[str, Any], dotted: str, default: Any = None) -> Any:
+    """A value of a nested recipe by its dotted key."""
+    value: Any = recipe
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return value
+
+
+def _result(record: RunRecord) -> Result:
+    scores: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
+    for entry in (record.results or {}).get("evaluations", []):
+        model = entry.get("model", "trained")
+        top1 = entry["metrics"]["top1"]
+        if model in scores and entry["protocol"] not in MONITORS and math.isfinite(top1):
+            scores[model][entry["protocol"]].append(_score(entry))
+    joined = {model: {name: _joined(found) for name, found in each.items()} for model, each in scores.items()}
+    return Result(record, int(record.recipe["seed"]), joined["trained"], joined["untrained"])
+
+
+def _score(entry: Mapping[str, Any]) -> Score:
+    metrics = entry["metrics"]
+    probes = sorted((int(name[len("top1_seed") :]), value) for name, value in metrics.items() if _is_probe(name))
+    return Score(
+        float(metrics["top1"]),
+        metrics.get("top5"),
+        entry.get("n_test"),
+        entry.get("chance"),
+        tuple(float(value) for _, value in probes),
+    )
+
+
+def _is_probe(name: str) -> bool:
+    return name.startswith("top1_seed") and name[len("top1_seed") :].isdigit()
+
+
+def _joined(scores: Sequence[Score]) -> Score:
+    """Several evaluations by one protocol, under several probe seeds, as one: their mean."""
+    if len(scores) == 1:
+        return scores[0]
+    probes = tuple(value for score in scores for value in (score.probes or (score.top1,)))
+    top5 = [score.top5 for score in scores if score.top5 is not None]
+    mean = sum(score.top1 for score in scores) / len(scores)
+    return replace(scores[0], top1=mean, top5=sum(top5) / len(top5) if top5 else None, probes=probes)
+
+
+def _cell(key: str, results: list[Result]) -> Cell:
+    recipe = results[0].record.recipe
+    target = lookup(recipe, "optimizer.target").split(":")[-1]
+    name = lookup(recipe, "optimizer.name", target) if target == "timm" else OPTIMIZER_NAMES.get(target, target)
+    data = recipe["data"]["name"]
+    if data in ("hf", "folder"):
+        data = f"{data}:{str(recipe['data'].get('path')).rstrip('/').rsplit('/', 1)[-1]}"
+    return Cell(
+        key=key,
+        problem="classification" if recipe["track"] == "classify" else lookup(recipe, "method.target").split(":")[-1],
+        dataset=data,
+        batch_size=int(recipe["batch_size"]),
+        lr=float(lookup(recipe, "optimizer.lr", math.nan)),
+        optimizer=name,
+        variant="",
+        results=tuple(results),
+    )
+
+
+def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
+    """Names what distinguishes cells of one optimizer that share problem, data set and batch size."""
+    families: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        families[cell.problem, cell.dataset, cell.optimizer].append(cell)
+    named = []
+    for family in families.values():
+        by_batch: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for cell in family:
+            by_batch[cell.batch_size].append(_comparable(cell.recipe))
+        found = {name for recipes in by_batch.values() for name in _varying(recipes)}
+        varying = sorted(found, key=lambda name: (name.split(".")[0], not name.endswith(".target"), name))
+        for cell in family:
+            flat = _comparable(cell.recipe)
+            parts = [f"{name.removesuffix('.target')}={_plain(flat[name])}" for name in varying if name in flat]
+            named.append(replace(cell, variant=", ".join(parts)))
+    return named
+
+
+def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten(dict(recipe))
+    return {name: value for name, value in flat.items() if name not in IRRELEVANT | _AXES | _OBSERVING}
+
+
+def _varying(recipes: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Keys with more than one value; a plug-in's options are compared among recipes with the same plug-in."""
+    varying = set()
+    for name in {name for recipe in recipes for name in recipe}:
+        family = name.split(".")[0]
+        targets = {recipe.get(f"{family}.target") for recipe in recipes} if family in _FAMILIES else {None}
+        for target in targets:
+            group = [r for r in recipes if family not in _FAMILIES or r.get(f"{family}.target") == target]
+            if name == f"{family}.target":
+                group = list(recipes)
+            if len({json.dumps(recipe.get(name)) for recipe in group}) > 1:
+                varying.add(name)
+    return varying
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    ranks = list(OPTIMIZER_NAMES.values())
+    rank = ranks.index(cell.optimizer) if cell.optimizer in ranks else len(ranks)
+    kind = (cell.problem != "classification", cell.problem, cell.dataset, cell.batch_size)
+    return (*kind, rank, cell.optimizer, cell.variant, cell.lr, cell.key)
