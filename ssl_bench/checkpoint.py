@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,6 @@ _LOG = logging.getLogger(__name__)
 
 _STATE, _META, _SUMS = "state.pt", "meta.json", "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{8,})")
-_HASH_APART = 1 << 20  # bytes from which hashing in a second thread, beside the write, pays
 
 # What torch.load(weights_only=True) gives back exactly as it was.
 _PRIMITIVES = (int, float, str, bool, bytes, torch.dtype, torch.device, type(None))
@@ -52,7 +50,7 @@ class Checkpoints:
         self.keep = keep
         self._warn = warn
         self._damaged: set[int] = set()
-        self._saved: set[int] = set()
+        self._current: set[int] = set()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, damaged or not, in ascending order."""
@@ -64,8 +62,8 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
         """Writes one checkpoint, whole or not at all, then deletes those beyond the last ``keep``.
 
-        A step that this object has saved already is not written again. Checkpoints of later steps, and those that
-        ``load_latest`` found damaged, are deleted: they belong to a course that the run has left.
+        A step that this object has saved, or loaded as the latest, is not written again. Checkpoints of later steps,
+        and those that ``load_latest`` found damaged, are deleted: they belong to a course that the run has left.
 
         Args:
             step: the number of steps completed, >= 0.
@@ -80,7 +78,7 @@ class Checkpoints:
             ValueError: something in ``state`` could be saved but not be loaded safely; its place is named.
         """
         target = self._path(step)
-        if step in self._saved:
+        if step in self._current:
             return target
         _check(state, "state")
         text = json.dumps(jsonable({"format": FORMAT, "step": step, **meta}), indent=2, allow_nan=False) + "\n"
@@ -102,7 +100,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             sync_folder(self.folder)
-        self._saved.add(step)
+        self._current.add(step)
         self._damaged.discard(step)
         self._prune(step)
         return target
@@ -128,6 +126,7 @@ class Checkpoints:
                 reasons.append(str(error))
                 self._warn(f"checkpoint passed over: {error}")
             else:
+                self._current.add(step)
                 return step, state, meta
         if reasons:
             raise CheckpointError(f"checkpoint {self.folder}: every one is damaged: {'; '.join(reasons)}")
@@ -177,31 +176,21 @@ class _HashingFile:
     kept in ``error`` for the caller to raise, and what follows is swallowed.
     """
 
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._pool = pool
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if self.error is not None:
-            return len(data)
-        if len(data) < _HASH_APART:
+        if self.error is None:
             self.sha256.update(data)
-            self._write_all(data)
-        else:
-            hashed = self._pool.submit(self.sha256.update, data)  # both release the interpreter lock
-            self._write_all(data)
-            hashed.result()  # the caller may free the data after this
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[self._file.write(view) :]
+            except OSError as error:
+                self.error = error
         return len(data)
-
-    def _write_all(self, data: Any) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            self.error = error
 
     def flush(self) -> None:
         self._file.flush()
@@ -209,8 +198,8 @@ class _HashingFile:
 
 def _write_state(path: Path, state: Mapping[str, Any]) -> str:
     """Saves the state, waits for the disk, and returns the file's SHA-256."""
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
-        hashing = _HashingFile(file, pool)
+    with open(path, "wb", buffering=0) as file:
+        hashing = _HashingFile(file)
         torch.save(dict(state), hashing)  # type: ignore[arg-type]
         if hashing.error is not None:
             raise hashing.error

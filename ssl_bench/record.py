@@ -7,8 +7,8 @@
     results.json        the end: status and evaluations
     checkpoints/        see ``ssl_bench.checkpoint``
 
-A checkpoint's and a metrics row's ``step`` is the number of steps completed; telemetry's is the index, from 0, of the
-step it describes. NaN and infinity are the strings "nan", "inf" and "-inf".
+A ``step`` is the number of steps completed, in checkpoints, metrics and telemetry alike. NaN and infinity are the
+strings "nan", "inf" and "-inf".
 """
 
 import json
@@ -139,9 +139,11 @@ class Run:
             head = {"format": FORMAT, "identity": self._identity, "recipe": self._recipe}
             atomic_json(self.folder / RUN, {**head, **provenance})
         session = {key: provenance[key] for key in ("started", "world_size", "code", "hardware") if key in provenance}
-        line = json.dumps(jsonable({"step": step, **session}), allow_nan=False) + "\n"
-        with naming(f"{self.folder / SESSIONS}: writing"), open(self.folder / SESSIONS, "a") as file:
-            file.write(line)
+        descriptor = self._open(SESSIONS)
+        try:
+            self._append(descriptor, SESSIONS, {"step": step, **session})
+        finally:
+            os.close(descriptor)
 
     def truncate_to(self, step: int | None) -> None:
         """Drops what was recorded beyond a checkpoint, so that continuing leaves no gap and no double line.
@@ -156,9 +158,9 @@ class Run:
         """
         if self._claim is None:
             return
-        step = step or 0
+        step = -1 if step is None else step
         self._close_metrics()
-        kept = [(line, row) for line, row in metric_rows(self.folder) if step and row["step"] <= step]
+        kept = [(line, row) for line, row in metric_rows(self.folder) if row["step"] <= step]
         if (self.folder / METRICS).exists():
             with atomic_file(self.folder / METRICS) as file:
                 file.writelines(line for line, _ in kept)
@@ -184,11 +186,9 @@ class Run:
             raise RuntimeError("record: a resumed run must call truncate_to before it logs")
         if step <= self._last_step:
             raise ValueError(f"record: a row of step {step} after one of step {self._last_step}; steps must grow")
-        data = (json.dumps(jsonable({**row, "step": step}), allow_nan=False) + "\n").encode()
-        with naming(f"{self.folder / METRICS}: writing"):
-            if self._metrics is None:
-                self._metrics = os.open(self.folder / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            _append(self._metrics, data)
+        if self._metrics is None:
+            self._metrics = self._open(METRICS)
+        self._append(self._metrics, METRICS, {**row, "step": step})
         self._last_step = step
 
     def log_telemetry(self, columns: Mapping[str, Any]) -> None:
@@ -250,6 +250,23 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self, name: str) -> int:
+        with naming(f"{self.folder / name}: opening"):
+            return os.open(self.folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _append(self, descriptor: int, name: str, row: Mapping[str, Any]) -> None:
+        """Appends one line to a file; if the disk takes only a part of it, takes that back and raises."""
+        data = (json.dumps(jsonable(row), allow_nan=False) + "\n").encode()
+        size = os.fstat(descriptor).st_size
+        with naming(f"{self.folder / name}: writing"):
+            try:
+                written = os.write(descriptor, data)
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:
@@ -341,15 +358,3 @@ def _check_evaluations(evaluations: Iterable[Mapping[str, Any]]) -> None:
     for entry in evaluations:
         if not isinstance(entry.get("protocol"), str):
             raise ValueError(f"results: an evaluation names no protocol; it has {', '.join(entry) or 'nothing'}")
-
-
-def _append(descriptor: int, data: bytes) -> None:
-    """Appends to a file in one write; if the disk takes only a part, takes that back and raises."""
-    size = os.fstat(descriptor).st_size
-    try:
-        written = os.write(descriptor, data)
-        while written < len(data):
-            written += os.write(descriptor, data[written:])
-    except OSError:
-        os.ftruncate(descriptor, size)
-        raise

@@ -34,8 +34,8 @@ class TelemetryStore:
         """Writes one block as one part.
 
         Args:
-            columns: equally long 1-d columns by name: tensors on the CPU, arrays or lists; "step" (the step's index,
-                from 0) is one of them. Strings are dictionary-encoded. Rows need not be sorted by step.
+            columns: equally long 1-d columns by name: tensors on the CPU, arrays or lists; "step" (the steps completed,
+                as in the metrics) is one of them. Strings are dictionary-encoded. Rows need not be sorted by step.
 
         Raises:
             ValueError: no step column, columns of different lengths or other columns than before, or a step that an
@@ -69,7 +69,7 @@ class TelemetryStore:
             self._unsynced.clear()
 
     def truncate_to(self, step: int) -> None:
-        """Keeps the rows of the first ``step`` steps, whose indices are below it."""
+        """Drops every row beyond a step."""
         whole = self._run_dir / _FILE
         if whole.exists():  # killed after the consolidation but before the results: it becomes a part again
             table = pq.read_table(whole)
@@ -80,7 +80,7 @@ class TelemetryStore:
         else:
             for path in reversed(self._parts()):
                 table = pq.read_table(path)
-                if table["step"][-1].as_py() < step:
+                if table["step"][-1].as_py() <= step:
                     break
                 self._rewrite(table, step, path)
         parts = self._parts()
@@ -97,7 +97,8 @@ class TelemetryStore:
         parts = self._parts()
         whole = self._run_dir / _FILE
         if parts and not whole.exists():
-            with atomic_file(whole) as file, pq.ParquetWriter(file, pq.read_schema(parts[0]), **_WRITER) as writer:
+            schema = pq.read_schema(parts[0])
+            with atomic_file(whole) as file, pq.ParquetWriter(file, schema, **_options(schema)) as writer:
                 for group in _row_groups(parts):
                     writer.write_table(group, row_group_size=_ROWS_PER_GROUP)
         for path in parts:
@@ -110,8 +111,8 @@ class TelemetryStore:
         return sorted((self._run_dir / _FOLDER).glob("part-*.parquet"))
 
     def _rewrite(self, table: pa.Table, step: int, path: Path) -> None:
-        """Replaces a part by its rows below a step; without any, deletes it."""
-        kept = table.slice(0, int(np.searchsorted(table["step"].to_numpy(), step)))
+        """Replaces a part by its rows up to a step; without any, deletes it."""
+        kept = table.slice(0, int(np.searchsorted(table["step"].to_numpy(), step, side="right")))
         if kept.num_rows:
             path.parent.mkdir(exist_ok=True)
             _write(kept, path, sync=True)
@@ -146,12 +147,16 @@ def read_telemetry(run_dir: str | Path) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks() if tables else pa.table({})
 
 
-_WRITER: dict[str, Any] = {"compression": "zstd", "version": "2.6"}
+def _options(schema: pa.Schema) -> dict[str, Any]:
+    """How the columns are written: measured values seldom repeat, so a dictionary of them only costs."""
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    others = [field.name for field in schema if not pa.types.is_floating(field.type)]
+    return {"compression": "zstd", "use_dictionary": others, "use_byte_stream_split": floats}
 
 
 def _write(table: pa.Table, path: Path, *, sync: bool) -> None:
     with atomic_file(path, sync=sync) as file:
-        pq.write_table(table, file, row_group_size=_ROWS_PER_GROUP, **_WRITER)
+        pq.write_table(table, file, row_group_size=_ROWS_PER_GROUP, **_options(table.schema))
 
 
 def _row_groups(parts: list[Path]) -> Iterator[pa.Table]:

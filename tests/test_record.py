@@ -46,8 +46,8 @@ def open_run(folder: Path, **changes: Any) -> Run:
 
 
 def block(first: int, stop: int) -> dict[str, Any]:
-    """Telemetry of steps [first, stop) of three layers."""
-    steps = torch.arange(first, stop).repeat_interleave(len(LAYERS))
+    """Telemetry of three layers in the steps from the one after ``first`` to ``stop``."""
+    steps = torch.arange(first + 1, stop + 1).repeat_interleave(len(LAYERS))
     values = torch.sin(steps.float() * 1.7 + torch.arange(len(LAYERS)).repeat(stop - first))
     return {"step": steps, "layer": LAYERS * (stop - first), "ratio": values}
 
@@ -325,9 +325,9 @@ def test_a_resumed_run_goes_on_without_gap_or_double_line(tmp_path: Path) -> Non
             run.log({"step": 10})
         run.log({"step": 15, "loss": 1 / 15})
     assert lines(tmp_path) == [json.dumps({"step": step, "loss": 1 / step}) for step in (5, 10, 15)]
-    for nothing in (None, 0):  # killed before its first checkpoint
+    for _ in range(2):  # killed before its first checkpoint
         with open_run(tmp_path) as run:
-            run.truncate_to(nothing)
+            run.truncate_to(None)
             run.log({"step": 0})
             run.log({"step": 5})
         assert lines(tmp_path) == ['{"step": 0}', '{"step": 5}']
@@ -355,7 +355,7 @@ def test_a_full_disk_leaves_only_whole_rows(tmp_path: Path) -> None:
         run.write_provenance({})
         with pytest.raises(OSError, match=r"metrics\.jsonl: writing: No space left on device$"):
             fill(run)
-        with pytest.raises(OSError, match=r"part-00000000\.parquet: writing: No space left on device$"):
+        with pytest.raises(OSError, match=r"part-00000001\.parquet: writing: No space left on device$"):
             run.log_telemetry(block(0, 10_000))
         with pytest.raises(OSError, match=r"results\.json: writing: No space left on device$"):
             run.write_results({"status": "finished", "text": "x" * 100_000})
@@ -376,7 +376,7 @@ def test_telemetry_reads_the_same_while_running_and_after(tmp_path: Path) -> Non
         run.log_telemetry(block(0, 3))
         run.log_telemetry(block(3, 4))
         running = read_telemetry(tmp_path)
-        assert running["step"].to_pylist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert running["step"].to_pylist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
         assert running["layer"].to_pylist() == LAYERS * 4
         assert str(running.schema.field("layer").type).startswith("dictionary")
         assert np.array_equal(running["ratio"].to_numpy(), block(0, 4)["ratio"].numpy())
@@ -433,7 +433,7 @@ def test_the_finished_file_is_bitwise_the_same_through_interruptions(
 def test_telemetry_refuses_a_double_step_and_other_columns(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         run.log_telemetry(block(0, 3))
-        with pytest.raises(ValueError, match="a block starts at step 2, but step 2 is recorded"):
+        with pytest.raises(ValueError, match="a block starts at step 3, but step 3 is recorded"):
             run.log_telemetry(block(2, 4))
         with pytest.raises(ValueError, match=r"columns are .*phi.*, before .*ratio: float"):
             run.log_telemetry({"phi" if name == "ratio" else name: column for name, column in block(3, 4).items()})
@@ -441,7 +441,7 @@ def test_telemetry_refuses_a_double_step_and_other_columns(tmp_path: Path) -> No
             run.log_telemetry({"step": [5], "ratio": [1.0, 2.0]})
         with pytest.raises(ValueError, match="no column 'step' among ratio"):
             run.log_telemetry({"ratio": [1.0]})
-        run.truncate_to(0)
+        run.truncate_to(None)
         assert read_telemetry(tmp_path).num_rows == 0
         run.log_telemetry(block(0, 1))
 
@@ -449,8 +449,8 @@ def test_telemetry_refuses_a_double_step_and_other_columns(tmp_path: Path) -> No
 def test_damaged_telemetry_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         run.log_telemetry(block(0, 3))
-        os.truncate(tmp_path / "telemetry" / "part-00000000.parquet", 50)
-        with pytest.raises(ValueError, match=r"part-00000000\.parquet is damaged"):
+        os.truncate(tmp_path / "telemetry" / "part-00000001.parquet", 50)
+        with pytest.raises(ValueError, match=r"part-00000001\.parquet is damaged"):
             read_telemetry(tmp_path)
 
 
@@ -577,19 +577,20 @@ def once():
         if run.results is not None:
             return
         checkpoints = Checkpoints(folder / "checkpoints")
-        step, x = 0, torch.ones(1000)
+        step, x = None, torch.ones(1000)
         latest = checkpoints.load_latest()
         if latest is not None:
             step, state, _ = latest
             x = state["x"]
-        run.write_provenance({}, step=step)
         run.truncate_to(step)
+        step = step or 0
+        run.write_provenance({}, step=step)
         pending = []
         while step < 36:
             tick()
             x = step_once(x, step)
-            pending.append((step, float(x.sum())))
             step += 1
+            pending.append((step, float(x.sum())))
             run.log({"step": step, "loss": float(x.mean())})
             if step % 3 == 0:
                 ks, sums = zip(*pending)
