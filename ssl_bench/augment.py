@@ -11,13 +11,13 @@ operation are made without waiting for a device; they travel in one packed copy 
 The pipelines are those of torchvision with the same names, and its semantics on float images: see `ssl_bench.color`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ssl_bench import color
+from ssl_bench.augment_base import Augmentation, take, to_device, to_planes
 from ssl_bench.resample import (
     Params,
     crop_boxes,
@@ -26,6 +26,7 @@ from ssl_bench.resample import (
     draw_crops,
     gaussian_blur,
     shifted_rotation,
+    tap_matrices,
     uniform,
 )
 
@@ -39,93 +40,7 @@ __all__ = [
     "take",
 ]
 
-BLOCK = 128 * 3 * 32 * 32  # values a CPU works on at a time: what its caches hold, and enough to hide the calls
-
-
-def take(params: Params, index: slice | Tensor) -> Params:
-    """The parameters of some samples of the batch."""
-    return {name: value[index] for name, value in params.items()}
-
-
-class Augmentation(ABC):
-    """uint8 images -> normalised images, each with its own random parameters.
-
-    Args:
-        mean: of each channel, for pixels in [0, 1].
-        std: of each channel, > 0.
-        dtype: of the result.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> None:
-        self._check(len(mean) == 3 and len(std) == 3, "mean and std", (mean, std), "three numbers each")
-        self._check(all(value > 0 for value in std), "std", std, "numbers > 0")
-        self._check(dtype.is_floating_point, "dtype", dtype, "a floating-point type")
-        self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
-
-    @abstractmethod
-    def draw(self, n: int, generator: torch.Generator) -> Params:
-        """Draws the parameters of n samples from a CPU generator: tensors of n rows, on the CPU."""
-
-    @abstractmethod
-    def __call__(self, images: Tensor, params: Params) -> Tensor:
-        """Augments a batch.
-
-        Args:
-            images: (n, 3, H, W) uint8 on any device.
-            params: of these n samples, from `draw` and `take`, on the CPU.
-
-        Returns:
-            (n, 3, h, w) of the dtype chosen at construction, channels_last, on the images' device.
-        """
-
-    def _check(self, holds: bool, argument: str, got: object, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{type(self).__name__}: {argument} must be {allowed}, got {got!r}")
-
-    def _check_probability(self, argument: str, got: float) -> None:
-        self._check(0 <= got <= 1, argument, got, "in [0, 1]")
-
-    def _check_range(self, argument: str, got: tuple[float, float], most: float = float("inf")) -> None:
-        allowed = f"(low, high) with 0 < low <= high{'' if most == float('inf') else f' <= {most:g}'}"
-        self._check(len(got) == 2 and 0 < got[0] <= got[1] <= most, argument, got, allowed)
-
-    def _check_images(self, images: Tensor, params: Params) -> None:
-        shape = tuple(images.shape)
-        good = images.ndim == 4 and shape[1] == 3 and images.dtype == torch.uint8
-        self._check(good, "images", f"{shape} {images.dtype}", "(n, 3, H, W) uint8")
-        for name, value in params.items():
-            got = f"{len(value)} on {value.device}"
-            self._check(len(value) == len(images), f"params[{name!r}]", got, f"{len(images)} rows, one per image")
-            self._check(value.device.type == "cpu", f"params[{name!r}]", got, "on the CPU")
-
-    def _blocks(self, images: Tensor, size: int) -> list[slice]:
-        """The batch in pieces that the caches of a CPU hold; a GPU takes all at once."""
-        n = len(images)
-        pixels = 3 * max(size * size, images.shape[2] * images.shape[3])
-        length = max(1, BLOCK // pixels) if images.device.type == "cpu" else n
-        return [slice(start, min(start + length, n)) for start in range(0, n, length)]
-
-    def _empty(self, images: Tensor, height: int, width: int) -> Tensor:
-        shape = (len(images), 3, height, width)
-        return torch.empty(shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
-
-    def _normalize(self, planes: Tensor) -> Tensor:
-        """(3, n, P) float in [0, 1], overwritten -> (n, P, 3) of the output's dtype."""
-        for plane, mean, std in zip(planes, self.mean, self.std, strict=True):
-            plane.sub_(mean).mul_(1 / std)
-        pixels = torch.empty((*planes.shape[1:], 3), device=planes.device)
-        return pixels.copy_(planes.permute(1, 2, 0)).to(self.dtype)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a small CPU tensor without waiting for the device."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _planes(images: Tensor) -> Tensor:
-    """(n, 3, H, W) uint8 -> (3, n, H * W) float32 in [0, 1]."""
-    planes = torch.empty((3, len(images), images.shape[2] * images.shape[3]), device=images.device)
-    return planes.copy_(images.flatten(2).transpose(0, 1)).div_(255)
+NO_BLUR = 1e-3  # a standard deviation, in pixels, that leaves an image as it is
 
 
 class SSLView(Augmentation):
@@ -151,6 +66,9 @@ class SSLView(Augmentation):
         solarize_threshold: values at or above it are inverted, in [0, 1]. PIL inverts the values 128 ... 255, which
             are those that round up from 127.5 / 255 = 0.5.
         mean, std, dtype: see `Augmentation`.
+        compile: fuse the whole view by torch.compile, for GPUs, where starting kernels takes the time (on CPUs it is
+            slower). Every sample then passes through every operation, so that shapes depend on the batch's size alone;
+            results differ in the last bits of float32.
     """
 
     def __init__(
@@ -171,6 +89,7 @@ class SSLView(Augmentation):
         mean: Sequence[float],
         std: Sequence[float],
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> None:
         super().__init__(mean, std, dtype)
         self._check(size > 0, "size", size, "a number of pixels > 0")
@@ -192,6 +111,8 @@ class SSLView(Augmentation):
         self.jitter, self.jitter_p, self.gray_p = jitter, jitter_p, gray_p
         self.blur_p, self.blur_sigma, self.blur_kernel = blur_p, blur_sigma, blur_kernel
         self.solarize_p, self.solarize_threshold = solarize_p, solarize_threshold
+        self._taps = tap_matrices(size, blur_kernel)
+        self._compiled = torch.compile(self._fixed, fullgraph=True, dynamic=False) if compile else None
 
     def draw(self, n: int, generator: torch.Generator) -> Params:
         params = draw_crops(n, self.crop_scale, self.crop_ratio, self.flip, generator)
@@ -203,64 +124,106 @@ class SSLView(Augmentation):
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
-    def __call__(self, images: Tensor, params: Params) -> Tensor:
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         self._check_images(images, params)
-        height, width = images.shape[2:]
-        # Samples are sorted by how many colour operations come before the hue's, the only one that is not a blend:
-        # then each of the steps below is one operation on a run of neighbours.
-        position = color.hue_position(params)
-        order = position.argsort(stable=True)
-        position = position[order]
+        if self._taps.device != images.device:
+            self._taps = self._taps.to(images.device)
+        table = self._table(params, images.shape[2], images.shape[3])
+        if self._compiled is None:
+            pixels = self._sorted(images, table, params)
+        else:
+            pixels = self._compiled(images, to_device(table, images.device))
+        return pixels.unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
+
+    def _table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
+        """(n, 24 + ...) float32: what a sample needs of its parameters; an operation that it skips is the identity.
+
+        Blends before the hue (9), hue, blends after it (9), grey (3), sigma, solarize, the crop's geometry.
+        """
+        before, after = color.blend_coefficients(params)
         boxes = crop_boxes(params, height, width, self.crop_ratio)
-        numbers = [
-            color.blend_coefficients(params).flatten(1),
-            params["hue"][:, None],
-            params["sigma"][:, None],
+        columns = [
+            before.flatten(1),
+            (params["hue"] * params["jitter"])[:, None],
+            after.flatten(1),
+            torch.where(params["gray"][:, None], torch.tensor(color.GREY), torch.tensor(color.IDENTITY)),
+            torch.where(params["blur"], params["sigma"], NO_BLUR)[:, None],
+            params["solarize"][:, None],
             crop_geometry(boxes, params["flip"], height, width, self.size),
         ]
-        table = torch.cat(numbers, 1).index_select(0, order)
+        return torch.cat(columns, 1)
+
+    def _split(self, table: Tensor) -> tuple[Tensor, ...]:
+        before, hue, after, grey, sigma, solarize, geometry = table.tensor_split([9, 10, 19, 22, 23, 24], 1)
+        return before.unflatten(1, (3, 3)), hue, after.unflatten(1, (3, 3)), grey, sigma, solarize, geometry
+
+    def _fixed(self, images: Tensor, table: Tensor) -> Tensor:
+        """All operations on all samples, for compilation: (n, 3, H, W) uint8 -> (n, size * size, 3)."""
+        before, hue, after, grey, sigma, solarize, geometry = self._split(table)
+        square = crop_resize(images, geometry, self.size, "bicubic")
+        planes = square.flatten(2)
+        for step in range(3):
+            color.blend(planes, before[:, step])
+        color.rotate_hue(planes, hue)
+        for step in range(3):
+            color.blend(planes, after[:, step])
+        if self.gray_p:
+            color.blend(planes, grey)
+        if self.blur_p:
+            gaussian_blur(square, sigma, self._taps)
+        if self.solarize_p:
+            color.solarize(planes, self.solarize_threshold, solarize)
+        return self._normalize(planes)
+
+    def _sorted(self, images: Tensor, table: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """Each sample through its own operations only: (n, 3, H, W) uint8 -> (n, size * size, 3).
+
+        Samples are sorted by how many colour operations come before the hue's, the only one that is not a blend: then
+        each step is one operation on a run of neighbours.
+        """
+        position = color.hue_position(params)
+        order = position.argsort(stable=True)
+        position, table = position[order], table.index_select(0, order)
         chosen = torch.stack([params["gray"], params["blur"], params["solarize"]])[:, order]
         pixels = torch.empty((len(images), self.size**2, 3), dtype=self.dtype, device=images.device)
         for block in self._blocks(images, self.size):
             lists = [order[block], *(mask.nonzero().squeeze(1) for mask in chosen[:, block])]
-            rows, *lists = _to(torch.cat(lists), images.device).split([len(rows) for rows in lists])
-            ends = torch.searchsorted(position[block], torch.arange(5)).tolist()
-            planes = self._augment(images.index_select(0, rows), _to(table[block], images.device), ends[1:], lists)
-            pixels[block] = self._normalize(planes)
-        unsorted = pixels.index_select(0, _to(order.argsort(), images.device))
-        return unsorted.unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
+            rows, *lists = to_device(torch.cat(lists), images.device).split([len(rows) for rows in lists])
+            ends = torch.searchsorted(position[block], torch.arange(1, 5)).tolist()
+            block_table = to_device(table[block], images.device)
+            pixels[block] = self._sorted_block(images.index_select(0, rows), block_table, ends, lists)
+        return pixels.index_select(0, to_device(order.argsort(), images.device))
 
-    def _augment(self, images: Tensor, table: Tensor, ends: list[int], lists: list[Tensor]) -> Tensor:
-        """A block of samples: (n, 3, H, W) uint8 -> (3, n, size * size) float32 in [0, 1].
+    def _sorted_block(self, images: Tensor, table: Tensor, ends: list[int], lists: list[Tensor]) -> Tensor:
+        """As `_fixed`, for samples sorted by the hue's position.
 
         Args:
-            images: sorted by the hue's position.
-            table: (n, ...) three blends (9), hue, sigma, the crop's geometry.
-            ends: how many samples have their hue at position 0, at most 1, ..., at most 3.
+            images: (n, 3, H, W) uint8.
+            table: (n, ...) from `_table`.
+            ends: how many samples have their hue at position 0, at most 1, ..., at most 3; the others no jitter.
             lists: the samples that become grey, blurred, solarized.
         """
-        blends, hue, sigma, geometry = table.tensor_split([9, 10, 11], 1)
+        before, hue, after, _, sigma, _, geometry = self._split(table)
         square = crop_resize(images, geometry, self.size, "bicubic")
         planes = square.flatten(2)
-        blends = blends.unflatten(1, (3, 3))
         jittered = ends[3]
-        for step in range(3):  # blends before the hue
-            color.blend(planes[:, ends[step] : jittered], blends[ends[step] : jittered, step])
+        for step in range(3):
+            color.blend(planes[:, ends[step] : jittered], before[ends[step] : jittered, step])
         color.rotate_hue(planes[:, :jittered], hue[:jittered])
-        for step in range(3):  # and after it
-            color.blend(planes[:, : ends[step]], blends[: ends[step], step])
+        for step in range(3):
+            color.blend(planes[:, : ends[step]], after[: ends[step], step])
         gray, blur, solarize = lists
         if len(gray):
             planes.index_copy_(1, gray, color.luma(planes.index_select(1, gray)).expand(3, -1, -1))
         if len(blur) == len(images):
-            gaussian_blur(square, sigma, self.blur_kernel)
+            gaussian_blur(square, sigma, self._taps)
         elif len(blur):
-            blurred = gaussian_blur(square.index_select(1, blur), sigma.index_select(0, blur), self.blur_kernel)
+            blurred = gaussian_blur(square.index_select(1, blur), sigma.index_select(0, blur), self._taps)
             square.index_copy_(1, blur, blurred)
         if len(solarize):
             inverted = color.solarize(planes.index_select(1, solarize), self.solarize_threshold)
             planes.index_copy_(1, solarize, inverted)
-        return planes
+        return self._normalize(planes)
 
 
 class RandomResizedCropFlip(Augmentation):
@@ -294,11 +257,11 @@ class RandomResizedCropFlip(Augmentation):
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
-    def __call__(self, images: Tensor, params: Params) -> Tensor:
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         self._check_images(images, params)
         height, width = images.shape[2:]
         boxes = crop_boxes(params, height, width, self.crop_ratio)
-        geometry = _to(crop_geometry(boxes, params["flip"], height, width, self.size), images.device)
+        geometry = to_device(crop_geometry(boxes, params["flip"], height, width, self.size), images.device)
         output = self._empty(images, self.size, self.size)
         flat = output.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self._blocks(images, self.size):
@@ -340,15 +303,15 @@ class PadCropFlipRotate(Augmentation):
             "angle": uniform((n,), -self.degrees, self.degrees, generator),  # degrees
         }
 
-    def __call__(self, images: Tensor, params: Params) -> Tensor:
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         self._check_images(images, params)
         table = torch.cat([params["shift"], params["flip"][:, None], params["angle"][:, None]], 1)
-        table = _to(table, images.device)
+        table = to_device(table, images.device)
         output = self._empty(images, *images.shape[2:])
         flat = output.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self._blocks(images, 0):
             x = shifted_rotation(images[block], table[block, :2], table[block, 2], table[block, 3])
-            flat[block] = self._normalize(_planes(x))
+            flat[block] = self._normalize(to_planes(x))
         return output
 
 
@@ -358,10 +321,10 @@ class Normalize(Augmentation):
     def draw(self, n: int, generator: torch.Generator) -> Params:  # noqa: ARG002
         return {}
 
-    def __call__(self, images: Tensor, params: Params | None = None) -> Tensor:
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
         self._check_images(images, params or {})
         output = self._empty(images, *images.shape[2:])
         flat = output.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self._blocks(images, 0):
-            flat[block] = self._normalize(_planes(images[block]))
+            flat[block] = self._normalize(to_planes(images[block]))
         return output

@@ -7,6 +7,7 @@ Semantics: torchvision's on float images in [0, 1]. Nothing is rounded to uint8 
 differs by a few 1/255 for that reason); results are clamped to [0, 1] where torchvision clamps them.
 """
 
+from collections.abc import Mapping
 from itertools import permutations
 
 import torch
@@ -17,6 +18,7 @@ from ssl_bench.resample import Params, uniform
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of ColorJitter's operations
 _ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4)
+IDENTITY, GREY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)  # coefficients of `blend`
 _TINY = 1e-20
 
 
@@ -39,19 +41,29 @@ def draw_jitter(n: int, jitter: tuple[float, float, float, float], p: float, gen
     }
 
 
-def hue_position(params: Params) -> Tensor:
+def hue_position(params: Mapping[str, Tensor]) -> Tensor:
     """(n,) how many operations come before the hue's; 4 for a sample that is not jittered."""
     position = (params["order"] == HUE).to(torch.uint8).argmax(1)
     return torch.where(params["jitter"], position, 4)
 
 
-def blend_coefficients(params: Params) -> Tensor:
-    """(n, 3, 3): the coefficients of `blend` for brightness, contrast and saturation in the sample's order."""
+def blend_coefficients(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The coefficients of `blend` for brightness, contrast and saturation in each sample's order.
+
+    Returns:
+        two (n, 3, 3), (n, step, coefficient): for the steps before the hue and for those after it. In step 1, say, a
+        sample's second blend has its coefficients in one of the two, and the other has `IDENTITY`.
+    """
     order = params["order"]
     order = order[order != HUE].view(-1, 3)
     factor = params["factors"].gather(1, order)
     rest = 1 - factor
-    return torch.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
+    blends = torch.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
+    position, steps, identity = hue_position(params)[:, None], torch.arange(3), torch.tensor(IDENTITY)
+    before = steps < position
+    after = ~before
+    before = before & params["jitter"][:, None]
+    return torch.where(before[:, :, None], blends, identity), torch.where(after[:, :, None], blends, identity)
 
 
 def luma(planes: Tensor) -> Tensor:
@@ -105,7 +117,15 @@ def rotate_hue(planes: Tensor, shift: Tensor) -> Tensor:
     return planes
 
 
-def solarize(planes: Tensor, threshold: float) -> Tensor:
-    """torchvision's ``solarize``: inverts what is at or above the threshold."""
-    above = torch.ge(planes, threshold, out=torch.empty_like(planes))  # arithmetic: selecting by a mask is slow on CPUs
-    return torch.addcmul(planes, above, 1 - 2 * planes)
+def solarize(planes: Tensor, threshold: float, chosen: Tensor | None = None) -> Tensor:
+    """torchvision's ``solarize``, in place: inverts what is at or above the threshold.
+
+    Args:
+        planes: (3, n, P) float in [0, 1].
+        threshold: in [0, 1].
+        chosen: (n, 1) float, 1 for the samples to solarize and 0 for the others; None for all.
+    """
+    above = (planes >= threshold).to(planes.dtype)  # arithmetic, since a CPU is slow to select by a mask
+    if chosen is not None:
+        above = above * chosen
+    return planes.addcmul_(above, 1 - 2 * planes)

@@ -5,7 +5,7 @@ flip folded into Wx. So is the blur. Dense products are the fastest way to do th
 matrix products run near the peak where gathers do not.
 """
 
-from functools import lru_cache
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def draw_crops(
     }
 
 
-def crop_boxes(params: Params, height: int, width: int, ratio: tuple[float, float]) -> Tensor:
+def crop_boxes(params: Mapping[str, Tensor], height: int, width: int, ratio: tuple[float, float]) -> Tensor:
     """The crops in pixels, distributed as torchvision's ``RandomResizedCrop.get_params``.
 
     A sample takes the first of its tries that fits into the image; where none does, the largest central crop whose
@@ -143,32 +143,39 @@ def crop_resize(images: Tensor, geometry: Tensor, size: int, kind: str) -> Tenso
     return output.clamp_(0, 1)
 
 
-@lru_cache(maxsize=8)
-def _tap_matrices(size: int, radius: int, device: torch.device) -> Tensor:
-    """(radius + 1, size * size): how often a tap at each distance falls on each pixel, with reflected borders."""
+def tap_matrices(size: int, kernel: int) -> Tensor:
+    """How often a tap at each distance from the centre falls on each pixel, with reflected borders.
+
+    Args:
+        size: pixels of the axis.
+        kernel: taps, odd, < 2 size.
+
+    Returns:
+        (kernel // 2 + 1, size * size) float32: for each distance a (target, source) matrix.
+    """
+    radius = kernel // 2
     taps = torch.arange(-radius, radius + 1)
-    source = (torch.arange(size)[:, None] + taps).abs()  # (size, 2 * radius + 1)
+    source = (torch.arange(size)[:, None] + taps).abs()  # (size, kernel)
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
-    counts = torch.zeros(radius + 1, size, size)
     target = torch.arange(size)[:, None].expand_as(source)
+    counts = torch.zeros(radius + 1, size, size)
     counts.index_put_((taps.abs().expand_as(source), target, source), torch.ones(source.shape), accumulate=True)
-    return counts.view(radius + 1, size * size).to(device)
+    return counts.view(radius + 1, size * size)
 
 
-def gaussian_blur(planes: Tensor, sigma: Tensor, kernel: int) -> Tensor:
+def gaussian_blur(planes: Tensor, sigma: Tensor, taps: Tensor) -> Tensor:
     """Blurs each sample with its own sigma, in place: torchvision's ``gaussian_blur``.
 
     Args:
         planes: (3, n, S, S) float32, contiguous.
         sigma: (n, 1) standard deviation in pixels, > 0.
-        kernel: taps, odd, < 2 S.
+        taps: the matrices of `tap_matrices` for S and the kernel's size, on the planes' device.
     """
     _, n, size, _ = planes.shape
-    radius = kernel // 2
-    distance = torch.arange(radius + 1, device=planes.device)
-    taps = torch.exp(-0.5 * (distance / sigma) ** 2)  # (n, radius + 1)
-    taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
-    matrix = (taps @ _tap_matrices(size, radius, planes.device)).view(n, size, size)
+    distance = torch.arange(len(taps), device=planes.device)
+    weights = torch.exp(-0.5 * (distance / sigma) ** 2)  # (n, radius + 1)
+    weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
+    matrix = (weights @ taps).view(n, size, size)
     for plane in planes:
         torch.bmm(torch.bmm(matrix, plane), matrix.transpose(1, 2), out=plane)
     return planes

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,30 @@ def test_bfloat16_is_the_rounded_float32_under_autocast_too(make: Callable[[torc
     assert ours.dtype == torch.bfloat16
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(ours, single(x, params).bfloat16())
+
+
+@pytest.mark.parametrize("off", [{}, {"gray_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}])
+def test_fixed_shape_view_equals_the_sorted_one(off: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile=True` with a backend that traces the whole view, but runs it without a compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    arguments = {"blur_p": 0.5, "solarize_p": 0.2, **COLOR, **off}
+    plain, fixed = SSLView(16, **arguments), SSLView(16, **arguments, compile=True)
+    x = images(40, 20, 24)
+    params = plain.draw(len(x), generator())
+    ours, theirs = fixed(x, params), plain(x, params)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    # a value on solarization's threshold may fall on either side
+    assert (ours - theirs).abs().gt(1e-5).float().mean() < 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_view_equals_the_plain_one() -> None:
+    plain = SSLView(16, blur_p=0.5, dtype=torch.bfloat16, **COLOR)
+    compiled = SSLView(16, blur_p=0.5, dtype=torch.bfloat16, compile=True, **COLOR)
+    x = images(40, 20, 24)
+    for seed in range(3):
+        params = plain.draw(len(x), generator(seed))
+        torch.testing.assert_close(compiled(x, params), plain(x, params), rtol=0.02, atol=0.02)
 
 
 def test_probabilities_are_those_asked_for() -> None:

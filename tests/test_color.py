@@ -36,8 +36,9 @@ def test_blend_equals_torchvision(operation: str) -> None:
     factor = torch.tensor([0.0, 0.3, 0.8, 1.0, 1.4, 2.5])
     number = ["brightness", "contrast", "saturation"].index(operation)
     others = [i for i in range(4) if i != number]
-    params = {"factors": factor[:, None].expand(6, 3), "order": torch.tensor([number, *others]).expand(6, 4)}
-    ours = color.blend(x.clone(), color.blend_coefficients(params)[:, 0])
+    order = torch.tensor([number, *others]).expand(6, 4)
+    params = {"factors": factor[:, None].expand(6, 3), "order": order, "jitter": torch.ones(6, dtype=torch.bool)}
+    ours = color.blend(x.clone(), color.blend_coefficients(params)[0][:, 0])
     theirs = torchvisions(getattr(F, f"adjust_{operation}"), x, factor)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=ATOL)
 
@@ -61,18 +62,32 @@ def test_luma_and_solarize_equal_torchvisions() -> None:
     x = images()
     torch.testing.assert_close(color.luma(x), F.rgb_to_grayscale(x)[0], rtol=0, atol=1e-6)
     x[0, 0, 0] = 0.5
-    torch.testing.assert_close(color.solarize(x, 0.5), F.solarize(x, 0.5), rtol=0, atol=1e-7)
+    torch.testing.assert_close(color.solarize(x.clone(), 0.5), F.solarize(x, 0.5), rtol=0, atol=1e-7)
 
 
 def test_solarize_at_half_inverts_the_values_that_pil_inverts() -> None:
     levels = torch.arange(256) / 255
-    assert color.solarize(levels, 0.5).mul(255).round().tolist() == [v if v < 128 else 255 - v for v in range(256)]
+    assert color.solarize(levels.clone(), 0.5).mul(255).round().tolist() == [
+        v if v < 128 else 255 - v for v in range(256)
+    ]
 
 
 def test_hue_position_counts_the_operations_before_it() -> None:
     order = torch.tensor([[3, 0, 1, 2], [0, 3, 1, 2], [2, 1, 3, 0], [0, 1, 2, 3], [3, 2, 1, 0]])
     params = {"order": order, "jitter": torch.tensor([True, True, True, True, False])}
     assert color.hue_position(params).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_blends_fall_on_one_side_of_the_hue() -> None:
+    params = color.draw_jitter(200, (0.4, 0.4, 0.2, 0.1), 0.5, torch.Generator().manual_seed(0))
+    before, after = color.blend_coefficients(params)
+    position, identity = color.hue_position(params), torch.tensor(color.IDENTITY)
+    for i in range(200):
+        for step in range(3):
+            used = before[i, step] if step < position[i] else after[i, step]
+            other = after[i, step] if step < position[i] else before[i, step]
+            assert torch.equal(other, identity)
+            assert torch.equal(used, identity) == (not params["jitter"][i])
 
 
 @pytest.mark.parametrize("jitter", [(0.4, 0.4, 0.2, 0.1), (1.5, 0.8, 0.0, 0.5)])
