@@ -197,6 +197,25 @@ def test_fixed_shape_view_equals_the_sorted_one(off: dict[str, float], monkeypat
     assert (ours - theirs).abs().gt(1e-5).float().mean() < 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("transform", PIPELINES, ids=lambda t: type(t).__name__)
+def test_gpu_equals_cpu_and_never_waits(transform: Augmentation) -> None:
+    x = images(150)
+    params = transform.draw(len(x), generator())
+    on_gpu = x.cuda()
+    transform(on_gpu, params)  # the first call may move constants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = transform(on_gpu, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ours.device.type == "cuda"
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    theirs = transform(x, params)
+    # a value on solarization's threshold, or halfway between two pixels, may fall on either side
+    assert (ours.cpu() - theirs).abs().gt(1e-4).float().mean() < 1e-3
+
+
 @pytest.mark.slow
 def test_compiled_view_equals_the_plain_one() -> None:
     plain = SSLView(16, blur_p=0.5, dtype=torch.bfloat16, **COLOR)
