@@ -20,17 +20,19 @@ class Quantity:
         column: its name in telemetry.parquet.
         symbol: mathematics for a figure's axis.
         text: the same in plain characters.
-        meaning: what it is, with its unit; all norms are without unit.
+        meaning: what it is; none has a unit.
+        log: whether it spans decades.
     """
 
     column: str
     symbol: str
     text: str
     meaning: str
+    log: bool = True
 
 
 # Columns of `ssl_bench.optim.telemetry`; u is the direction that the ratio divides by: g + beta w, for LAMB Adam's.
-W_NORM = Quantity("weight_norm", r"$\|w\|$", "|w|", "weight norm")
+W_NORM = Quantity("weight_norm", r"$\|w\|$", "|w|", "weight norm", log=False)
 G_NORM = Quantity("grad_norm", r"$\|g\|$", "|g|", "gradient norm")
 RATIO = Quantity("raw_ratio", r"$\|w\|\,/\,\|u\|$", "|w| / |u|", "trust ratio")
 MOVED = Quantity("relative_step", r"$\|\Delta w\|\,/\,\|w\|$", "|dw| / |w|", "relative step")

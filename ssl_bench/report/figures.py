@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#333333",
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "savefig.dpi": 160,
+    "savefig.dpi": 130,
     "svg.fonttype": "none",  # text stays text: searchable, and small
     "svg.hashsalt": "ssl_bench",  # the same runs give the same file
 }
@@ -78,7 +78,7 @@ def depth_bar(figure: Figure, axes: Any, n_layers: int) -> None:
 
 
 def draw_layers(axis: Any, curves: Curves, quantity: Quantity, x: Array | None = None) -> None:
-    """Every adapted layer's curve of one quantity, on a logarithmic axis; says so where nothing was recorded.
+    """Every adapted layer's curve of one quantity; says so where nothing was recorded.
 
     Args:
         axis: matplotlib's.
@@ -94,11 +94,12 @@ def draw_layers(axis: Any, curves: Curves, quantity: Quantity, x: Array | None =
     x = (curves.steps if x is None else x)[kept]
     chosen = curves.adapted()
     matrix = curves.telemetry[quantity.column][kept][:, chosen]
-    matrix = np.where(matrix > 0, matrix, np.nan)  # a logarithm has no place for zero
+    if quantity.log:
+        matrix = np.where(matrix > 0, matrix, np.nan)  # a logarithm has no place for zero
     for column, color in zip(matrix.T, depth_colors(len(chosen)), strict=True):
         if np.isfinite(column).any():
             axis.plot(x, column, color=color, linewidth=0.9, alpha=0.9)
-    if np.isfinite(matrix).any():
+    if quantity.log and np.isfinite(matrix).any():
         axis.set_yscale("log")
 
 

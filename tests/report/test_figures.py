@@ -6,7 +6,10 @@ import pytest
 from PIL import Image
 from synthetic_runs import LAYERS, write_run
 
+from ssl_bench.reading import find_runs
+from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.curves import load_curves, short_names, thin
+from ssl_bench.report.figure_groups import write_figures
 from ssl_bench.report.figures import demo_figure
 
 
@@ -59,9 +62,37 @@ def test_demo_figure_shows_several_runs(tmp_path: Path) -> None:
     svg = demo_figure(runs, tmp_path / "demo.svg").read_text()
     for text in ("LARS", "TVLARS", "training loss", "not recorded", "layer, from the input"):
         assert text in svg
-    assert svg == demo_figure(runs, tmp_path / "again.svg").read_text()
+    assert "dc:date" not in svg
 
 
 def test_demo_figure_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runs"):
         demo_figure({}, tmp_path / "demo.png")
+
+
+def test_every_group_has_its_figure(collection: Collection, tmp_path: Path) -> None:
+    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path)
+    assert [plate.name for plate in plates] == [
+        "accuracy-classification-cifar10-512",
+        "learning-rate-classification-cifar10",
+        "learning-rate-barlow_twins-cifar10",
+        "profiles",
+        "phi",
+        *(f"layers-classification-cifar10-512-{name}" for name in ("LARS", "LAMB", "TVLARS")),
+        *(f"layers-barlow_twins-cifar10-512-{name}" for name in ("LARS", "TVLARS")),
+    ]
+    for plate in plates:
+        with Image.open(tmp_path / f"{plate.name}.png") as image:
+            assert image.width > 500
+    layers = (tmp_path / "layers-classification-cifar10-512-LARS.svg").read_text()
+    for text in ("lr 3, seed 0", "layer2.0.downsample", "weight norm", "relative step", "test", "step"):
+        assert text in layers
+    assert "training time (s)" in (tmp_path / "accuracy-classification-cifar10-512.svg").read_text()
+
+
+def test_lambda_has_a_figure_where_it_varies(tmp_path: Path) -> None:
+    for decay in (1e-5, 1e-2):
+        write_run(tmp_path / f"{decay}", optimizer="tvlars", decay=decay, telemetry=False, steps=10)
+    collection = gather(*find_runs(tmp_path))
+    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
+    assert "lambda-classification-cifar10" in [plate.name for plate in plates]

@@ -1,0 +1,300 @@
+"""The report's figures: one file for each group, after the paper's figures 1 to 69."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ssl_bench.report import comparisons
+from ssl_bench.report.aggregate import Cell, Collection, Result, lookup
+from ssl_bench.report.comparisons import Arm, Setting
+from ssl_bench.report.curves import G_NORM, MOVED, PHI, RATIO, W_NORM, Array, Curves, short_names, thin
+from ssl_bench.report.evidence import Load
+from ssl_bench.report.figures import PALETTE, depth_colors, draw_layers, note, save, style
+
+CLOCKS = {"step": "step", "samples": "samples seen", "epochs": "epoch", "seconds": "training time (s)"}
+LEGEND_LAYERS = 40  # more names than this cannot be read beside a figure
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report, as it was written.
+
+    Attributes:
+        name: of its files, ``<name>.svg`` and ``<name>.png``.
+        title: what it shows.
+        caption: how to read it, and the paper's figures that it stands beside.
+    """
+
+    name: str
+    title: str
+    caption: str
+
+
+def write_figures(collection: Collection, load: Load, folder: Path) -> list[Plate]:
+    """Writes every figure that the runs have data for, as SVG and PNG.
+
+    Args:
+        collection: the runs.
+        load: a run's curves.
+        folder: where the files go.
+    """
+    plates = []
+    with style():
+        for plate, figure in _figures(collection, load):
+            for suffix in ("svg", "png"):
+                save(figure, folder / f"{plate.name}.{suffix}")
+            plates.append(plate)
+    return plates
+
+
+def _figures(collection: Collection, load: Load) -> Iterator[tuple[Plate, Figure]]:
+    grouped = comparisons.arms(collection)
+    for setting, arms in grouped.items():
+        yield from _accuracy(setting, arms, load)
+    for problem, dataset in dict.fromkeys(setting[:2] for setting in grouped):
+        here = {setting: arms for setting, arms in grouped.items() if setting[:2] == (problem, dataset)}
+        yield _learning_rates(problem, dataset, here)
+        yield from _decay(problem, dataset, here)
+    yield from _effort(collection, grouped)
+    yield from _phi(collection, load)
+    for setting, arms in grouped.items():
+        for arm in arms:
+            yield from _layers(setting, arm, load)
+
+
+def name_of(*parts: object) -> str:
+    """A file name of plain characters."""
+    text = "-".join(str(part) for part in parts)
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
+
+
+# Accuracy against steps, samples, epochs and wall time ----------------------------------------------------------------
+
+
+def _accuracy(setting: Setting, arms: list[Arm], load: Load) -> Iterator[tuple[Plate, Figure]]:
+    """Figures 1 and 60-63: accuracy along training, against four clocks; one line for each optimizer."""
+    measured = {arm.name: _mean_curves(arm, load) for arm in arms}
+    if not any(measured.values()):
+        return
+    figure = Figure(figsize=(8.4, 6.0), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True).flat
+    for axis, (clock, label) in zip(axes, CLOCKS.items(), strict=True):
+        axis.set_xlabel(label)
+        for color, (name, curves) in zip(_colors(measured), measured.items(), strict=True):
+            if clock in curves:
+                x, mean, low, high = curves[clock]
+                axis.plot(x, mean, color=color, label=name)
+                axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    for axis in (axes[0], axes[2]):
+        axis.set_ylabel("top-1 accuracy (%)")
+    _legend_below(figure, axes[0])
+    what = "test accuracy" if setting[0] == "classification" else "the online monitor's accuracy, which is no result"
+    yield (
+        Plate(
+            name_of("accuracy", *setting),
+            f"Accuracy along training: {_said(setting)}",
+            f"Each optimizer at its best learning rate: {what}; the mean over seeds, the band from the lowest to the "
+            "highest. Paper: figures 1, 60-63.",
+        ),
+        figure,
+    )
+
+
+def _mean_curves(arm: Arm, load: Load) -> dict[str, tuple[Array, Array, Array, Array]]:
+    """By clock (x, mean, lowest, highest) over the finished seeds of an arm's best cell."""
+    if arm.best is None:
+        return {}
+    runs = [load(result) for result in arm.best.results if result.status == "finished"]
+    metric = "test_top1" if arm.setting[0] == "classification" else "online_top1"
+    curves = {}
+    for clock in CLOCKS:
+        pairs = [pair for pair in (run.metric(metric, clock) for run in runs) if len(pair[0])]
+        if pairs:
+            length = min(len(x) for x, _ in pairs)
+            y = np.array([values[:length] for _, values in pairs])
+            x = np.mean([positions[:length] for positions, _ in pairs], axis=0)
+            curves[clock] = (x, y.mean(axis=0), y.min(axis=0), y.max(axis=0))
+    return curves
+
+
+# The learning rate, and lambda ---------------------------------------------------------------------------------------
+
+
+def _learning_rates(problem: str, dataset: str, here: dict[Setting, list[Arm]]) -> tuple[Plate, Figure]:
+    """Figure 5: the last accuracy against the learning rate, one panel for each batch size."""
+    columns = min(3, len(here))
+    rows = math.ceil(len(here) / columns)
+    figure = Figure(figsize=(2.9 * columns + 1.2, 2.5 * rows + 0.7), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    names = dict.fromkeys(arm.name for arms in here.values() for arm in arms)
+    colors = dict(zip(names, _colors(names), strict=True))
+    for axis in axes.flat[len(here) :]:
+        axis.set_visible(False)
+    for axis, (setting, arms) in zip(axes.flat, here.items(), strict=False):
+        axis.set_title(f"batch size {setting[2]}")
+        for arm in arms:
+            cells = sorted(arm.cells, key=lambda cell: cell.lr)
+            shown = [(cell.lr, cell.summary(arm.protocol)) for cell in cells if cell.summary(arm.protocol).n]
+            axis.errorbar(
+                [lr for lr, _ in shown], [s.mean for _, s in shown], [s.sd or 0.0 for _, s in shown],
+                color=colors[arm.name], marker="o", markersize=4, capsize=2,
+            )  # fmt: skip
+            failed = [cell.lr for cell in cells if not cell.summary(arm.protocol).n and cell.statuses["diverged"]]
+            axis.plot(failed, [0.03] * len(failed), "x", color=colors[arm.name], transform=axis.get_xaxis_transform())
+    for row in axes:
+        row[0].set_ylabel("top-1 accuracy (%)")
+    for axis in axes[-1]:
+        axis.set_xlabel("learning rate")
+    handles = [Line2D([], [], color=color, marker="o", markersize=4, label=name) for name, color in colors.items()]
+    _legend_below(figure, handles=handles)
+    caption = "Mean and sample deviation over seeds at the last epoch; × on the axis: diverged. Paper: figure 5."
+    title = f"Accuracy against the learning rate: {problem}, {dataset}"
+    return Plate(name_of("learning-rate", problem, dataset), title, caption), figure
+
+
+def _decay(problem: str, dataset: str, here: dict[Setting, list[Arm]]) -> Iterator[tuple[Plate, Figure]]:
+    """Figures 4 and 64-69: TVLARS's accuracy against lambda, one line for each batch size."""
+    lines: dict[int, dict[float, float]] = defaultdict(dict)
+    for setting, arms in here.items():
+        for arm in arms:
+            decay = lookup(arm.cells[0].recipe, "optimizer.decay")
+            if arm.cells[0].optimizer == "TVLARS" and arm.best is not None and isinstance(decay, float):
+                best = arm.best.summary(arm.protocol).mean or 0.0
+                lines[setting[2]][decay] = max(best, lines[setting[2]].get(decay, 0.0))
+    if max(map(len, lines.values()), default=0) < 2:
+        return
+    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    for color, (batch_size, values) in zip(depth_colors(len(lines)), sorted(lines.items()), strict=True):
+        decays = sorted(values)
+        axis.plot(
+            decays, [values[decay] for decay in decays], "o-", color=color, label=f"B = {batch_size}", markersize=4
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("λ")
+    axis.set_ylabel("top-1 accuracy (%)")
+    axis.legend()
+    caption = "TVLARS at its best learning rate (and variant) for each λ. Paper: figures 4, 64-69."
+    yield Plate(name_of("lambda", problem, dataset), f"Accuracy against λ: {problem}, {dataset}", caption), figure
+
+
+# Tuning effort, profiles, phi ----------------------------------------------------------------------------------------
+
+
+def _effort(collection: Collection, grouped: dict[Setting, list[Arm]]) -> Iterator[tuple[Plate, Figure]]:
+    """Performance profiles, where optimizers meet in some setting."""
+    found = comparisons.profiles(collection)
+    if not found:
+        return
+    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    for color, (name, shares) in zip(_colors(found), found.items(), strict=True):
+        axis.step(comparisons.GAPS, [100 * share for share in shares], where="post", color=color, label=name)
+    axis.set_xlabel("points behind the best optimizer")
+    axis.set_ylabel("share of settings (%)")
+    axis.set_ylim(-2, 102)
+    axis.legend()
+    caption = f"Over {len(grouped)} settings (problem, data set, batch size), each optimizer at its best learning rate."
+    yield Plate("profiles", "Performance profiles", caption), figure
+
+
+def _phi(collection: Collection, load: Load) -> Iterator[tuple[Plate, Figure]]:
+    """Figure 3: phi against the step, one line for each distinct course."""
+    courses: dict[tuple[str, int], tuple[Array, Array]] = {}
+    for cell in collection.cells:
+        key = (cell.variant, cell.batch_size)
+        if cell.optimizer == "TVLARS" and key not in courses:
+            curves = load(cell.results[0])
+            if curves.has(PHI.column):
+                recorded = curves.telemetry[PHI.column]
+                courses[key] = (curves.steps, np.array([row[np.isfinite(row)][0] for row in recorded]))
+    if not courses:
+        return
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
+    for color, ((variant, batch_size), (steps, phi)) in zip(depth_colors(len(courses)), courses.items(), strict=True):
+        kept = thin(len(steps), 300)
+        label = ", ".join(filter(None, (f"B = {batch_size}", variant)))
+        axis.plot(steps[kept], phi[kept], color=color, label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("time factor φ")
+    axis.set_ylim(bottom=0)
+    if len(courses) <= 16:
+        axis.legend()
+    yield Plate("phi", "TVLARS's time factor φ", "As recorded in the runs. Paper: figure 3."), figure
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+def _layers(setting: Setting, arm: Arm, load: Load) -> Iterator[tuple[Plate, Figure]]:
+    """Figures 2 and 6-59: each layer's norms and ratio, and the loss; one column for each learning rate."""
+    columns = [(cell, result, load(result)) for cell in arm.cells for result in _first_with_layers(cell, load)]
+    if not columns:
+        return
+    quantities = (W_NORM, G_NORM, RATIO, MOVED)
+    figure = Figure(figsize=(2.6 * len(columns) + 2.6, 9.0), layout="constrained")
+    axes = figure.subplots(len(quantities) + 1, len(columns), sharex=True, sharey="row", squeeze=False)
+    for index, (cell, result, curves) in enumerate(columns):
+        axes[0, index].set_title(f"lr {cell.lr:g}, seed {result.seed}")
+        for axis, quantity in zip(axes[:-1, index], quantities, strict=True):
+            draw_layers(axis, curves, quantity)
+        _draw_losses(axes[-1, index], curves)
+        axes[-1, index].set_xlabel("step")
+        for axis in axes[:, index] if index else ():
+            axis.set_ylabel("")
+    _layer_legend(figure, columns[0][2])
+    caption = (
+        "One run for each learning rate. u is what the ratio divides by: g + βw, for LAMB Adam's direction with decay. "
+        "Paper: figures 2, 6-59."
+    )
+    name = name_of("layers", *setting, arm.name)
+    yield Plate(name, f"Layers: {arm.name}, {_said(setting)}", caption), figure
+
+
+def _first_with_layers(cell: Cell, load: Load) -> list[Result]:
+    return [result for result in cell.results if load(result).has(W_NORM.column)][:1]
+
+
+def _draw_losses(axis: Any, curves: Curves) -> None:
+    axis.set_ylabel("loss")
+    for name, label, color in (("loss", "training", "#999999"), ("test_loss", "test", PALETTE[1])):
+        x, y = curves.metric(name)
+        kept = thin(len(x), 300)
+        if len(x):
+            axis.plot(x[kept], y[kept], color=color, label=label)
+    if axis.lines:
+        axis.legend()
+    else:
+        note(axis, "not recorded")
+
+
+def _layer_legend(figure: Figure, curves: Curves) -> None:
+    """The layers' names at the right, in their colours; every so many of them where there are too many to read."""
+    chosen = curves.adapted()
+    names = short_names([curves.layers[index] for index in chosen])
+    colors = depth_colors(len(names))
+    shown = thin(len(names), LEGEND_LAYERS)
+    handles = [Line2D([], [], color=colors[index], label=names[index]) for index in shown]
+    title = "layers" if len(shown) == len(names) else f"{len(shown)} of {len(names)} layers"
+    figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", fontsize=7.5)
+
+
+def _legend_below(figure: Figure, axis: Any = None, handles: list[Line2D] | None = None) -> None:
+    entries = handles if handles is not None else axis.get_legend_handles_labels()[0]
+    figure.legend(handles=entries, loc="outside lower center", ncols=1 if len(entries) > 6 else min(3, len(entries)))
+
+
+def _colors(names: Iterable[object]) -> list[str]:
+    return [PALETTE[index % len(PALETTE)] for index, _ in enumerate(names)]
+
+
+def _said(setting: Setting) -> str:
+    return f"{setting[0]}, {setting[1]}, batch size {setting[2]}"
