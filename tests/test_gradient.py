@@ -1,7 +1,10 @@
 """The three ways to a step's gradient, in one process (over several: tests/methods/test_invariance.py)."""
 
 import copy
+import json
+import runpy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +229,13 @@ def test_bad_arguments_are_refused():
         full_batch(network(), chunks(images(), 2), 2, Tensor.backward)
     with pytest.raises(ValueError, match="grad_cache: model got Linear, must be a Method, wrapped or not"):
         grad_cache(nn.Linear(2, 2), chunks(images(), 2), 2, Tensor.backward)
+
+
+def test_the_chunking_benchmark_runs(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "chunking.py"
+    monkeypatch.setattr("sys.argv", [str(path), "--quick", "--json", str(tmp_path / "result.json")])
+    runpy.run_path(str(path), run_name="__main__")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [(case["batch"], case["chunk"]) for case in result["memory"]] == [(16, 16), (16, 8), (32, 8)]
+    assert result["time"]["wall"]["ratio"] > 0
+    assert "chunked / plain" in capsys.readouterr().out
