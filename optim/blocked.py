@@ -112,10 +112,13 @@ def momentum_update_(
                 torch.add(g, w, alpha=decay, out=d).mul_(a)
             else:
                 torch.mul(g, a, out=d)
-            torch._fused_sgd_(
-                [w], [d], [b], weight_decay=0.0, momentum=momentum, lr=lr, dampening=0.0, nesterov=nesterov,
-                maximize=False, is_first_step=False,
-            )  # fmt: skip
+            if momentum == 0:  # the fused kernel takes no buffer then
+                w.add_(b.copy_(d), alpha=-lr)
+            else:
+                torch._fused_sgd_(
+                    [w], [d], [b], weight_decay=0.0, momentum=momentum, lr=lr, dampening=0.0, nesterov=nesterov,
+                    maximize=False, is_first_step=False,
+                )  # fmt: skip
             if want_norms:
                 u = d.add_(b, alpha=momentum) if nesterov else b
                 total += dot(u, u)

@@ -261,7 +261,7 @@ def _foreach_update(
         d = sums
         if bare is not None:
             # Exact: a hit has w = 0 or g = 0, and so g + beta w - beta w = g.
-            off = torch.where(bare, -rule.weight_decay, 0.0).to(dtype)
+            off = bare.to(dtype) * -rule.weight_decay
             d = torch._foreach_add(d, torch._foreach_mul(params, off.unbind()))
     if q is not None:
         factor = q * rule.lr if rule.lr_in_buffer else q

@@ -109,7 +109,7 @@ def nan_like(reference: Tensor) -> Tensor:
 
 def scaled(tensors: Tensors, factor: Scalar) -> Tensors:
     """Each tensor times a number or a 0-d tensor, which is not read on the host."""
-    return torch._foreach_mul(tensors, factor)  # type: ignore[arg-type]
+    return torch._foreach_mul(tensors, factor)
 
 
 # ---------------------------------------------------------------------------------------------------- the optimizer

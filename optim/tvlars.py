@@ -4,6 +4,7 @@
 opt/tvlars.py at commit 89c3291). They differ in phi, the norms, the decay and the momentum.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ from ssl_bench.optim.layerwise import Bucket, LayerStats, LayerwiseOptimizer, ch
 VARIANTS = ("paper", "released")
 RELEASED_ALPHA = 0.1
 RELEASED_NORM_CLAMP = 10.0
-MAX_EXPONENT = 80.0  # exp(80) = 5.5e34 is finite in float32, and 1 / exp(80) is as good as 0
 
 
 def phi(
@@ -35,8 +35,9 @@ def phi(
         The factor, in t's shape and dtype (float64 for a number).
     """
     t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    exponent = (t - delay_steps) * (decay / time_unit_steps)
-    return 1.0 / (alpha + exponent.clamp(max=MAX_EXPONENT).exp()) + gamma_min
+    limit = math.log(torch.finfo(t.dtype).max) - 1.0  # 87.7 in float32, past which exp overflows
+    exponent = ((t - delay_steps) * (decay / time_unit_steps)).clamp(max=limit)
+    return 1.0 / (alpha + exponent.exp()) + gamma_min
 
 
 class TVLARS(LayerwiseOptimizer):
@@ -119,9 +120,7 @@ class TVLARS(LayerwiseOptimizer):
         if group["variant"] == "released":
             for name in ("delay_steps", "gamma_min"):
                 if group[name] != 0:
-                    raise ValueError(
-                        f"{self.component}: variant='released' has no {name}; allowed: 0, got {group[name]}"
-                    )
+                    raise ValueError(f"{self.component}: {name} must be 0 with variant='released', got {group[name]}")
 
     def _phi(self, group: dict[str, Any], steps: list[Tensor], dtype: torch.dtype) -> Tensor:
         """phi of each tensor, before its counter advances: (K,)."""
