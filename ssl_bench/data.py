@@ -192,9 +192,9 @@ def _download(name: str, root: Path, download: bool) -> Located:
         with FileLock(root / f"{name}.lock"):
             found = locate_torchvision(name, root, download)
     except OSError as error:
-        if isinstance(error, PermissionError):
-            raise OSError(f"data {name}: {root} cannot be written ({error.strerror}); set SSL_BENCH_CACHE") from error
-        raise
+        if error.errno is None:  # the download's own, which says what to do
+            raise
+        raise OSError(f"data {name}: {root} cannot be written ({error.strerror}); set SSL_BENCH_CACHE") from error
     if found is None:
         raise FileNotFoundError(f"data {name}: not in {root}, and download=False; give data.path=")
     return found
@@ -280,7 +280,7 @@ def _open_cached(folder: Path) -> _Decoded:
 
 def _open(name: str, size: int | None, directory: Path, located: Located) -> _Decoded:
     """The data set from the cache, into which it is decoded first if need be; without a usable cache from memory."""
-    identity: Sequence[Any] = (_CACHE_FORMAT, name, size, located.files)
+    identity: Sequence[Any] = (_CACHE_FORMAT, size, located.files)
     key = f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
 
     @cache

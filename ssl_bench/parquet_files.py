@@ -84,7 +84,8 @@ def _read_labels(path: Path, column: str) -> np.ndarray:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: column {column} cannot be read ({_one_line(error)})") from error
     if not pa.types.is_integer(labels.type) or labels.null_count:
-        raise ValueError(f"{path}: column {column} must hold integers in every row, got {labels.type}")
+        got = f"{labels.type}, {labels.null_count} rows empty"
+        raise ValueError(f"{path}: column {column} must hold an integer in every row, got {got}")
     return labels.to_numpy().astype(np.int64)
 
 
@@ -114,6 +115,9 @@ def _read_split(paths: Sequence[Path]) -> tuple[RawSplit, tuple[str, ...] | None
     schemas = [_open(path).schema_arrow for path in paths]
     image_column = _choose(schemas[0].names, IMAGE_COLUMNS, "image", str(paths[0]))
     label_column = _choose(schemas[0].names, LABEL_COLUMNS, "label", str(paths[0]))
+    for path, schema in zip(paths[1:], schemas[1:], strict=True):
+        _choose(schema.names, (image_column,), "image", str(path))
+        _choose(schema.names, (label_column,), "label", str(path))
     kind = schemas[0].field(image_column).type
     if not (pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
         raise ValueError(f"{paths[0]}: column {image_column} must hold encoded images (binary, or a struct with bytes)")

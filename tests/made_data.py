@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +42,16 @@ def write_parquet(
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=7)
+
+
+def one_parquet(
+    folder: Path, images: Sequence[bytes | None], labels: Sequence[object] | None = None, **options: Any
+) -> Path:
+    """A data set whose two splits are equal; labels 0, 1, 2, ... unless given."""
+    labels = list(range(len(images))) if labels is None else labels
+    for split in ("train", "test"):
+        write_parquet(folder / f"{split}.parquet", images, labels, **options)
+    return folder
 
 
 def parquet_set(folder: Path, n_train: int = 20, n_test: int = 10, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
