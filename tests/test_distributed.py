@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchrun import torchrun
@@ -231,20 +230,27 @@ def test_a_parameter_that_differs_by_one_bit_is_named_on_every_process(several):
         assert messages == expected
 
 
+def against_torchs() -> dict[str, Any]:
+    """The same two training passes by ours on the CPU and by torch's on the GPU, which these processes share."""
+    rows = slice(sum(ROWS[: rank()]), sum(ROWS[: rank() + 1]))
+    sides = {"cpu": SyncBatchNorm.of(nn.BatchNorm2d(6)).double(), "cuda": nn.SyncBatchNorm(6).double().cuda()}
+    results: dict[str, Any] = {}
+    for device, layer in sides.items():
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 2, 6))
+            layer.bias.copy_(torch.linspace(-1, 1, 6))
+        for step in range(2):
+            x = batch((4, 3), step)[rows].to(device).requires_grad_()
+            out = layer(x)
+            out.backward(batch((4, 3), 9)[rows].sin().to(device))
+        found = {"out": out.detach(), "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+        found |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
+        results[device] = {name: value.cpu() for name, value in found.items()}
+    return results
+
+
 @pytest.mark.gpu
 def test_ours_equals_torchs_synchronised_batch_norm_on_the_gpu(tmp_path):
-    """Ours under gloo in three CPU processes; torch's on the GPU in one: its kernels, on the whole batch."""
-    expected = torch.nn.SyncBatchNorm(6).double().cuda()
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with torch.no_grad():
-            expected.weight.copy_(torch.linspace(0.5, 2, 6))
-            expected.bias.copy_(torch.linspace(-1, 1, 6))
-        outs = [expected(batch((4, 3), step).cuda()).detach().cpu() for step in range(2)]
-    finally:
-        dist.destroy_process_group()
-    results = torchrun(worker, WORLD, tmp_path)
-    for step in range(2):
-        out = torch.cat([result["2d"][f"out {step}"] for result in results])
-        torch.testing.assert_close(out, outs[step], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(results[0]["2d"]["buffer running_var"], expected.running_var.cpu(), rtol=1e-9, atol=0)
+    for result in torchrun(against_torchs, WORLD, tmp_path, gpu=True):
+        for name, expected in result["cuda"].items():
+            torch.testing.assert_close(result["cpu"][name], expected, rtol=1e-9, atol=1e-9, msg=name)

@@ -18,13 +18,16 @@ import torch
 import torch.distributed as dist
 
 
-def torchrun(worker: Callable[[], Any], world_size: int, folder: Path, timeout: float = 300) -> list[Any]:
+def torchrun(
+    worker: Callable[[], Any], world_size: int, folder: Path, *, gpu: bool = False, timeout: float = 300
+) -> list[Any]:
     """Starts the processes, waits, and collects what each returned.
 
     Args:
         worker: a function without arguments at the top level of its file.
         world_size: the number of processes.
         folder: an empty folder for the results.
+        gpu: let the processes see the GPUs; gloo copies a GPU's tensors through the CPU.
         timeout: seconds after which the processes are stopped.
 
     Raises:
@@ -33,7 +36,7 @@ def torchrun(worker: Callable[[], Any], world_size: int, folder: Path, timeout: 
     source = Path(worker.__code__.co_filename)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     command = [*launch, __file__, str(source), worker.__name__, str(folder)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
     assert done.returncode == 0, f"{source.name}:{worker.__name__} failed\n{done.stdout[-2000:]}{done.stderr[:6000]}"
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

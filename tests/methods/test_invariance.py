@@ -77,7 +77,7 @@ class Classifier(nn.Module):
 
 def wrapped(model: nn.Module) -> nn.Module:
     model = synchronize_batch_norm(model)
-    return DistributedDataParallel(model) if world_size() > 1 else model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size() > 1 else model
 
 
 def state(model: nn.Module, terms: dict[str, Tensor]) -> dict[str, Tensor]:
