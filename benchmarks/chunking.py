@@ -33,7 +33,7 @@ class Sizes:
     batch: int = 16384  # the batch to fit
     plain_batch: int = 2048  # the batch of the comparison, which the plain step can hold
     chunk: int = 512
-    repeats: int = 5
+    repeats: int = 3
     projector: tuple[int, ...] = (2048, 2048, 4096)
     pixels: int = 32
 
