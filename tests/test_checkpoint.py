@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,18 @@ def test_the_same_step_can_be_saved_again_over_a_damaged_one(tmp_path: Path) -> 
     assert_same(Checkpoints(tmp_path).load(20)[0]["model"], state(22)["model"])
 
 
+def test_only_sound_checkpoints_of_the_present_course_count_among_the_kept(tmp_path: Path) -> None:
+    for step in (10, 20):
+        Checkpoints(tmp_path).save(step, state(step), {})
+    flip(tmp_path / "step-00000020" / "state.pt")
+    checkpoints = Checkpoints(tmp_path, keep=2, warn=[].append)
+    checkpoints.load_latest()
+    checkpoints.save(25, state(25), {})
+    assert checkpoints.steps() == [10, 25]
+    Checkpoints(tmp_path, keep=2).save(15, state(15), {})  # a run that went back further than it had to
+    assert checkpoints.steps() == [10, 15]
+
+
 def test_all_damaged_is_an_error_that_names_each(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, warn=[].append)
     for step in (1, 2):
@@ -235,6 +248,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_litter(tiny_disk: Pat
     assert loaded[0] == 1
     checkpoints.save(2, {"x": torch.ones(100_000)}, {})
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_write_that_fails_once_fails_the_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state(1), {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # enough for the other files
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            checkpoints.save(2, state(2), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])

@@ -203,6 +203,7 @@ def test_other_processes_write_nothing_but_know_the_results(tmp_path: Path) -> N
         run.log({"step": 1})
         run.log_telemetry(block(0, 1))
         run.sync()
+        run.write_results({"status": "nonsense"})
         run.finish({"status": "nonsense"})
     assert list(tmp_path.iterdir()) == []
     with open_run(tmp_path) as run:
@@ -393,6 +394,22 @@ def test_a_block_in_layer_order_is_sorted_by_step_stably(tmp_path: Path) -> None
         table = read_telemetry(tmp_path)
         assert table["layer"].to_pylist() == ["a", "b", "a", "b"]
         assert table["norm"].to_pylist() == [1, 3, 2, 4]
+
+
+def test_the_finished_file_does_not_depend_on_the_parts_also_where_a_part_lacks_a_layer(tmp_path: Path) -> None:
+    for name, size in (("few", 10), ("many", 1)):
+        with open_run(tmp_path / name) as run:
+            for first in range(0, 20, size):
+                columns = block(first, first + size)
+                # The first layer has no gradient, and so no row, in odd steps: the parts' dictionaries differ.
+                kept = (columns["step"] % 2 == 0) | (torch.arange(len(columns["step"])) % len(LAYERS) > 0)
+                layers = [layer for layer, keep in zip(columns["layer"], kept.tolist(), strict=True) if keep]
+                run.log_telemetry({"step": columns["step"][kept], "layer": layers, "ratio": columns["ratio"][kept]})
+            before = read_telemetry(tmp_path / name).to_pylist()
+            run.finish({"status": "finished"})
+        assert read_telemetry(tmp_path / name).to_pylist() == before
+    contents = [(tmp_path / name / "telemetry.parquet").read_bytes() for name in ("few", "many")]
+    assert contents[0] == contents[1]
 
 
 def test_the_finished_file_is_bitwise_the_same_through_interruptions(
