@@ -100,7 +100,6 @@ def leaderboard(collection: Collection) -> Table:
         "best lr",
         "top-1 %",
         "untrained",
-        "lrs finished",
     )
     notes = (
         "Each optimizer at the learning rate of its highest mean. Where that was chosen on the test set, as here, the "

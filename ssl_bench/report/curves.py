@@ -37,6 +37,7 @@ G_NORM = Quantity("grad_norm", r"$\|g\|$", "|g|", "gradient norm")
 RATIO = Quantity("raw_ratio", r"$\|w\|\,/\,\|u\|$", "|w| / |u|", "trust ratio")
 MOVED = Quantity("relative_step", r"$\|\Delta w\|\,/\,\|w\|$", "|dw| / |w|", "relative step")
 PHI = Quantity("phi", r"$\varphi$", "phi", "time factor")
+QUANTITIES = (W_NORM, G_NORM, RATIO, MOVED, PHI)  # what the report reads of the telemetry
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Curves:
         layers: the L tensors that the telemetry follows, in the order of its parameter groups, which within a group
             is the network's.
         steps: (S,) indices, from 0, of the steps that the telemetry describes.
-        telemetry: by column, (S, L) float64 matrices; NaN where there is no value.
+        telemetry: by column of ``QUANTITIES``, (S, L) float32 matrices; NaN where there is no value.
     """
 
     metrics: dict[str, Array]
@@ -76,11 +77,12 @@ class Curves:
         return column in self.telemetry and bool(np.isfinite(self.telemetry[column]).any())
 
 
-def load_curves(run: RunRecord | str | Path) -> Curves:
+def load_curves(run: RunRecord | str | Path, *, telemetry: bool = True) -> Curves:
     """Reads the curves of a run, whatever state it is in.
 
     Args:
         run: its record or its folder.
+        telemetry: whether to read the layers too; False = the curves have no layers.
 
     Raises:
         ValueError: no run there, or a damaged file, in one line.
@@ -91,8 +93,9 @@ def load_curves(run: RunRecord | str | Path) -> Curves:
         name: np.array([row[name] if _is_number(row.get(name)) else np.nan for row in record.metrics], dtype=float)
         for name in names
     }
-    layers, steps, telemetry = _telemetry(record.folder)
-    return Curves(metrics, layers, steps, telemetry)
+    if not telemetry:
+        return Curves(metrics, (), np.empty(0, dtype=int), {})
+    return Curves(metrics, *_telemetry(record.folder))
 
 
 def thin(length: int, points: int) -> Array:
@@ -123,7 +126,7 @@ def _is_number(value: object) -> bool:
 
 
 def _telemetry(folder: Path) -> tuple[tuple[str, ...], Array, dict[str, Array]]:
-    """The telemetry's long table as one matrix for each numeric column."""
+    """The telemetry's long table as one matrix for each quantity."""
     table = read_telemetry(folder)
     if "step" not in table.column_names or "layer" not in table.column_names:
         return (), np.empty(0, dtype=int), {}
@@ -133,15 +136,9 @@ def _telemetry(folder: Path) -> tuple[tuple[str, ...], Array, dict[str, Array]]:
     position = {name: index for index, name in enumerate(layers)}
     column_of = np.array([position[name] for name in names])
     telemetry = {}
-    for name in table.column_names:
-        column = table[name]
-        if name in ("step", "layer") or not _is_numeric(str(column.type)):
-            continue
-        matrix = np.full((len(steps), len(layers)), np.nan)
-        matrix[row, column_of] = column.to_numpy()
-        telemetry[name] = matrix
+    for quantity in QUANTITIES:
+        if quantity.column in table.column_names:
+            matrix = np.full((len(steps), len(layers)), np.nan, dtype=np.float32)
+            matrix[row, column_of] = table[quantity.column].to_numpy()
+            telemetry[quantity.column] = matrix
     return layers, steps, telemetry
-
-
-def _is_numeric(kind: str) -> bool:
-    return kind.startswith(("float", "double", "int", "uint", "halffloat"))

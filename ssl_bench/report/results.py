@@ -49,7 +49,7 @@ def table1_long(collection: Collection, *, complete: bool) -> Table:
     ours = matched(collection)
     rows, records, keys = [], [], []
     none: list[Cell | None] = [None] if complete else []
-    for key, paper in table1().items():
+    for key, paper in sorted(table1().items(), key=_place):
         for cell in [*ours.get(key, [])] or none:
             record = _beside(paper, cell, ours, collection)
             records.append(record)
@@ -71,7 +71,7 @@ def table1_wide(collection: Collection) -> Table:
     """Table 1 as the paper lays it out: the optimizers side by side, ours / the paper's (difference)."""
     ours = matched(collection)
     rows = []
-    for point in dict.fromkeys(key[:4] for key in table1()):
+    for point in dict.fromkeys(key[:4] for key, _ in sorted(table1().items(), key=_place)):
         columns = {name: ours.get((*point, name), []) for name in OPTIMIZERS}
         for index in range(max(map(len, columns.values()))):
             texts, variants = [], []
@@ -140,6 +140,12 @@ def record_of(cell: Cell, protocol: str) -> dict[str, Value]:
         "untrained_sd": untrained.sd,
         "chance": cell.chance(protocol),
     }
+
+
+def _place(item: tuple[Key, PaperCell]) -> tuple[bool, str, int, float, int]:
+    """Sorts Table 1 so that the optimizers of one learning rate stand together."""
+    problem, dataset, batch_size, lr, optimizer = item[0]
+    return problem != "classification", dataset, batch_size, lr, OPTIMIZERS.index(optimizer)
 
 
 def _verdict(paper: PaperCell, cell: Cell | None, ours: Mapping[Key, Sequence[Cell]], protocol: str) -> str | None:

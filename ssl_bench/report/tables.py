@@ -33,7 +33,7 @@ class Table:
 
     def markdown(self) -> str:
         """The title as a heading, a pipe table, and the notes."""
-        numeric = self._numeric()
+        numeric = self.numeric()
         lines = [
             "| " + " | ".join(self.columns) + " |",
             "|" + "|".join("---:" if right else ":---" for right in numeric) + "|",
@@ -54,7 +54,7 @@ class Table:
 
     def latex(self) -> str:
         """A longtable with booktabs rules; needs \\usepackage{booktabs,longtable,amssymb}."""
-        align = "".join("r" if right else "l" for right in self._numeric())
+        align = "".join("r" if right else "l" for right in self.numeric())
         head = " & ".join(map(_escape, self.columns)) + r" \\"
         rows = [" & ".join(map(_escape, row)) + r" \\" for row in self.rows]
         notes = [rf"% {note}" for note in self.notes]
@@ -74,8 +74,10 @@ class Table:
             ]
         )
 
-    def _numeric(self) -> list[bool]:
-        return [all(_is_numeric(row[index]) for row in self.rows) for index in range(len(self.columns))]
+    def numeric(self) -> list[bool]:
+        """Which columns are right-aligned: those of numbers, whatever words stand in place of a missing one."""
+        kinds = [[_is_numeric(row[index]) for row in self.rows] for index in range(len(self.columns))]
+        return [True in column and False not in column for column in kinds]
 
 
 def number(value: float) -> str:
@@ -97,9 +99,15 @@ def _absent(value: Value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _is_numeric(text: str) -> bool:
-    """Whether a printed cell is right-aligned: a number, a dash or nothing."""
-    return text in ("", "–") or text[0].isdigit() or (len(text) > 1 and text[0] in "+-−" and text[1].isdigit())
+# What stands in place of a number.
+_WORDS = ("diverged", "collapsed", "interrupted", "running", "not measured", "no run", "n = 1", "no pair")
+
+
+def _is_numeric(text: str) -> bool | None:
+    """Whether a printed cell is a number; None for what says nothing about its column."""
+    if text in ("", "–") or text.startswith(_WORDS):
+        return None
+    return text[0].isdigit() or (len(text) > 1 and text[0] in "+-−" and text[1].isdigit())
 
 
 _LATEX = {

@@ -1,0 +1,218 @@
+"""One self-contained web page: tables, claims, and behind every cell its runs' curves, recipe and provenance."""
+
+import html
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_bench.report import comparisons
+from ssl_bench.report.aggregate import Cell, Collection, Result
+from ssl_bench.report.claims import ERRATA
+from ssl_bench.report.curves import QUANTITIES, Array, Curves, thin
+from ssl_bench.report.evidence import Claim, Load
+from ssl_bench.report.tables import Table, number, points
+
+# Points of a curve in the page: enough for its bends at a few hundred pixels; a thousand runs are then some megabytes.
+METRIC_POINTS, LAYER_POINTS = 120, 60
+
+LABELS = {
+    "loss": "training loss",
+    "test_top1": "test top-1 (%)",
+    "test_top5": "test top-5 (%)",
+    "test_loss": "test loss",
+    "online_top1": "online monitor (%), no result",
+    "lr": "learning rate",
+    "images_per_second": "images per second",
+    **{quantity.column: f"{quantity.meaning} {quantity.text}" for quantity in QUANTITIES},
+}
+# What the page's list of sections calls a table; the others go by their title.
+SHORT = {
+    "table1": "Table 1",
+    "table1-wide": "Table 1, wide",
+    "comparisons": "Pairs",
+    "sensitivity": "Learning rates",
+    "profiles": "Profiles",
+    "variance": "Variance",
+}
+# Said by another curve, or by the clocks.
+_UNSHOWN = frozenset({"step", "samples", "epochs", "seconds", "lr_multiplier", "skipped_steps"})
+
+
+def write_page(
+    collection: Collection, tables: Sequence[Table], claims: Sequence[Claim], load: Load, path: Path, *, root: Path
+) -> Path:
+    """Writes the page.
+
+    Args:
+        collection: the runs.
+        tables: in the order of the page.
+        claims: checked.
+        load: a run's curves.
+        path: of the HTML file.
+        root: the folder of runs; the page names runs by their path below it.
+    """
+    content = {
+        "counts": counts(collection),
+        "labels": LABELS,
+        "tables": [_table(table) for table in tables],
+        "claims": [{**vars(claim), "table": _table(claim.table)} for claim in claims],
+        "errata": ERRATA,
+        "skipped": [entry.reason.replace(f"{root}/", "") for entry in collection.skipped],
+        "profiles": {"gaps": comparisons.GAPS, "shares": comparisons.profiles(collection)},
+        "effort": _effort(collection),
+        "cells": {cell.key: _cell(cell, collection, load, root) for cell in collection.cells},
+    }
+    text = json.dumps(_plain(content), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    parts = {
+        "title": "ssl_bench report",
+        "style": _file("page.css"),
+        "script": _file("page.js"),
+        "data": text.replace("<", "\\u003c"),  # so that no text of a record ends the script element
+    }
+    page = _file("page.html")
+    for name, part in parts.items():
+        page = page.replace("{{" + name + "}}", html.escape(part) if name == "title" else part)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def counts(collection: Collection) -> str:
+    """One line on what the report is made from."""
+    statuses = Counter(result.status for result in collection.results)
+    said = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
+    skipped = f"; folders passed over: {len(collection.skipped)}" if collection.skipped else ""
+    return f"runs: {len(collection.results)}, in cells of one recipe: {len(collection.cells)} ({said}){skipped}"
+
+
+def _table(table: Table) -> dict[str, Any]:
+    return {
+        "name": table.name,
+        "title": table.title,
+        "short": SHORT.get(table.name, table.title),
+        "columns": table.columns,
+        "numeric": table.numeric(),
+        "rows": table.rows,
+        "notes": table.notes,
+        "keys": list(table.keys) or [""] * len(table.rows),
+    }
+
+
+def _effort(collection: Collection) -> list[dict[str, Any]]:
+    """The best-of-k curves of settings in which some arm has several trials."""
+    found = []
+    for setting, arms in comparisons.arms(collection).items():
+        chance = comparisons.chance_of(arms)
+        curves = {arm.name: comparisons.best_of_k(arm.trials(chance)) for arm in arms}
+        curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+        if curves:
+            found.append({"title": f"{setting[0]}, {setting[1]}, batch size {setting[2]}", "curves": curves})
+    return found
+
+
+def _cell(cell: Cell, collection: Collection, load: Load, root: Path) -> dict[str, Any]:
+    protocols = collection.protocols(cell.problem)
+    columns = ["seed", "status"]
+    for protocol in protocols:
+        columns += [f"{protocol} top-1 %", "untrained"]
+    where = f"{cell.problem}, {cell.dataset}, batch size {cell.batch_size}, lr {number(cell.lr)}"
+    recipe = {name: value for name, value in cell.recipe.items() if name not in ("seed", "run_dir")}
+    return {
+        "title": f"{cell.arm}: {where}",
+        "recipe": recipe,
+        "runs_table": {"columns": [*columns, "folder"], "rows": [_row(r, protocols, root) for r in cell.results]},
+        "runs": [_run(result, cell, load(result)) for result in cell.results],
+    }
+
+
+def _row(result: Result, protocols: Sequence[str], root: Path) -> list[str]:
+    row = [str(result.seed), _status(result)]
+    for protocol in protocols:
+        trained, untrained = result.scores.get(protocol), result.untrained.get(protocol)
+        shown = trained if result.status == "finished" else None
+        row += [points(shown.top1 if shown else None), points(untrained.top1 if untrained else None)]
+    return [*row, _below(result.record.folder, root)]
+
+
+def _status(result: Result) -> str:
+    results = result.record.results or {}
+    if result.status != "diverged":
+        return result.status
+    layer = f", first in {results['layer']}" if results.get("layer") else ""
+    return f"diverged at step {results.get('step', '?')}{layer}"
+
+
+def _below(folder: Path, root: Path) -> str:
+    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+
+
+def _run(result: Result, cell: Cell, curves: Curves) -> dict[str, Any]:
+    head = result.record.provenance
+    plan = head.get("plan", {})
+    dropped = ("recipe", "format", "argv", "param_groups")
+    groups = [{name: group[name] for name in group if name != "param_names"} for group in head.get("param_groups", [])]
+    provenance = {name: value for name, value in head.items() if name not in dropped}
+    metrics = [name for name in curves.metrics if name not in _UNSHOWN]
+    return {
+        "seed": result.seed,
+        "batch_size": cell.batch_size,
+        "steps_per_epoch": plan.get("steps_per_epoch") or 1,
+        "provenance": {**provenance, "param_groups": groups, "results": result.record.results},
+        "metrics": {name: _metric(curves, name) for name in sorted(metrics, key=_rank)},
+        "layers": {q.column: _layers(curves, q.column) for q in QUANTITIES if curves.has(q.column)},
+    }
+
+
+def _rank(name: str) -> tuple[int, str]:
+    order = list(LABELS)
+    return (order.index(name) if name in order else len(order)), name
+
+
+def _metric(curves: Curves, name: str) -> dict[str, list[float]]:
+    steps, values = curves.metric(name)
+    seconds = curves.metrics.get("seconds", curves.metrics["step"])[~np.isnan(curves.metrics[name])]
+    kept = thin(len(steps), METRIC_POINTS)
+    return {"step": steps[kept].tolist(), "seconds": _short(seconds[kept]), "y": _short(values[kept])}
+
+
+def _layers(curves: Curves, column: str) -> dict[str, list[float]]:
+    """Smallest, median and largest value over the adapted layers, along the steps."""
+    matrix = curves.telemetry[column][:, curves.adapted()]
+    usable = np.flatnonzero(np.isfinite(matrix).any(axis=1))
+    kept = usable[thin(len(usable), LAYER_POINTS)]
+    steps = curves.steps[kept] + 1  # completed steps, as the metrics count them
+    clock = curves.metrics
+    has_clock = "seconds" in clock and len(clock["step"]) > 0
+    seconds = np.interp(steps, clock["step"], clock["seconds"]) if has_clock else np.full(len(steps), np.nan)
+    rows = [matrix[index][np.isfinite(matrix[index])] for index in kept]
+    levels = np.array([np.quantile(row, (0, 0.5, 1)) for row in rows]).T
+    return {
+        "step": steps.tolist(),
+        "seconds": _short(seconds),
+        **{name: _short(level) for name, level in zip(("low", "y", "high"), levels, strict=True)},
+    }
+
+
+def _short(values: Array) -> list[float]:
+    """Numbers of four digits: a curve needs no more."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has: null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool) or value is None else str(value)
+
+
+def _file(name: str) -> str:
+    return (files("ssl_bench.report") / name).read_text(encoding="utf-8")

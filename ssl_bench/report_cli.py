@@ -1,0 +1,47 @@
+"""The commands ``ssl-bench report`` and ``ssl-bench leaderboard``."""
+
+from typing import Annotated
+
+import typer
+
+Runs = Annotated[str, typer.Argument(help="Folder of runs, at any depth.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the report's commands."""
+    app.command()(report)
+    app.command()(leaderboard)
+
+
+def report(
+    runs: Runs,
+    study: Annotated[
+        str | None, typer.Option(help="The runs' study; table1 also lists the paper's numbers without a run.")
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.")] = "report",
+    debug: Debug = False,
+) -> None:
+    """Write tables, figures, checked claims and one web page from the records of runs."""
+    from ssl_bench.command import guarded
+
+    def write() -> int:
+        from ssl_bench.report.build import write_report
+
+        print(write_report(runs, output, study=study))
+        return 0
+
+    raise typer.Exit(guarded(write, debug=debug))
+
+
+def leaderboard(runs: Runs, debug: Debug = False) -> None:
+    """Print the ranking of the optimizers and all accuracies in the terminal."""
+    from ssl_bench.command import guarded
+
+    def show() -> int:
+        from ssl_bench.report.build import print_leaderboard
+
+        print_leaderboard(runs)
+        return 0
+
+    raise typer.Exit(guarded(show, debug=debug))

@@ -1,0 +1,94 @@
+"""The commands: what they write and print, and how they refuse."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from synthetic_runs import write_run
+from typer.testing import CliRunner
+
+from ssl_bench.report.build import write_report
+from ssl_bench.report_cli import register
+
+runner = CliRunner()
+
+
+def app() -> typer.Typer:
+    commands = typer.Typer()
+    register(commands)
+    return commands
+
+
+def test_report_writes_everything(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / "runs" / f"a{seed}", seed=seed, steps=20, telemetry=seed == 0)
+    write_run(tmp_path / "runs" / "b", optimizer="tvlars", steps=20, status="diverged", telemetry=False)
+    (tmp_path / "runs" / "c").mkdir()
+    (tmp_path / "runs" / "c" / "run.json").write_text("[]")
+    answer = runner.invoke(app(), ["report", str(tmp_path / "runs"), "--study", "table1", "-o", str(tmp_path / "out")])
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.strip() == str(tmp_path / "out" / "index.html")
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for name in ("leaderboard", "table1", "results-classification", "comparisons"):
+        assert {f"tables/{name}.md", f"tables/{name}.csv", f"tables/{name}.tex"} <= written
+    for name in ("accuracy-classification-cifar10-512", "layers-classification-cifar10-512-LARS"):
+        assert {f"figures/{name}.svg", f"figures/{name}.png"} <= written
+    assert {"index.html", "report.md"} <= written
+    text = (tmp_path / "out" / "report.md").read_text()
+    for part in (
+        "diverged (n = 1)",
+        "no run",
+        "Claims of the paper",
+        "gamma_target",
+        "c/run.json: not written by ssl_bench",
+    ):
+        assert part in text
+    assert str(tmp_path) not in text
+
+
+def test_a_damaged_telemetry_costs_only_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs" / "a", steps=20)
+    (tmp_path / "runs" / "a" / "telemetry.parquet").write_bytes(b"PAR1 broken")
+    write_report(tmp_path / "runs", tmp_path / "out")
+    assert capsys.readouterr().err.count("telemetry.parquet is damaged") == 1
+    assert "70.00 (n = 1)" in (tmp_path / "out" / "tables" / "leaderboard.md").read_text()
+
+
+def test_leaderboard_is_printed(study: Path) -> None:
+    answer = runner.invoke(app(), ["leaderboard", str(study)])
+    assert answer.exit_code == 0, answer.output
+    lines = [line for line in answer.stdout.splitlines() if "classification" in line and "│" in line]
+    assert "LARS" in lines[0]
+    assert "80.00 ± 0.50 (n = 3)" in lines[0]
+    assert "diverged (n = 3)" in answer.stdout
+    assert "passed over" in answer.stdout
+
+
+@pytest.mark.parametrize("command", ["report", "leaderboard"])
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda _: None, "no such folder of runs"),
+        (lambda folder: folder.mkdir(), "no run to report on"),
+        (lambda folder: ((folder / "x").mkdir(parents=True), (folder / "x" / "cat.txt").touch()), "no run.json"),
+    ],
+)
+def test_nothing_to_report_is_one_line(tmp_path: Path, command: str, prepare: object, reason: str) -> None:
+    prepare(tmp_path / "runs")  # type: ignore[operator]
+    answer = runner.invoke(app(), [command, str(tmp_path / "runs")])
+    assert answer.exit_code == 2
+    assert reason in answer.stderr
+    assert answer.stderr.startswith("error: ")
+    assert answer.stderr.count("\n") == 1
+    assert answer.stdout == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, typer; from ssl_bench.report_cli import register; register(typer.Typer()); "
+        "assert not {'numpy', 'matplotlib', 'torch', 'ssl_bench.report.build'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ)

@@ -1,0 +1,206 @@
+"""The web page, in a real browser: it draws, sorts, filters, opens a cell, changes its theme, and fits a phone."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_runs import write_run
+
+from ssl_bench.reading import find_runs
+from ssl_bench.report.aggregate import Collection, gather
+from ssl_bench.report.build import Loader, all_tables
+from ssl_bench.report.claims import check_claims
+from ssl_bench.report.page import write_page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+
+WATCH = "<script>window.problems = []; addEventListener('error', (event) => problems.push(event.message));</script>"
+
+
+@pytest.fixture(scope="module")
+def page(collection: Collection, study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study's page."""
+    load = Loader()
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    tables = all_tables(collection, study=None)
+    return write_page(collection, tables, check_claims(collection, load), load, path, root=study)
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found.group(1))
+
+
+def ask(page: Path, script: str, tmp_path: Path, *, wrap: str = "{}") -> Any:
+    """Opens the page in headless Chromium, runs a script in it and returns what the script leaves in ``answer``."""
+    leave = "parent.document.body.dataset.answer = JSON.stringify([answer, problems]);"
+    probe = f"<script>let answer; {script}; {leave}</script>"
+    text = page.read_text().replace("<head>", "<head>" + WATCH).replace("</body>", probe + "</body>")
+    copy = tmp_path / "probed.html"
+    copy.write_text(wrap.format(html.escape(text)) if wrap != "{}" else text)
+    dumped = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1280,900", "--virtual-time-budget=2000", "--dump-dom", copy.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    found = re.search(r'data-answer="([^"]*)"', dumped)
+    assert found, dumped[-2000:]
+    answer, problems = json.loads(html.unescape(found.group(1)))
+    assert problems == []
+    return answer
+
+
+def test_the_page_is_self_contained(page: Path) -> None:
+    text = page.read_text()
+    assert "default-src 'none'" in text  # a browser would refuse the network
+    assert not re.search(r'(?:src|href)=["\'](?!#|\$)', text)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", text)
+    assert set(re.findall(r"https?://[\w./-]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "{{" + "data}}" not in text
+
+
+def test_the_page_holds_what_the_tables_say(page: Path, collection: Collection) -> None:
+    data = embedded(page)
+    assert set(data["cells"]) == {cell.key for cell in collection.cells}
+    for table in data["tables"]:
+        assert all(len(row) == len(table["columns"]) == len(table["numeric"]) for row in table["rows"])
+        assert len(table["keys"]) == len(table["rows"])
+    lars = next(cell for cell in data["cells"].values() if cell["title"].startswith("LARS: classification"))
+    run = lars["runs"][0]
+    assert run["metrics"]["test_top1"]["step"] == [10, 20, 30]
+    assert run["layers"]["weight_norm"]["low"][0] == 8
+    assert run["layers"]["weight_norm"]["high"][0] == 16
+    assert run["provenance"]["code"]["commit"] == "0123abc"
+    assert lars["runs_table"]["rows"][0][-1] == "clf/lars-1-0"
+    assert lars["recipe"]["optimizer"]["eta"] == 1e-3
+    lost = next(cell for cell in data["cells"].values() if cell["title"].startswith("LAMB") and "lr 3" in cell["title"])
+    assert lost["runs_table"]["rows"][0][1] == "diverged at step 15, first in backbone.conv1.weight"
+    assert len(data["skipped"]) == 2
+
+
+def test_a_record_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    bad = "</script><img src=x onerror=alert(1)>"
+    write_run(tmp_path / "runs" / "a", optimizer="lars", telemetry=False, note=bad)
+    collection = gather(*find_runs(tmp_path / "runs"))
+    load = Loader()
+    path = write_page(collection, all_tables(collection, study=None), [], load, tmp_path / "p.html", root=tmp_path)
+    assert bad not in path.read_text()
+    assert embedded(path)["cells"][collection.cells[0].key]["recipe"]["optimizer"]["note"] == bad
+
+
+@browser
+def test_it_sorts_and_filters(page: Path, tmp_path: Path) -> None:
+    script = """
+    const table = document.querySelector('#table1');
+    const rows = () => [...table.querySelectorAll('tbody tr:not([hidden])')];
+    const column = (n) => rows().map((row) => row.children[n].textContent);
+    const head = [...table.querySelectorAll('th')].find((node) => node.textContent === 'difference');
+    const place = [...head.parentNode.children].indexOf(head);
+    head.querySelector('button').click();
+    const rising = column(place), said = head.getAttribute('aria-sort');
+    head.querySelector('button').click();
+    const falling = column(place);
+    const search = table.querySelector('input');
+    search.value = 'classification TVLARS';
+    search.dispatchEvent(new Event('input'));
+    const found = column(5), count = table.querySelector('output').textContent;
+    search.value = '';
+    const select = table.querySelector('select[aria-label^="optimizer"]');
+    select.value = 'LAMB';
+    select.dispatchEvent(new Event('change'));
+    const sections = [...document.querySelectorAll('section')].map((node) => node.id);
+    answer = {rising, falling, said, found, count, chosen: column(5), sections};
+    """
+    answer = ask(page, script, tmp_path)
+    numbers = [float(text) for text in answer["rising"] if text != "–"]
+    assert numbers == sorted(numbers)
+    assert len(numbers) == 10
+    assert answer["rising"][-1] == answer["falling"][-1] == "–"  # what has no number is last in both
+    assert answer["falling"][:-1] == answer["rising"][:-1][::-1]
+    assert answer["said"] == "ascending"
+    assert answer["found"] == ["TVLARS"] * 3
+    assert answer["count"] == "3 of 11 rows"
+    assert answer["chosen"] == ["LAMB"] * 3
+    assert {"leaderboard", "table1", "comparisons", "claims", "errata", "skipped"} <= set(answer["sections"])
+
+
+@browser
+def test_a_cell_opens_its_runs(page: Path, tmp_path: Path) -> None:
+    script = """
+    const button = document.querySelector('#leaderboard tbody button');
+    const label = button.getAttribute('aria-label');
+    button.focus();
+    button.click();
+    const dialog = document.getElementById('cell');
+    const titles = [...dialog.querySelectorAll('figcaption')].map((node) => node.firstChild.textContent);
+    const image = dialog.querySelector('svg');
+    const before = image.getAttribute('aria-label'), lines = image.querySelectorAll('polyline').length;
+    const clock = dialog.querySelector('#clock');
+    clock.value = 'samples';
+    clock.dispatchEvent(new Event('change'));
+    const after = dialog.querySelector('svg').getAttribute('aria-label');
+    const modal = dialog.matches(':modal'), hash = location.hash;
+    answer = {label, titles, before, after, lines, modal, hash, text: dialog.textContent.includes('0123abc')};
+    dialog.close();
+    answer.closed = !dialog.open;
+    """
+    answer = ask(page, script, tmp_path)
+    assert answer["label"] == "Open the runs of LARS: classification, cifar10, batch size 512, lr 3"
+    assert answer["titles"][:4] == ["training loss", "test top-1 (%)", "test top-5 (%)", "test loss"]
+    assert "trust ratio |w| / |u|" in answer["titles"]
+    assert answer["lines"] == 3
+    assert "against step" in answer["before"]
+    assert "against samples seen" in answer["after"]
+    assert "seed 2" in answer["after"]
+    assert answer["modal"]
+    assert answer["closed"]
+    assert answer["text"]
+    assert answer["hash"].startswith("#cell-")
+
+
+@browser
+def test_light_and_dark(page: Path, tmp_path: Path) -> None:
+    script = """
+    const shade = () => { const c = getComputedStyle(document.body); return [c.backgroundColor, c.color]; };
+    const first = shade();
+    document.getElementById('theme').click();
+    answer = [first, shade()];
+    """
+    light, dark = ask(page, script, tmp_path)
+    assert light == ["rgb(255, 255, 255)", "rgb(28, 33, 39)"]
+    assert dark == ["rgb(20, 24, 29)", "rgb(228, 232, 236)"]
+
+
+@browser
+def test_it_fits_a_phone_and_names_its_controls(page: Path, tmp_path: Path) -> None:
+    script = """
+    const named = (node) => node.textContent.trim() || node.getAttribute('aria-label') || node.labels?.length;
+    const controls = [...document.querySelectorAll('button, input, select, svg, [role=region]')];
+    const row = document.querySelector('#leaderboard tbody tr');
+    answer = {
+      width: innerWidth,
+      overflow: document.documentElement.scrollWidth - innerWidth,
+      controls: controls.length,
+      unnamed: controls.filter((node) => !named(node)).length,
+      card: getComputedStyle(row).display,
+      right: Math.max(...[...row.children].map((cell) => cell.getBoundingClientRect().right)),
+    };
+    """
+    frame = '<body style="margin:0"><iframe style="width:400px;height:800px;border:0" srcdoc="{}"></iframe></body>'
+    answer = ask(page, script, tmp_path, wrap=frame)
+    assert answer["width"] == 400
+    assert answer["overflow"] <= 0
+    assert answer["controls"] > 50
+    assert answer["unnamed"] == 0
+    assert answer["card"] == "grid"
+    assert answer["right"] <= 400
