@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 def report(
     runs: Runs,
     study: Annotated[
-        str | None, typer.Option(help="The runs' study; table1 also lists the paper's numbers without a run.")
+        str | None, typer.Option(help="Only the runs of this study (a name or a YAML file), and what is missing of it.")
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.")] = "report",
     debug: Debug = False,

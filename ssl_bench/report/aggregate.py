@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -202,9 +202,10 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
     return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(passed_over))
 
 
-def cell_key(recipe: Mapping[str, Any]) -> str:
-    """16 hex digits of the recipe less its seed and less what cannot change a result."""
+def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
+    """16 hex digits of the recipe less its seed, less what cannot change a result, and less these dotted keys."""
     relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
+    relevant = {name: value for name, value in relevant.items() if name not in less}
     if lookup(recipe, "data.name") in ("hf", "folder"):
         relevant["data.path"] = lookup(recipe, "data.path")
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]

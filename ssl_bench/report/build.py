@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from ssl_bench.grid import Study, load_study
 from ssl_bench.reading import RunRecord, find_runs
 from ssl_bench.report import comparisons, results
 from ssl_bench.report.aggregate import Collection, Result, gather
@@ -12,6 +13,7 @@ from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.evidence import Claim
 from ssl_bench.report.figure_groups import Plate, write_figures
+from ssl_bench.report.membership import coverage, members
 from ssl_bench.report.page import counts, write_page
 from ssl_bench.report.tables import Table
 
@@ -58,13 +60,24 @@ class _ByFolder:
         return isinstance(other, _ByFolder) and other.record.folder == self.record.folder
 
 
-def read_collection(runs: str | Path) -> Collection:
+def read_collection(runs: str | Path, *, study: Study | None = None) -> Collection:
     """All runs below a folder, in cells.
+
+    Args:
+        runs: the folder.
+        study: only the runs of this study; None = all.
 
     Raises:
         ValueError: no such folder, or no run in it that can be read; one line.
     """
-    collection = gather(*find_runs(runs))
+    records, skipped = find_runs(runs)
+    if study is not None:
+        chosen = members(records, study)
+        if records and not chosen:
+            told = f"none of its {len(records)} runs is one of study {study.name}; without --study all are reported"
+            raise ValueError(f"{runs}: {told}")
+        records = chosen
+    collection = gather(records, skipped)
     if not collection.cells:
         count = len(collection.skipped)
         passed = f"; passed over: {count}, e.g. {collection.skipped[0].reason}" if count else ""
@@ -72,14 +85,14 @@ def read_collection(runs: str | Path) -> Collection:
     return collection
 
 
-def all_tables(collection: Collection, *, study: str | None) -> list[Table]:
+def all_tables(collection: Collection, *, study: Study | None) -> list[Table]:
     """Every table of the report that has rows.
 
     Args:
         collection: the runs.
-        study: "table1" lists the paper's numbers that have no run too.
+        study: the study that the runs are of; its missing runs are listed, and for table1 the paper's numbers too.
     """
-    complete = study is not None and study.startswith("table1")
+    complete = study is not None and study.name.startswith("table1")
     problems = dict.fromkeys(cell.problem for cell in collection.cells)
     tables = [
         comparisons.leaderboard(collection),
@@ -90,6 +103,7 @@ def all_tables(collection: Collection, *, study: str | None) -> list[Table]:
         comparisons.sensitivity(collection),
         comparisons.profile_table(collection),
         comparisons.variances(collection),
+        *([coverage(collection, study)] if study is not None else []),
     ]
     return [table for table in tables if table.rows]
 
@@ -100,20 +114,22 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     Args:
         runs: folder of runs, at any depth.
         output: folder of the report; files of an earlier report there are replaced.
-        study: the study that the runs are of; None = whatever they are.
+        study: only the runs of this study (a shipped one's name, or a YAML file's path), and what is missing of it;
+            None = all runs.
 
     Returns:
         the web page's path.
 
     Raises:
-        ValueError: nothing to report on.
+        ValueError: nothing to report on, or no such study; one line.
         OSError: the report cannot be written.
     """
     root, folder = Path(runs), Path(output)
-    collection = read_collection(root)
+    grid = None if study is None else load_study(study)
+    collection = read_collection(root, study=grid)
 
     load = Loader()
-    tables = all_tables(collection, study=study)
+    tables = all_tables(collection, study=grid)
     claims = check_claims(collection, load)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(tables, folder / "tables")

@@ -48,8 +48,9 @@ def write_figures(collection: Collection, load: Load, folder: Path) -> list[Plat
     plates = []
     with style():
         for plate, figure in _figures(collection, load):
-            for suffix in ("svg", "png"):
-                save(figure, folder / f"{plate.name}.{suffix}")
+            save(figure, folder / f"{plate.name}.png")
+            figure.set_layout_engine("none")  # the layout stands; computing it again would take as long as drawing
+            save(figure, folder / f"{plate.name}.svg")
             plates.append(plate)
     return plates
 

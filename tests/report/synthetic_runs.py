@@ -75,6 +75,7 @@ def write_run(
     telemetry: bool = True,
     gradient: float = 0.05,
     analysis: dict[str, Any] | None = None,
+    recipe: Recipe | None = None,
     **settings: Any,
 ) -> Recipe:
     """Writes one run directory.
@@ -88,9 +89,10 @@ def write_run(
         telemetry: whether the layers' norms are recorded.
         gradient: norm of every layer's gradient at the end, relative to its start.
         analysis: contents of analysis.json.
+        recipe: of the run; None = made from ``settings``.
         settings: of ``recipe_of``.
     """
-    recipe = recipe_of(**settings)
+    recipe = recipe or recipe_of(**settings)
     total = recipe.steps or 60
     rng = np.random.default_rng([recipe.seed, recipe.batch_size, int(10 * recipe.optimizer.options["lr"])])
     per_epoch = TRAIN_SIZE[recipe.data.name] / recipe.batch_size

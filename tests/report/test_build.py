@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import typer
 from synthetic_runs import write_run
 from typer.testing import CliRunner
 
-from ssl_bench.report.build import write_report
+from ssl_bench.grid import load_study
+from ssl_bench.report.build import all_tables, read_collection, write_report
+from ssl_bench.report.membership import coverage
 from ssl_bench.report_cli import register
 
 runner = CliRunner()
@@ -28,7 +31,7 @@ def test_report_writes_everything(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "b", optimizer="tvlars", steps=20, status="diverged", telemetry=False)
     (tmp_path / "runs" / "c").mkdir()
     (tmp_path / "runs" / "c" / "run.json").write_text("[]")
-    answer = runner.invoke(app(), ["report", str(tmp_path / "runs"), "--study", "table1", "-o", str(tmp_path / "out")])
+    answer = runner.invoke(app(), ["report", str(tmp_path / "runs"), "-o", str(tmp_path / "out")])
     assert answer.exit_code == 0, answer.output
     assert answer.stdout.strip() == str(tmp_path / "out" / "index.html")
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -40,7 +43,6 @@ def test_report_writes_everything(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     for part in (
         "diverged (n = 1)",
-        "no run",
         "Claims of the paper",
         "gamma_target",
         "c/run.json: not written by ssl_bench",
@@ -55,6 +57,44 @@ def test_a_damaged_telemetry_costs_only_the_layers(tmp_path: Path, capsys: pytes
     write_report(tmp_path / "runs", tmp_path / "out")
     assert capsys.readouterr().err.count("telemetry.parquet is damaged") == 1
     assert "70.00 (n = 1)" in (tmp_path / "out" / "tables" / "leaderboard.md").read_text()
+
+
+STUDY = """
+base: {data: digits, model.stem: imagenet, batch_size: 256, steps: 30}
+seeds: [0, 1]
+blocks:
+  - track: classify
+    axes:
+      - {optimizer: [lars, lamb], optimizer.lr: [2, 0.01]}
+"""
+
+
+def test_a_study_selects_its_runs_and_names_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    study = load_study(tmp_path / "tiny.yaml")
+    first, second, third, _ = study.cells
+    write_run(tmp_path / "runs" / "a", recipe=replace(first.recipe, steps=10, precision="bf16"), telemetry=False)
+    write_run(tmp_path / "runs" / "b", recipe=second.recipe, status="diverged", telemetry=False)
+    write_run(tmp_path / "runs" / "c", recipe=replace(third.recipe, batch_size=128), telemetry=False)  # another study's
+    collection = read_collection(tmp_path / "runs", study=study)
+    assert sorted(result.record.folder.name for result in collection.results) == ["a", "b"]
+    table = coverage(collection, study)
+    assert [state for state, _ in table.rows] == ["diverged", "no run", "no run"]
+    assert "optimizer.lr=0.01" in table.rows[1][1]
+    assert len(table.records) == 4
+    assert "4 runs: 2 no run, 1 finished, 1 diverged" in table.notes[0]
+    assert table in all_tables(collection, study=study)
+
+
+def test_a_study_without_runs_or_of_no_name_is_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", telemetry=False)
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    cases = {str(tmp_path / "tiny.yaml"): "none of its 1 runs is one of study tiny", "tabel1": "table1"}
+    for study, reason in cases.items():
+        answer = runner.invoke(app(), ["report", str(tmp_path), "--study", study, "-o", str(tmp_path / "out")])
+        assert answer.exit_code == 2
+        assert reason in answer.stderr
+        assert answer.stderr.count("\n") == 1
 
 
 def test_leaderboard_is_printed(study: Path) -> None:
