@@ -1,6 +1,7 @@
 """Augmentation alone: two Barlow Twins views of each image, ours beside kornia, torchvision v2 and lightly.
 
-    python benchmarks/augmentation.py --json benchmarks/results/augmentation-cpu.json     # about four minutes
+    python benchmarks/augmentation.py --json benchmarks/results/augmentation-cpu.json     # about five minutes
+    OMP_NUM_THREADS=1 python benchmarks/augmentation.py --clock cpu --workers 0           # one core, on a busy machine
     python benchmarks/augmentation.py --quick                                             # seconds: does it still run?
 
 All get the same work: random resized crop, flip, colour jitter, greyscale, blur (view 1: always, view 2: 0.1), solarize
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,10 @@ from torch import Tensor, nn
 from ssl_bench.augment import SSLView
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-VIEWS = ({"blur_p": 1.0, "solarize_p": 0.0}, {"blur_p": 0.1, "solarize_p": 0.2})  # Barlow Twins
+VIEWS: tuple[dict[str, Any], ...] = (
+    {"blur_p": 1.0, "solarize_p": 0.0},
+    {"blur_p": 0.1, "solarize_p": 0.2},
+)  # Barlow Twins
 Pass = Callable[[], int]  # augments a number of images and returns it
 
 
@@ -127,22 +132,25 @@ def lightly(images: Tensor, batch: int, workers: int) -> Pass:
     return loaded([to_pil_image(image) for image in images.cpu()], transforms, batch, workers)
 
 
-def measure(passes: dict[str, Pass], repeats: int, synchronize: Callable[[], None]) -> dict[str, list[float]]:
+def measure(
+    passes: dict[str, Pass], repeats: int, clock: Callable[[], float], synchronize: Callable[[], None]
+) -> dict[str, list[float]]:
     """Images a second of each library in each of the repeats, the libraries taking turns; the first turn is dropped."""
     rates: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(repeats + 1):
         for name, run in passes.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             images = run()
             synchronize()
             if turn > 0:
-                rates[name].append(images / (time.perf_counter() - start))
+                rates[name].append(images / (clock() - start))
     return rates
 
 
-def case(size: int, batch: int, repeats: int, workers: int, device: torch.device) -> list[dict]:
+def case(size: int, batch: int, options: argparse.Namespace) -> list[dict]:
     """One row for each library; a library that is not installed has no rates."""
+    device, workers = torch.device(options.device), options.workers
     images = make_images(batch, size, device)
     builders = {
         "ssl_bench bf16": lambda: ours(images, torch.bfloat16),
@@ -158,7 +166,8 @@ def case(size: int, batch: int, repeats: int, workers: int, device: torch.device
         except ImportError as error:
             rows.append({"library": name, "size": size, "batch": batch, "skipped": str(error)})
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    rates = measure(passes, repeats, synchronize)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    rates = measure(passes, options.repeats, clock, synchronize)
     best = statistics.median(rates["ssl_bench bf16"])
     for name, values in rates.items():
         median = statistics.median(values)
@@ -184,6 +193,7 @@ def environment() -> dict:
         "cpu": models[0].split(": ")[1] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # "passive" spares a shared machine torch's spinning
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
     }
@@ -203,6 +213,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=torch.get_num_threads(), help="of per-sample libraries; 0 = none"
     )
+    clocks = "cpu: of this process, for a busy machine; give each library one core (OMP_NUM_THREADS=1, --workers 0)"
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=clocks)
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where ours and kornia work")
     parser.add_argument("--json", type=Path, help="write the rows and the environment here")
     parser.add_argument("--quick", action="store_true", help="eight images of 32 pixels, one turn, no workers")
@@ -211,20 +223,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     options = parse(arguments)
-    environment_before = environment()
+    before = environment()
     cases = dict.fromkeys([(size, 512) for size in options.sizes] + [(32, batch) for batch in options.batches])
-    repeats, workers = options.repeats, options.workers
     if options.quick:
-        cases, repeats, workers = {(32, 8): None}, 1, 0
+        cases, options.repeats, options.workers = {(32, 8): None}, 1, 0
+    if options.clock == "cpu" and (options.workers > 0 or torch.get_num_threads() > 1 or options.device != "cpu"):
+        raise SystemExit("--clock cpu: needs OMP_NUM_THREADS=1, --workers 0 and --device cpu")
     rows = []
     print(f"{'library':16} {'size':>5} {'batch':>6} {'images/s':>9}   ours is faster by")
     for size, batch in cases:
-        for row in case(size, batch, repeats, workers, torch.device(options.device)):
+        for row in case(size, batch, options):
             rows.append(row)
             print(f"{row['library']:16} {size:5} {batch:6} {describe(row)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"benchmark": "augmentation, two views", "device": options.device, **environment_before, "rows": rows}
+        settings = {"device": options.device, "clock": options.clock, "workers": options.workers}
+        record = {"benchmark": "augmentation, two views", **settings, **before, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return rows
 
