@@ -35,7 +35,7 @@ def run(recipe: Recipe) -> int:
             dataset, [views.classification_view(recipe, dataset)], (sampling.VIEW1,), with_labels=True
         )
 
-        def test(step: int) -> dict[str, float]:
+        def test(_step: int) -> dict[str, float]:
             metrics = evaluate_classifier(session, dataset, classifier)[0]["metrics"]
             return {f"test_{name}": value for name, value in metrics.items()}
 

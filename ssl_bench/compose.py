@@ -2,7 +2,7 @@
 
 ``group=choice`` picks a file of ``configs/group/``; ``key=value`` sets a key. A method, optimizer or schedule from
 outside the repository is given as ``method=package.module:Class`` or by the name of its entry point. A protocol's
-``when`` rules (``if`` some keys have these values, ``set`` others) come before the command line, which has the last word.
+``when`` rules (``if`` some keys have these values, ``set`` others) come before the command line's words.
 """
 
 import copy
@@ -38,11 +38,11 @@ def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: one line that names the key, what was given and what is allowed.
     """
-    words = [_parse(word) for word in overrides]
+    words = list(dict(_parse(word) for word in overrides).items())  # the last word on a key counts
     user = [rewritten for key, value in words for rewritten in _rewrite(track, key, value)]
     user = _one_duration(words) + user
     plain = _hydra(track, user)
-    rules = _implied(plain.pop("when", None) or [], flatten(plain))
+    rules = _implied(plain.pop("when", None) or [], {"track": track, **flatten(plain)})
     if rules:
         plain = _hydra(track, rules + user)
         plain.pop("when", None)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ssl_bench import sampling, views
+from ssl_bench.classifier import Classifier
 from ssl_bench.data import Dataset
 from ssl_bench.eval import evaluate
 from ssl_bench.eval.features import extract_features
@@ -16,7 +17,7 @@ def evaluate_backbone(session: Any, dataset: Dataset, backbone: nn.Module) -> li
     """The recipe's evaluators on a frozen backbone.
 
     Returns:
-        for each protocol its name, version, metrics (percent), seconds, the number of test images, and chance (percent).
+        for each protocol its name and version, metrics and chance (percent), seconds, and the number of test images.
     """
     recipe = session.recipe
     results = evaluate(
@@ -35,7 +36,7 @@ def evaluate_backbone(session: Any, dataset: Dataset, backbone: nn.Module) -> li
     return [{**result, "seed": recipe.eval.seed, "chance": 100 / len(dataset.classes)} for result in results]
 
 
-def evaluate_classifier(session: Any, dataset: Dataset, classifier: nn.Module) -> list[dict[str, Any]]:
+def evaluate_classifier(session: Any, dataset: Dataset, classifier: Classifier) -> list[dict[str, Any]]:
     """Top-1, top-5 and cross entropy on the whole test set, every image once over all processes."""
     recipe = session.recipe
     was_training = classifier.training
@@ -71,7 +72,7 @@ def evaluate_classifier(session: Any, dataset: Dataset, classifier: nn.Module) -
 class _Logits(nn.Module):
     """A classifier as the feature extractor wants it: images in, one row of logits out."""
 
-    def __init__(self, classifier: nn.Module):
+    def __init__(self, classifier: Classifier):
         super().__init__()
         self.classifier = classifier
 

@@ -24,12 +24,10 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 # What cannot change a result: two recipes that differ only here are the same experiment. `steps`-like durations and
 # the number of processes do not appear, because the first do change it and the second is not part of a recipe.
 IRRELEVANT = frozenset(
-    {
-        "run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile",
-        "data.workers", "data.cache_dir", "data.resident",
-        "optimizer.foreach", "optimizer.fused", "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final",
-    }
-)  # fmt: skip
+    {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile"}
+    | {"data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
+    | {"checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final"}
+)
 
 
 def key(default: Any, text: str) -> Any:
@@ -46,9 +44,10 @@ class DataOptions:
     __pydantic_config__ = STRICT
     name: str = key("cifar10", "data set: cifar10, cifar100, stl10, fashion_mnist, tiny_imagenet, digits, hf or folder")
     path: str | None = key(
-        None, "folder (or, for data=hf, hub id) to read from: torchvision's root, an archive's folder, class folders or "
-        "Hugging Face parquet files; null = torchvision's download into data/",
-    )  # fmt: skip
+        None,
+        "folder to read (for data=hf also a hub id): Hugging Face parquet files, an archive's folder, class folders or "
+        "torchvision's root; null = torchvision's download into the cache",
+    )
     size: PositiveInt | None = key(
         None, "pixels of the square images; shorter side resized, then centre crop; null = as stored"
     )

@@ -3,6 +3,7 @@
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,11 @@ class Session(Workplace):
         if recipe.compile:
             for part in task.children():
                 part.compile()
-        model, wrapped = self.accelerator.prepare(task, optimizer)
+        with warnings.catch_warnings():
+            # Accelerate knows DistributedDataParallel's broadcast_buffers by the name that torch is about to drop.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model, wrapped = self.accelerator.prepare(task, optimizer)
+        progress = Progress(plan.total, recipe.name(), enabled=self.main)
         trainer = Trainer(
             model=model,
             optimizer=wrapped,
@@ -198,12 +203,12 @@ class Session(Workplace):
             telemetry=Telemetry(optimizer, every=recipe.telemetry.every),
             save=self._save,
             interrupted=self._interrupted,
-            progress=Progress(plan.total, recipe.name(), enabled=self.main),
+            progress=progress,
             hooks=hooks,
         )
         self._trainer = trainer
         self._write_provenance(task, optimizer, plan, self._continue(trainer))
-        with trainer.progress:
+        with progress:
             outcome = trainer.run()
         if outcome.status == "finished":
             trainer.checkpoint()  # a run killed while it is evaluated goes on with the evaluation
@@ -316,7 +321,7 @@ class Session(Workplace):
                 results["status"] = "collapsed"
         results["seconds"] = time.perf_counter() - self.started
         self.run.finish(results)
-        if self.main and not self.recipe.checkpoint.final:
+        if self.main and not self.recipe.checkpoint.final and (self.folder / "checkpoints").exists():
             remove_atomically(self.folder / "checkpoints")
         self.say(f"{results['status']}: {self.folder}")
         for line in summary(results):
@@ -375,9 +380,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
         known = [kind.value for kind in LoggerType if kind.value != "all"]
         if recipe.tracker not in known:
-            raise ValueError(
-                f"unknown tracker {recipe.tracker!r}{plugins.nearest(recipe.tracker, known)} (known: {', '.join(known)})"
-            )
+            hint = plugins.nearest(recipe.tracker, known)
+            raise ValueError(f"unknown tracker {recipe.tracker!r}{hint} (known: {', '.join(known)})")
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
@@ -403,6 +407,6 @@ def summary(results: dict[str, Any]) -> list[str]:
         where = f" (first in {results['layer']})" if results["layer"] else ""
         return [f"  loss or gradient not finite from step {results['step']} on{where}; not evaluated"]
     return [
-        f"  {entry['protocol']:<18} {entry['model']:<10} top-1 {entry['metrics']['top1']:.2f}% of {entry['n_test']} images"
+        f"  {entry['protocol']:<18} {entry['model']:<10} top-1 {entry['metrics']['top1']:.2f}% of {entry['n_test']}"
         for entry in results.get("evaluations", [])
     ]

@@ -1,5 +1,7 @@
 """The augmentations that a recipe asks for."""
 
+from typing import Any
+
 import torch
 
 from ssl_bench.augment import Augmentation, Normalize, PadCropFlipRotate, RandomResizedCropFlip, SSLView
@@ -14,7 +16,7 @@ COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 BLUR_REFERENCE = 224  # pixels
 
 
-def _stats(recipe: Recipe, dataset: Dataset) -> dict[str, tuple[float, ...]]:
+def _stats(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     if recipe.augment.stats == "imagenet":
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     return {"mean": dataset.mean, "std": dataset.std}

@@ -100,6 +100,6 @@ def test_override_sets_only_what_a_record_allows():
     assert override(plain, ["eval.protocols=[knn-v1]"], ("eval",))["eval"]["protocols"] == ["knn-v1"]
     with pytest.raises(ValueError, match="batch_size is fixed by the run's record"):
         override(plain, ["batch_size=4"], ("eval",))
-    with pytest.raises(ValueError, match="unknown key 'eval.protocol'"):
+    with pytest.raises(ValueError, match=r"unknown key 'eval.protocol'"):
         override(plain, ["eval.protocol=x"], ("eval",))
     assert flatten(plain) == flatten(compose("pretrain").to_dict())
