@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Images:
-    """Noisy uint8 images, each class of its own colour; `lose` drops that many images of every batch."""
+    """Noisy uint8 images, each class around its own colour; `lose` drops that many images of every batch."""
 
     def __init__(self, n: int, classes: int = 3, size: int = 8, seed: int = 0, lose: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
