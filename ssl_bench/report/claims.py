@@ -83,7 +83,10 @@ def _start_of_the_ratio(collection: Collection, load: Load) -> Claim:
                 "peak_without": peak_cold,
             }
         )
-    finding = "No pair of LARS or LAMB runs with and without warm-up, of one learning rate and seed, has telemetry."
+    finding = (
+        "No pair of LARS or LAMB runs with and without warm-up, of one learning rate and seed, has telemetry of more "
+        "than one step of the warm-up."
+    )
     if rows:
         finding = (
             f"Within the warm-up's length the largest |w|/|u| (median over layers) is higher without warm-up in "
@@ -103,12 +106,13 @@ def _warmup_steps(cell: Cell) -> int:
 
 
 def _ratio_at_start(curves: Curves, ends: int) -> tuple[float, float] | None:
-    """The median over layers of |w|/|u| at the first recorded step, and its largest value before step ``ends``."""
-    if not curves.has(RATIO.column) or curves.steps[0] != 0:
+    """The median over layers of |w|/|u| at the first step, and its largest value up to step ``ends``."""
+    if not curves.has(RATIO.column) or curves.steps[0] > 1:
         return None
-    early = curves.telemetry[RATIO.column][curves.steps < max(ends, 1)][:, curves.adapted()]
+    early = curves.telemetry[RATIO.column][curves.steps <= max(ends, 1)][:, curves.adapted()]
     medians = [float(np.median(row[np.isfinite(row)])) for row in early if np.isfinite(row).any()]
-    return (medians[0], max(medians)) if medians else None
+    # With one record there is the first step alone, which no schedule has touched yet.
+    return (medians[0], max(medians)) if len(medians) > 1 else None
 
 
 # (b) -----------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Curves:
             completed), "samples", "epochs" and "seconds" are the clocks.
         layers: the L tensors that the telemetry follows, in the order of its parameter groups, which within a group
             is the network's.
-        steps: (S,) indices, from 0, of the steps that the telemetry describes.
+        steps: (S,) of the telemetry: steps completed, as in the metrics; 1 is the first update.
         telemetry: by column of ``QUANTITIES``, (S, L) float32 matrices; NaN where there is no value.
     """
 

@@ -91,7 +91,7 @@ def _accuracy(setting: Setting, arms: list[Arm], load: Load) -> Iterator[tuple[P
         for color, (name, curves) in zip(_colors(measured), measured.items(), strict=True):
             if clock in curves:
                 x, mean, low, high = curves[clock]
-                axis.plot(x, mean, color=color, label=name)
+                axis.plot(x, mean, color=color, label=name, marker="o" if len(x) == 1 else None)
                 axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     for axis in (axes[0], axes[2]):
         axis.set_ylabel("top-1 accuracy (%)")
@@ -202,7 +202,7 @@ def _effort(collection: Collection, grouped: dict[Setting, list[Arm]]) -> Iterat
     axis.set_ylabel("share of settings (%)")
     axis.set_ylim(-2, 102)
     axis.legend()
-    caption = f"Over {len(grouped)} settings (problem, data set, batch size), each optimizer at its best learning rate."
+    caption = f"Over problems, data sets and batch sizes ({len(grouped)}), each optimizer at its best learning rate."
     yield Plate("profiles", "Performance profiles", caption), figure
 
 
@@ -270,7 +270,7 @@ def _draw_losses(axis: Any, curves: Curves) -> None:
         x, y = curves.metric(name)
         kept = thin(len(x), 300)
         if len(x):
-            axis.plot(x[kept], y[kept], color=color, label=label)
+            axis.plot(x[kept], y[kept], color=color, label=label, marker="o" if len(x) == 1 else None)
     if axis.lines:
         axis.legend()
     else:

@@ -172,6 +172,7 @@ function chart(title, xLabel, series, {range = null} = {}) {
     const place = (ys) => points.map((index) => `${px(line.x[index]).toFixed(1)},${py(ys[index]).toFixed(1)}`);
     const color = `var(--s${line.color % 7})`;
     if (line.low) svg.append(make("svg:polygon", {points: [...place(line.low), ...place(line.high).reverse()].join(" "), fill: color, opacity: 0.15}));
+    if (points.length === 1) svg.append(make("svg:circle", {cx: px(line.x[points[0]]), cy: py(line.y[points[0]]), r: 3, fill: color}));
     svg.append(make("svg:polyline", {points: place(line.y).join(" "), fill: "none", stroke: color, "stroke-width": 1.6, "stroke-linejoin": "round"}));
   }
   const readout = make("output");

@@ -26,6 +26,8 @@ LABELS = {
     "test_top1": "test top-1 (%)",
     "test_top5": "test top-5 (%)",
     "test_loss": "test loss",
+    "top1": "training top-1 (%)",
+    "top5": "training top-5 (%)",
     "online_top1": "online monitor (%), no result",
     "lr": "learning rate",
     "images_per_second": "images per second",
@@ -185,7 +187,7 @@ def _layers(curves: Curves, column: str) -> dict[str, list[float]]:
     matrix = curves.telemetry[column][:, curves.adapted()]
     usable = np.flatnonzero(np.isfinite(matrix).any(axis=1))
     kept = usable[thin(len(usable), LAYER_POINTS)]
-    steps = curves.steps[kept] + 1  # completed steps, as the metrics count them
+    steps = curves.steps[kept]
     clock = curves.metrics
     has_clock = "seconds" in clock and len(clock["step"]) > 0
     seconds = np.interp(steps, clock["step"], clock["seconds"]) if has_clock else np.full(len(steps), np.nan)

@@ -35,9 +35,9 @@ class Table:
         """The title as a heading, a pipe table, and the notes."""
         numeric = self.numeric()
         lines = [
-            "| " + " | ".join(self.columns) + " |",
+            _line(self.columns),
             "|" + "|".join("---:" if right else ":---" for right in numeric) + "|",
-            *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows),
+            *map(_line, self.rows),
         ]
         body = "\n".join(lines) if self.rows else "Nothing to show."
         return f"## {self.title}\n\n{body}\n" + "".join(f"\n{note}\n" for note in self.notes)
@@ -93,6 +93,11 @@ def points(value: Value) -> str:
 def signed(value: Value) -> str:
     """A difference in points with its sign, or a dash."""
     return f"{value:+.2f}" if isinstance(value, float) else "–"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _absent(value: Value) -> bool:

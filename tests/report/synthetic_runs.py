@@ -168,7 +168,7 @@ def layer_columns(
             update = g + decay * w
             applied = eta * (1 if math.isnan(phi) else phi) * w / update
             lr = options["lr"] * multiplier(recipe, step, total) * applied
-            values = (step, layer, w, g, update, w / update, applied, phi, lr, lr * update / w, 0)
+            values = (step + 1, layer, w, g, update, w / update, applied, phi, lr, lr * update / w, 0)
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
     return columns

@@ -17,7 +17,7 @@ def test_curves_are_the_record(tmp_path: Path) -> None:
     write_run(tmp_path / "run", steps=40)
     curves = load_curves(tmp_path / "run")
     assert curves.layers == LAYERS
-    assert curves.steps.tolist() == list(range(40))
+    assert curves.steps.tolist() == list(range(1, 41))
     assert curves.telemetry["weight_norm"].shape == (40, len(LAYERS))
     assert curves.telemetry["weight_norm"][0].tolist() == pytest.approx([8, 10, 12, 14, 16])
     steps, top1 = curves.metric("test_top1")

@@ -24,10 +24,10 @@ def row(table: Table, *beginning: str) -> tuple[str, ...]:
 
 def test_written_forms() -> None:
     table = Table(
-        "t", "50% of a_b", ("name", "value"), [("x|y & z", "–"), ("**w**", "+1.5")], [{"a": 1.5, "b": None}], ("So.",)
+        "t", "50% of a_b", ("na|me", "value"), [("x|y & z", "–"), ("**w**", "+1.5")], [{"a": 1.5, "b": None}], ("So.",)
     )
     assert table.markdown() == (
-        "## 50% of a_b\n\n| name | value |\n|:---|---:|\n| x\\|y & z | – |\n| **w** | +1.5 |\n\nSo.\n"
+        "## 50% of a_b\n\n| na\\|me | value |\n|:---|---:|\n| x\\|y & z | – |\n| **w** | +1.5 |\n\nSo.\n"
     )
     assert table.csv() == "a,b\n1.5,\n"
     latex = table.latex()
