@@ -2,7 +2,8 @@
 
 import difflib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -73,6 +74,20 @@ class _Features:
         return self._known[key]
 
 
+def _timed(evaluator: Evaluator, compute: Callable[[], Metrics], feature_seconds: float, precision: str) -> Result:
+    started = time.perf_counter()
+    metrics = compute()
+    return Result(
+        protocol=evaluator.name,
+        metrics=metrics,
+        n_test=int(metrics.get("n_test", 0)),
+        seconds=time.perf_counter() - started,
+        feature_seconds=feature_seconds,
+        precision=precision,
+        tabulated=evaluator.tabulated,
+    )
+
+
 def evaluate(
     backbone: nn.Module,
     dataset: ImageDataset,
@@ -128,27 +143,14 @@ def evaluate(
         "on_progress": on_progress,
     }
     features = _Features(backbone, dataset, transform, **settings)
-    results: list[Result] = []
+    results = []
     for evaluator in evaluators:
-        feature_seconds = 0.0
         if evaluator.inputs == "features":
             inputs, feature_seconds = features(evaluator.limits)
             check_features(evaluator.name, *inputs)  # here on every process, so that all of them raise
-            started = time.perf_counter()
-            metrics = evaluator(*inputs, seed=seed) if rank == 0 else {}
+            compute = partial(evaluator, *inputs, seed=seed) if rank == 0 else dict
         else:
-            started = time.perf_counter()
-            metrics = evaluator(backbone, dataset, transform, augment, seed=seed, **settings)
-        if rank == 0:
-            results.append(
-                Result(
-                    protocol=evaluator.name,
-                    metrics=metrics,
-                    n_test=int(metrics["n_test"]),
-                    seconds=time.perf_counter() - started,
-                    feature_seconds=feature_seconds,
-                    precision=precision,
-                    tabulated=evaluator.tabulated,
-                )
-            )
-    return results
+            feature_seconds = 0.0
+            compute = partial(evaluator, backbone, dataset, transform, augment, seed=seed, **settings)
+        results.append(_timed(evaluator, compute, feature_seconds, precision))
+    return results if rank == 0 else []
