@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ssl_bench import report_cli, study_cli
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -58,6 +60,10 @@ def demo(
     from ssl_bench.demo import main
 
     raise typer.Exit(guarded(lambda: main(folder, steps), debug=debug))
+
+
+study_cli.register(app)
+report_cli.register(app)
 
 
 def main() -> None:

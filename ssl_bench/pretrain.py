@@ -38,7 +38,11 @@ def run(recipe: Recipe) -> int:
         backbone, _, method = build(recipe)
         dataset = session.dataset()
         plan = session.plan(len(dataset.train))
-        pipeline = session.pipeline(dataset, views.pretraining_views(recipe, dataset), (sampling.VIEW1, sampling.VIEW2))
+        pipeline = session.pipeline(
+            dataset,
+            views.pretraining_views(recipe, dataset, compiled=session.compiles_views),
+            (sampling.VIEW1, sampling.VIEW2),
+        )
         online = Hook(plan.every(recipe.eval.online_every_epochs), online_monitor(session, dataset, backbone))
         outcome = session.train(method, pipeline, plan, step_gradient(recipe, session.accelerator), [online])
 

@@ -51,11 +51,14 @@ class DataOptions:
     size: PositiveInt | None = key(
         None, "pixels of the square images; shorter side resized, then centre crop; null = as stored"
     )
+    holdout: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0, "share of each class of the train set to hold out and measure on instead of the test set; 0 = none"
+    )
     resident: Literal["auto", "true", "false"] = key(
         "auto",
         "keep all images as uint8 on the device (true), stream them through workers (false), or by memory (auto)",
     )
-    workers: Count = key(2, "processes that decode when streaming; 0 = in the main process")
+    workers: Count = key(2, "processes that read when streaming; 0 = in the main process")
     cache_dir: str | None = key(None, "folder of the decoded cache; null = $SSL_BENCH_CACHE or ~/.cache/ssl_bench")
 
 

@@ -275,11 +275,11 @@ class Run:
 
 
 def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]]) -> None:
-    """Adds evaluations to the results of a run that has ended; one of the same protocol and seed is replaced.
+    """Adds evaluations to the results of a run that has ended; one of the same protocol, model and seed is replaced.
 
     Args:
         run_dir: the run directory.
-        evaluations: dicts that each name their "protocol" and, if there is one, "seed".
+        evaluations: dicts that each name their "protocol" and, if there is one, "model" and "seed".
 
     Raises:
         InUseError: the run is going on.
@@ -295,7 +295,8 @@ def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]
         results = read_results(folder)
         if results is None:
             raise RecordError(f"{folder}: the run has not ended, there is no {RESULTS} to add to")
-        merged = {(entry["protocol"], entry.get("seed")): entry for entry in [*results["evaluations"], *added]}
+        both = [*results["evaluations"], *added]
+        merged = {(entry["protocol"], entry.get("model"), entry.get("seed")): entry for entry in both}
         atomic_json(folder / RESULTS, {**results, "evaluations": list(merged.values())})
     finally:
         claim.release()

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,15 @@ from ssl_bench.backbone import save_backbone
 from ssl_bench.checkpoint import Checkpoints
 from ssl_bench.console import Progress, say
 from ssl_bench.data import Dataset, load_dataset
-from ssl_bench.distributed import synchronize_batch_norm
+from ssl_bench.distributed import broadcast_object, synchronize_batch_norm
+from ssl_bench.holdout import hold_out
 from ssl_bench.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.pipeline import Pipeline
 from ssl_bench.provenance import collect_provenance
-from ssl_bench.recipe import IRRELEVANT, Recipe
+from ssl_bench.recipe import IRRELEVANT, Recipe, flatten
 from ssl_bench.record import Run
 from ssl_bench.storage import remove_atomically
 from ssl_bench.train import Hook, Outcome, Rhythm, Trainer
@@ -66,6 +66,11 @@ class Workplace:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
 
+    @property
+    def compiles_views(self) -> bool:
+        """Whether ``compile`` pays for the augmentation: on a GPU it saves kernels, on the CPU it costs."""
+        return self.recipe.compile and self.device.type == "cuda"
+
     def say(self, message: str) -> None:
         """A line for the user, once and not per process."""
         if self.main:
@@ -74,14 +79,15 @@ class Workplace:
     def dataset(self) -> Dataset:
         """The recipe's data set, on the device."""
         options = self.recipe.data
-        return load_dataset(
+        dataset = load_dataset(
             options.name,
             path=options.path,
             size=options.size,
             resident=options.resident if options.resident == "auto" else options.resident == "true",
             workers=options.workers,
             cache_dir=options.cache_dir,
-        ).to(self.device)
+        )
+        return (hold_out(dataset, options.holdout) if options.holdout else dataset).to(self.device)
 
 
 class Session(Workplace):
@@ -97,7 +103,6 @@ class Session(Workplace):
         self._refuse_indivisible()
         self._set_determinism()
         self.interrupt = Interrupt()
-        self.started = time.perf_counter()
 
     def __enter__(self) -> Self:
         self.run = Run.open(
@@ -110,13 +115,11 @@ class Session(Workplace):
         )
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.recipe.checkpoint.keep, warn=self.say)
         self.interrupt.__enter__()
-        if self.recipe.tracker:
-            self.accelerator.init_trackers("ssl_bench", config={"identity": self.recipe.identity()})
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.interrupt.__exit__(*error)
-        if self.recipe.tracker:
+        if self.accelerator.trackers:
             self.accelerator.end_training()
         self.run.close()
 
@@ -208,6 +211,8 @@ class Session(Workplace):
         )
         self._trainer = trainer
         self._write_provenance(task, optimizer, plan, self._continue(trainer))
+        if recipe.tracker:
+            self.accelerator.init_trackers("ssl_bench", config=flatten(recipe.to_dict()))
         with progress:
             outcome = trainer.run()
         if outcome.status == "finished":
@@ -271,12 +276,13 @@ class Session(Workplace):
 
     def _continue(self, trainer: Trainer) -> int:
         """Loads the last good checkpoint, if the run has one, and drops what was recorded after it."""
-        latest = self.checkpoints.load_latest() if self.recipe.resume == "auto" else None
-        if latest is None:
+        # The first process looks for the last good one: on a flaky disk each might find another.
+        latest = self.checkpoints.load_latest() if self.recipe.resume == "auto" and self.main else None
+        step = broadcast_object(None if latest is None else latest[0])
+        if step is None:
             self.run.truncate_to(None)
             return 0
-        step, state, _ = latest
-        trainer.load_state_dict(state)
+        trainer.load_state_dict(latest[1] if latest is not None else self.checkpoints.load(step)[0])
         self.run.truncate_to(step)
         self.say(f"continuing {self.folder} from step {step}")
         return step
@@ -319,7 +325,6 @@ class Session(Workplace):
                 results["evaluations"] += [{"model": "untrained", **result} for result in evaluate(start)]
             if _at_chance(results["evaluations"]):
                 results["status"] = "collapsed"
-        results["seconds"] = time.perf_counter() - self.started
         self.run.finish(results)
         if self.main and not self.recipe.checkpoint.final and (self.folder / "checkpoints").exists():
             remove_atomically(self.folder / "checkpoints")
@@ -334,7 +339,7 @@ class Session(Workplace):
     def log(self, row: dict[str, float]) -> None:
         """One line of the metrics, for the record and for the tracker."""
         self.run.log(row)
-        if self.recipe.tracker:
+        if self.accelerator.trackers:
             self.accelerator.log(row, step=int(row["step"]))
 
     def log_telemetry(self, columns: Any) -> None:
@@ -343,7 +348,7 @@ class Session(Workplace):
             self.run.log_telemetry({**columns, "step": [step + 1 for step in columns["step"]]})
 
     def _save(self, step: int, state: dict[str, Any]) -> None:
-        if self.main and step not in self.checkpoints.steps():
+        if self.main:
             with self.interrupt.saving():
                 self.run.sync()
                 self.checkpoints.save(step, state, {"identity": self.recipe.identity(), "world_size": self.world_size})

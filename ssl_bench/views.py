@@ -26,8 +26,14 @@ def _size(dataset: Dataset) -> int:
     return dataset.train.image_shape[-1]
 
 
-def pretraining_views(recipe: Recipe, dataset: Dataset) -> list[Augmentation]:
-    """The two views of self-supervised pretraining, each with its own blur and solarisation."""
+def pretraining_views(recipe: Recipe, dataset: Dataset, *, compiled: bool = False) -> list[Augmentation]:
+    """The two views of self-supervised pretraining, each with its own blur and solarisation.
+
+    Args:
+        recipe: see its ``augment``.
+        dataset: whose images they are.
+        compiled: whether each view is one compiled program: fewer kernels on a GPU, slower on the CPU.
+    """
     options, size = recipe.augment, _size(dataset)
     factor = size / BLUR_REFERENCE if options.blur == "scaled" else 1.0
     return [
@@ -42,6 +48,7 @@ def pretraining_views(recipe: Recipe, dataset: Dataset) -> list[Augmentation]:
             blur_sigma=(options.blur_sigma[0] * factor, options.blur_sigma[1] * factor),
             solarize_p=options.solarize_p[view],
             dtype=COMPUTE_DTYPE[recipe.precision],
+            compile=compiled,
             **_stats(recipe, dataset),
         )
         for view in range(2)

@@ -36,9 +36,10 @@ def tiny_smooth(**_options: Any) -> nn.Module:
 @register_model
 def tiny_plain(**_options: Any) -> nn.Module:
     """timm.create_model("tiny_plain"): without batch norm, so that chunks of a batch do not see each other."""
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 5, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32)
-    )
+    layers = (nn.Conv2d(3, 32, 5, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32))
+    net = nn.Sequential(*layers)
+    net.num_features = 32  # type: ignore[assignment]
+    return net
 
 
 class TinyTwins(BarlowTwins):
