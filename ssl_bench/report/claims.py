@@ -60,10 +60,7 @@ def check_claims(collection: Collection, load: Load) -> list[Claim]:
 
 
 def _start_of_the_ratio(collection: Collection, load: Load) -> Claim:
-    says = (
-        "Without warm-up the ratio of the initial phase is higher and falls more steeply than with it (section 3.2, "
-        "observations 3 and 4)."
-    )
+    says = "Without warm-up the ratio of the initial phase is higher than with it (section 3.2, observation 3)."
     rows, records, higher, same_start = [], [], [], []
     for warm, cold, seed in warm_and_cold(collection):
         measured = [_ratio_at_start(load(of_seed(cell, seed)), _warmup_steps(warm)) for cell in (warm, cold)]

@@ -76,6 +76,9 @@ def table1_wide(collection: Collection) -> Table:
         for index in range(max(map(len, columns.values()))):
             texts, variants = [], []
             for name, cells in columns.items():
+                if index >= max(1, len(cells)):
+                    texts.append("")
+                    continue
                 paper = table1()[*point, name]
                 cell = cells[index] if index < len(cells) else None
                 record = _beside(paper, cell, ours, collection)

@@ -105,12 +105,12 @@ def _absent(value: Value) -> bool:
 
 
 # What stands in place of a number.
-_WORDS = ("diverged", "collapsed", "interrupted", "running", "not measured", "no run", "n = 1", "no pair")
+_WORDS = ("–", "diverged", "collapsed", "interrupted", "running", "not measured", "no run", "n = 1", "no pair")
 
 
 def _is_numeric(text: str) -> bool | None:
     """Whether a printed cell is a number; None for what says nothing about its column."""
-    if text in ("", "–") or text.startswith(_WORDS):
+    if not text or text.startswith(_WORDS):
         return None
     return text[0].isdigit() or (len(text) > 1 and text[0] in "+-−" and text[1].isdigit())
 

@@ -162,3 +162,14 @@ def test_variance_has_two_levels(collection: Collection) -> None:
     table = comparisons.variances(collection)
     lars = row(table, "LARS")
     assert lars[6:] == ("2 × 2", "3.08", "1.12", "2.25")
+
+
+def test_the_papers_layout_with_several_variants(tmp_path: Path) -> None:
+    write_run(tmp_path / "wa", telemetry=False)
+    write_run(tmp_path / "nowa", top1=60.0, telemetry=False, schedule={"target": "polynomial", "power": 1.0})
+    write_run(tmp_path / "tv", top1=65.0, optimizer="tvlars", telemetry=False)
+    wide = results.table1_wide(gather(*find_runs(tmp_path)))
+    assert [line[4:] for line in wide.rows] == [
+        ("60.00 (n = 1) / 74.64", "– / 57.88", "65.00 (n = 1) / **78.92** ?", "LARS: schedule=polynomial"),
+        ("70.00 (n = 1) / 74.64", "", "", "LARS: schedule=warmup_cosine"),
+    ]
