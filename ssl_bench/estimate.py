@@ -128,9 +128,6 @@ def _speed(record: RunRecord) -> Speed | None:
 
 def _measured(cell: Cell) -> Speed | str:
     """Runs a few steps in a process of its own."""
-    short = {
-        key: value for key, value in SHORT.items() if cell.track == "pretrain" or key != "eval.online_every_epochs"
-    }
     batch_size = min(cell.recipe.batch_size, BATCH)
     with tempfile.TemporaryDirectory(prefix="ssl-bench-estimate-") as folder:
         run = Path(folder) / "run"

@@ -12,19 +12,17 @@ blocks:
       - [{optimizer: lars}, {optimizer: tvlars, optimizer.decay: 1.0e-4}]   # cases
 """
 
-import difflib
 import itertools
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_bench.cell_recipe import Composer, merge
+from ssl_bench.plugins import nearest
 from ssl_bench.recipe import Recipe
+from ssl_bench.study_files import Words, about, as_words, find_file, parse_file, read_text
 
 STUDIES = Path(__file__).resolve().parent / "configs" / "study"
 TRACKS = ("pretrain", "classify")
@@ -32,8 +30,6 @@ LAUNCHERS_KEYS = ("run_dir", "resume")
 
 STUDY_KEYS = ("base", "include", "seeds", "blocks")
 BLOCK_KEYS = ("track", "set", "axes")
-
-Words = dict[str, str]  # key -> value, both as on a command line
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +111,15 @@ def load_study(
     Raises:
         ValueError: one line; an unknown key, an empty grid, a wrong recipe, or two cells that are one experiment.
     """
-    path = _find(source)
+    path = find_file(source, STUDIES, "study")
     if seeds is not None:
         _check_seeds(f"study {path.stem}", list(seeds))
-    user = dict(_split(word) for word in overrides)
+    user = dict(split_word(word) for word in overrides)
     expansion = _Expansion(path.stem, user, None if seeds is None else list(seeds), dict(data_paths or {}))
-    text = _read(path)
-    expansion.add(path, _parse(path, text))
+    text = read_text(path)
+    expansion.add(path, parse_file(f"study {path.stem}", text))
     expansion.check_distinct()
-    return Study(path.stem, _about(text), tuple(expansion.cells))
+    return Study(path.stem, about(text), tuple(expansion.cells))
 
 
 class _Expansion:
@@ -143,13 +139,13 @@ class _Expansion:
         _check_keys(where, content, STUDY_KEYS)
         if not content.get("blocks") and not content.get("include"):
             raise ValueError(f"{where}: an empty grid: it has neither blocks nor include")
-        base = _words(f"{where}: base", content.get("base") or {})
+        base = as_words(f"{where}: base", content.get("base") or {})
         seeds = self.seeds or content.get("seeds", [0])
         _check_seeds(where, seeds)
         self.open.append(path)
         for name in _listed(where, "include", content.get("include") or []):
-            inner = _find(name, beside=path.parent)
-            self.add(inner, _parse(inner, _read(inner)))
+            inner = find_file(name, STUDIES, "study", beside=path.parent)
+            self.add(inner, parse_file(f"study {inner.stem}", read_text(inner)))
         self.open.pop()
         for number, block in enumerate(_listed(where, "blocks", content.get("blocks") or []), start=1):
             self._add_block(f"{where}: block {number}", block, base, seeds)
@@ -161,7 +157,7 @@ class _Expansion:
         track = block.get("track")
         if track not in TRACKS:
             raise ValueError(f"{where}: track: got {track!r}, allowed: {' or '.join(TRACKS)}")
-        fixed = merge(base, _words(f"{where}: set", block.get("set") or {}))
+        fixed = merge(base, as_words(f"{where}: set", block.get("set") or {}))
         axes = [
             _axis(f"{where}: axis {number}", axis)
             for number, axis in enumerate(_listed(where, "axes", block.get("axes") or []), start=1)
@@ -217,7 +213,7 @@ def _axis(where: str, axis: Any) -> list[Words]:
         rows = axis
     else:
         raise ValueError(f"{where}: got {axis!r}, allowed: {{key: [values]}} or [{{key: value}}, ...], not empty")
-    return [_words(where, row) for row in rows]
+    return [as_words(where, row) for row in rows]
 
 
 def _check_disjoint(where: str, axes: Sequence[Sequence[Words]]) -> None:
@@ -230,9 +226,7 @@ def _check_disjoint(where: str, axes: Sequence[Sequence[Words]]) -> None:
 def _check_keys(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where}: unknown key {key!r}{hint} (known here: {', '.join(known)})")
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)} (known here: {', '.join(known)})")
 
 
 def _check_seeds(where: str, seeds: Any) -> None:
@@ -247,76 +241,12 @@ def _listed(where: str, key: str, value: Any) -> list[Any]:
     return value
 
 
-def _words(where: str, values: Any) -> Words:
-    """A mapping of the YAML as words of the command line."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: got {values!r}, allowed: a mapping of keys to values")
-    return {str(key): as_word(f"{where}: {key}", value) for key, value in values.items()}
-
-
-def as_word(where: str, value: Any) -> str:
-    """A value as it is written on a command line."""
-    if isinstance(value, dict):
-        raise ValueError(f"{where}: got a mapping, allowed: one value; write the keys below it with dots")
-    if isinstance(value, str):
-        return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-
-
 def _listing(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _split(word: str) -> tuple[str, str]:
+def split_word(word: str) -> tuple[str, str]:
     key, sign, value = word.partition("=")
     if not sign:
         raise ValueError(f"cannot read {word!r}: expected key=value")
     return key, value
-
-
-def _find(source: str | Path, beside: Path | None = None) -> Path:
-    """The file of a study: beside the one that includes it, shipped, or a path."""
-    text = str(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w-]+", text):
-        for folder in ([beside] if beside else []) + [STUDIES]:
-            if (folder / f"{text}.yaml").is_file():
-                return folder / f"{text}.yaml"
-    elif Path(text).is_file():
-        return Path(text).resolve()
-    close = difflib.get_close_matches(text, shipped(), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown study {text!r}{hint} (known: {', '.join(shipped())}; or a YAML file's path)")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"study {path}: cannot be read: {error}") from None
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"study {path.stem}: no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"study {path.stem}: got {content!r}, allowed: the keys {', '.join(STUDY_KEYS)}")
-    return content
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys silently; here that is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        double: Iterable[Any] = (key for key in keys if keys.count(key) > 1)
-        if (key := next(iter(double), None)) is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _about(text: str) -> str:
-    """The comment at the head of the file."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
-    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
