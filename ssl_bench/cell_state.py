@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from ssl_bench.cell_claims import CellClaim, holder
 from ssl_bench.claim import is_claimed
 from ssl_bench.grid import Cell
-from ssl_bench.reading import RESULTS, RUN, RecordError, read_head, read_results
+from ssl_bench.reading import RUN, RecordError, read_head, read_results
 from ssl_bench.storage import atomic_json, jsonable
 
 Status = Literal["finished", "diverged", "collapsed", "failed", "running", "interrupted", "missing"]
@@ -73,12 +73,11 @@ class CellStore:
         """What the cell has come to; never fails for a damaged record."""
         folder = self.folder(cell)
         claimed = is_claimed(folder)  # asked first: a run that ends meanwhile then shows its results
-        try:
-            results = read_results(folder)
-        except (RecordError, OSError) as error:
-            return State("failed", str(error))
-        if results is not None:
-            return State(results["status"])
+        status, damage = self.ending(cell)
+        if status is not None:
+            return State(status)
+        if damage:
+            return State("failed", damage)
         if claimed or (who := holder(self.notes, cell.name)):
             return State("running", "" if claimed else str(who))
         failure = self.failure(cell)
@@ -138,16 +137,16 @@ class CellStore:
         self._failure_path(cell).unlink(missing_ok=True)
 
     def ending(self, cell: Cell) -> tuple[Status | None, str]:
-        """What a process that reported success left behind.
+        """How the cell's run ended.
 
         Returns:
-            the run's status, or None and the reason why its record is not the end of this cell.
+            its status, or None where it has not ended; then also what is wrong with its record, or "".
         """
         folder = self.folder(cell)
         try:
             results = read_results(folder)
             if results is None:
-                return None, f"the process reported success and left no {RESULTS} in {folder}"
+                return None, ""
             identity = read_head(folder)["identity"]
         except (RecordError, OSError) as error:
             return None, str(error)

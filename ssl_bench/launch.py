@@ -148,6 +148,8 @@ class CellProcess:
             if code == REQUEUE_EXIT_CODE:
                 return State("interrupted")
             status, reason = store.ending(self.cell) if code == 0 else (None, "")
+            if code == 0 and status is None and not reason:
+                reason = f"the process reported success and left no results in {store.folder(self.cell)}"
             if status is None:
                 return State("failed", store.fail(self.cell, code=code, command=self.command, reason=reason))
             store.forget_failure(self.cell)

@@ -15,11 +15,11 @@ arms:
       optimizer.nesterov: {choices: [false, true]}
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from ssl_bench.plugins import explain, nearest
 from ssl_bench.study_files import Words, about, as_word, find_file, parse_file, read_text
@@ -48,13 +48,20 @@ class Choices:
     choices: Annotated[list[bool | int | float | str | None], Field(min_length=1)]
 
 
+def _kind(values: Any) -> str:
+    return "choices" if isinstance(values, Choices) or (isinstance(values, dict) and "choices" in values) else "range"
+
+
+Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_kind)]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One optimizer with what is tuned of it."""
 
     __pydantic_config__ = _STRICT
     set: dict[str, Any]
-    space: Annotated[dict[str, Range | Choices], Field(min_length=1)]
+    space: Annotated[dict[str, Space], Field(min_length=1)]
 
     @property
     def label(self) -> str:
@@ -95,9 +102,10 @@ def load_search(source: str | Path) -> tuple[str, str, Search]:
     try:
         search = TypeAdapter(Search).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "unexpected_keyword_argument":
-            raise ValueError(f"{where}: {_unknown(first['loc'])}") from None
+        # A misspelt key also makes the right one missing; it is the better thing to name.
+        unknown = [one["loc"] for one in error.errors() if one["type"] == "unexpected_keyword_argument"]
+        if unknown:
+            raise ValueError(f"{where}: {_unknown(unknown[0])}") from None
         raise ValueError(f"{where}: {explain(error)}") from None
     _check(where, search)
     return path.stem, about(text), search
@@ -169,8 +177,7 @@ def _check(where: str, search: Search) -> None:
 
 
 def _unknown(location: tuple[Any, ...]) -> str:
-    known = {"arms": ("set", "space"), "space": ("low", "high", "log", "choices")}
-    parts = [str(part) for part in location]
-    scope = next((name for name in ("space", "arms") if name in parts[:-1]), "")
-    names = known.get(scope, tuple(Search.__dataclass_fields__))
-    return f"unknown key {parts[-1]!r}{nearest(parts[-1], names)} (known here: {', '.join(names)})"
+    *scope, key = map(str, location)
+    kind = {"range": Range, "choices": Choices}.get(scope[-1]) if scope else Search
+    known = [one.name for one in fields(kind or Arm)]
+    return f"unknown key {key!r}{nearest(key, known)} (known here: {', '.join(known)})"
