@@ -14,7 +14,9 @@ Transform = Callable[[Tensor], Tensor]  # uint8 (n, 3, H, W) -> normalised (n, 3
 class ImageSource(Protocol):
     """One split of a data set, as `ssl_bench.data.Source` gives it."""
 
-    labels: Tensor  # (N,) int64, CPU
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, on the CPU."""
 
     def __len__(self) -> int: ...
 

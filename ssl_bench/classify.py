@@ -1,6 +1,7 @@
 """The supervised classification track: ``accelerate launch ssl_bench/classify.py key=value ...``."""
 
 import sys
+from typing import cast
 
 from ssl_bench import sampling
 from ssl_bench.command import run_command
@@ -44,7 +45,7 @@ def run(recipe: Recipe) -> int:
         return session.finish(
             outcome,
             classifier.backbone,
-            lambda model: evaluate_classifier(session, dataset, model),
+            lambda model: evaluate_classifier(session, dataset, cast(Classifier, model)),
             trained=classifier,
             untrained=build,
         )

@@ -22,7 +22,10 @@ def report(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.")] = "report",
     debug: Debug = False,
 ) -> None:
-    """Write tables, figures, checked claims and one web page from the records of runs."""
+    """Write the report of a folder of runs.
+
+    Tables, figures, checked claims and one web page, from the runs' records alone.
+    """
     from ssl_bench.command import guarded
 
     def write() -> int:
@@ -35,7 +38,7 @@ def report(
 
 
 def leaderboard(runs: Runs, debug: Debug = False) -> None:
-    """Print the ranking of the optimizers and all accuracies in the terminal."""
+    """Print the ranking of the optimizers."""
     from ssl_bench.command import guarded
 
     def show() -> int:
