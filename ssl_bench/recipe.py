@@ -234,6 +234,10 @@ class Recipe:
         optimizer = self.optimizer.options.get("name") or self.optimizer.target.split(":")[-1]
         return f"{self.data.name}-{what}-{optimizer}-b{self.batch_size}-s{self.seed}-{self.identity()}".lower()
 
+    def folder(self) -> str:
+        """The run's directory: ``run_dir``, or one named after the experiment under ``runs/``."""
+        return self.run_dir or f"runs/{self.name()}"
+
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys; lists stay values."""

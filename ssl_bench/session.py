@@ -99,7 +99,7 @@ class Session(Workplace):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
-        self.folder = Path(recipe.run_dir or Path("runs") / recipe.name())
+        self.folder = Path(recipe.folder())
         self._refuse_indivisible()
         self._set_determinism()
         self.interrupt = Interrupt()
@@ -212,7 +212,10 @@ class Session(Workplace):
         self._trainer = trainer
         self._write_provenance(task, optimizer, plan, self._continue(trainer))
         if recipe.tracker:
-            self.accelerator.init_trackers("ssl_bench", config=flatten(recipe.to_dict()))
+            config = flatten(recipe.to_dict())
+            # Trackers' tables of hyper-parameters hold numbers and text only.
+            plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
+            self.accelerator.init_trackers("ssl_bench", config=plain)
         with progress:
             outcome = trainer.run()
         if outcome.status == "finished":
@@ -381,17 +384,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if recipe.precision == "fp16" and on_cpu:
         raise ValueError("precision: got fp16, which needs a GPU; allowed on the CPU: fp32 or bf16")
     if recipe.tracker:
-        from accelerate.utils import LoggerType
-
-        known = [kind.value for kind in LoggerType if kind.value != "all"]
-        if recipe.tracker not in known:
-            hint = plugins.nearest(recipe.tracker, known)
-            raise ValueError(f"unknown tracker {recipe.tracker!r}{hint} (known: {', '.join(known)})")
+        _check_tracker(recipe.tracker)
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
         log_with=recipe.tracker,
-        project_dir=recipe.run_dir,
+        project_dir=recipe.folder(),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 
@@ -415,3 +413,14 @@ def summary(results: dict[str, Any]) -> list[str]:
         f"  {entry['protocol']:<18} {entry['model']:<10} top-1 {entry['metrics']['top1']:.2f}% of {entry['n_test']}"
         for entry in results.get("evaluations", [])
     ]
+
+
+def _check_tracker(name: str) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker.value) for tracker in get_available_trackers()]
+    if name not in known:
+        raise ValueError(f"unknown tracker {name!r}{plugins.nearest(name, known)} (known: {', '.join(known)})")
+    if name not in installed:
+        here = ", ".join(installed) or "none"
+        raise ValueError(f"tracker: got {name!r}, which is not installed (pip install {name}); installed here: {here}")

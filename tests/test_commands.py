@@ -93,6 +93,17 @@ def test_chunks_give_the_same_run_without_batch_norm_and_say_so_with_it(here):
     assert notes == ["none", "batch norm over 32 of 96 images"]
 
 
+def test_a_tracker_gets_every_line(here):
+    assert pretrain.main([*TINY_PRETRAIN, "steps=2", "run_dir=r", "eval=none", "tracker=tensorboard"]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (path.parent for path in (here / "r/ssl_bench").glob("events*"))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx([row["loss"] for row in metrics(here / "r")])
+
+
 def test_evaluate_adds_to_the_record(here):
     assert pretrain.main([*TINY_PRETRAIN, "steps=1", "run_dir=r"]) == 0
     done = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[linear-cached-v1]", "device=cpu"])
@@ -130,6 +141,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(here, capsys, monkey
         (["data=cifar10", "data.path=missing"], "missing"),
         (["method=tiny_net:TinyTwins", "method.projector=[0]"], "projector"),
         (["tracker=nope"], "unknown tracker 'nope'"),
+        (["tracker=aim"], "tracker: got 'aim', which is not installed (pip install aim)"),
         (["precision=fp16"], "precision: got fp16, which needs a GPU"),
         (["device=cuda"], "device: got cuda, but torch sees no GPU"),
         (["optimizer.lr=-1"], "lr"),

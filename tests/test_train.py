@@ -1,0 +1,154 @@
+"""The loop itself: its clocks, its rhythm, and what a gradient scaler does to them."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from ssl_bench.augment import Normalize
+from ssl_bench.gradient import full_batch
+from ssl_bench.optim import TVLARS, Telemetry, build_groups
+from ssl_bench.pipeline import Pipeline
+from ssl_bench.sources import ResidentSource
+from ssl_bench.train import Hook, Rhythm, Trainer
+
+
+class Task(nn.Module):
+    """A linear classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 4 * 4, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images and labels to the loss."""
+        return {"loss": nn.functional.cross_entropy(self.linear(x.flatten(1)), y)}
+
+
+class Record:
+    """Keeps what the loop hands over."""
+
+    def __init__(self):
+        self.rows, self.columns, self.saved = [], [], []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def log_telemetry(self, columns):
+        self.columns.append(columns)
+
+    def save(self, step, state):
+        self.saved.append((step, state))
+
+
+def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
+    source = ResidentSource(images, torch.arange(64) % 5)
+    normalize = Normalize(mean=(0.5,) * 3, std=(0.25,) * 3)
+    device = torch.device("cpu")
+    pipeline = Pipeline(
+        source, [normalize], (1,), seed=0, batch_size=16, chunk_size=None, rank=0, world_size=1, device=device,
+        with_labels=True,
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    task = Task()
+    optimizer = TVLARS(build_groups(task, lr=1.0, weight_decay=0.0), lr=1.0, decay=0.1)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    model, wrapped = accelerator.prepare(task, optimizer)
+    if scaler is not None:
+        accelerator.scaler = scaler
+        wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
+        accelerator._optimizers = [wrapped]
+    record = Record()
+    built = Trainer(
+        model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=full_batch, pipeline=pipeline,
+        rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, record=record,
+        telemetry=Telemetry(optimizer, every=1), save=record.save, interrupted=interrupted,
+        progress=lambda _step, _row: None, hooks=hooks,
+    )  # fmt: skip
+    return built, record, optimizer
+
+
+def test_every_interval_has_a_line_and_the_end_too():
+    loop, record, _ = trainer(total=10)
+    outcome = loop.run()
+    assert (outcome.status, outcome.step) == ("finished", 10)
+    assert [row["step"] for row in record.rows] == [4, 8, 10]
+    assert [row["samples"] for row in record.rows] == [64, 128, 160]
+    assert record.rows[0]["epochs"] == 1.0
+
+
+def test_the_schedule_sees_optimizer_steps_from_zero():
+    asked = []
+    loop, _, _ = trainer(total=5, schedule=lambda k: asked.append(k) or 0.5)
+    loop.run()
+    assert asked == [0, 1, 2, 3, 4]
+    assert {group["lr"] for group in loop.optimizer.param_groups} == {0.5}
+
+
+def test_steps_that_the_scaler_skips_advance_neither_schedule_nor_phi():
+    asked = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    loop, record, optimizer = trainer(total=12, scaler=scaler, schedule=lambda k: asked.append(k) or 1.0)
+    module, steps = loop.module, {3, 4, 9}
+    # An infinite gradient in three steps, as fp16 overflow makes it; the loss stays finite.
+    module.linear.weight.register_hook(lambda grad: grad * float("inf") if loop.step in steps else grad)
+    outcome = loop.run()
+    assert outcome.status == "finished"  # overflow under a scaler is everyday, not a divergence
+    assert (loop.step, loop.clock) == (12, 9)
+    assert asked == [0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 7, 8]
+    assert record.rows[-1]["skipped_steps"] == 3
+    counters = {float(state["step"]) for state in optimizer.state.values() if "step" in state}
+    assert counters == {9.0}
+    recorded = {step for columns in record.columns for step in columns["step"]}
+    assert recorded == set(range(12)) - steps
+
+
+def test_an_infinite_gradient_without_a_scaler_is_a_divergence_with_its_place():
+    loop, record, _ = trainer(total=12)
+    loop.module.linear.bias.register_hook(lambda grad: grad * float("nan") if loop.step == 5 else grad)
+    outcome = loop.run()
+    assert (outcome.status, outcome.step, outcome.details["layer"]) == ("diverged", 5, "linear.bias")
+    assert record.rows[-1]["step"] == 8  # found at the next line: nothing waits for the device in between
+
+
+def test_hooks_run_in_their_rhythm_and_at_the_end_and_join_the_line():
+    seen = []
+    hook = Hook(every=3, measure=lambda step: {"extra": seen.append(step) or float(step)})
+    loop, record, _ = trainer(total=10, hooks=[hook, Hook(every=0, measure=lambda _step: {"never": 1.0})])
+    loop.run()
+    assert seen == [3, 6, 9, 10]
+    assert [row["step"] for row in record.rows] == [3, 4, 6, 8, 9, 10]
+    assert record.rows[0]["extra"] == 3.0
+    assert not any("never" in row for row in record.rows)
+
+
+def test_an_interruption_saves_and_the_loop_goes_on_from_there_bit_for_bit():
+    whole, expected, _ = trainer(total=11)
+    whole.run()
+    loop, first, _ = trainer(total=11, checkpoint=4, interrupted=lambda: loop.step == 6)
+    assert loop.run().status == "interrupted"
+    assert [step for step, _ in first.saved] == [4, 6]
+    again, second, _ = trainer(total=11)
+    again.load_state_dict(first.saved[-1][1])
+    assert again.run().status == "finished"
+    assert torch.equal(again.module.linear.weight, whole.module.linear.weight)
+    losses = [(row["step"], row["loss"]) for row in [*first.rows, *second.rows]]
+    assert losses == [(row["step"], row["loss"]) for row in expected.rows]
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunk", "world", "name"),
+    [(65, None, 1, "batch_size"), (16, 5, 1, "chunk_size"), (16, None, 3, "batch_size"), (16, 4, 3, "chunk_size")],
+)
+def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
+    source = ResidentSource(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        Pipeline(
+            source, [], (), seed=0, batch_size=batch, chunk_size=chunk, rank=0, world_size=world,
+            device=torch.device("cpu"),
+        )  # fmt: skip
