@@ -157,8 +157,8 @@ def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
     """
     results = read_results(store.folder(cell))
     assert results is not None  # the launcher said so
-    if results["status"] == "diverged":
-        return Outcome("diverged", math.nan)
+    if results["status"] != "finished":
+        return Outcome(results["status"], math.nan)
     entries = [entry for entry in results["evaluations"] if entry.get("model", "trained") == "trained"]
     for entry in entries:
         if entry["protocol"] == protocol:
@@ -168,7 +168,7 @@ def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
 
 
 def _best(trials: Sequence[Trial], scores: Mapping[Trial, Outcome]) -> Trial | None:
-    """The first trial of the highest top-1, or None where all diverged."""
+    """The first trial of the highest top-1, or None where none came to one."""
     alive = [trial for trial in trials if not math.isnan(scores[trial].top1)]
     return max(alive, key=lambda trial: scores[trial].top1, default=None)
 
@@ -224,12 +224,19 @@ def _print(
     print(f"{search.select} top-1 in %; test: all train images, last step, seeds {', '.join(map(str, search.seeds))}")
     for label, chosen in best.items():
         if chosen is None:
-            print(f"  {label}: all {search.trials} trials diverged")
+            print(f"  {label}: {_words(scores[trial] for trial in scores if trial.arm.label == label)}")
             continue
-        values = [outcome.top1 for outcome in tested[label] if not math.isnan(outcome.top1)]
-        spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        test = f"{statistics.mean(values):.2f}{spread} (n = {len(values)})" if values else "diverged"
-        diverged = len(tested[label]) - len(values)
         point = " ".join(f"{key}={value}" for key, value in chosen.point.items())
-        print(f"  {label}: held out {scores[chosen].top1:.2f}, test {test}"
-              + (f", {diverged} diverged" if diverged and values else "") + f"; {point}")  # fmt: skip
+        print(f"  {label}: held out {scores[chosen].top1:.2f}, test {_words(tested[label])}; {point}")
+
+
+def _words(outcomes: Iterable[Outcome]) -> str:
+    """Outcomes in a few words; what diverged or collapsed is no number."""
+    outcomes = list(outcomes)
+    values = [outcome.top1 for outcome in outcomes if outcome.status == "finished"]
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    parts = [f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"] if values else []
+    for status in ("diverged", "collapsed"):
+        number = sum(outcome.status == status for outcome in outcomes)
+        parts += [f"{number} {status}"] if number else []
+    return ", ".join(parts)

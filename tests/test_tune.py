@@ -177,8 +177,21 @@ def test_an_optimizer_whose_trials_all_diverge_is_said_so(
     seen: list[Sequence[Cell]] = []
     monkeypatch.setattr(tune, "run_study", launcher(lambda _: {"status": "diverged"}, seen))
     assert tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs") == 0
-    assert "optimizer=lars: all 4 trials diverged" in capsys.readouterr().out
+    assert "optimizer=lars: 4 diverged" in capsys.readouterr().out
     assert list(seen[1]) == []
+
+
+def test_a_collapse_is_a_word_and_no_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def results(cell: Cell) -> dict[str, Any]:
+        collapsed = not cell.recipe.data.holdout and cell.recipe.seed == 1
+        trained = {"protocol": "test-v1", "model": "trained", "metrics": {"top1": 10.0 if collapsed else 50.0}}
+        return {"status": "collapsed" if collapsed else "finished", "evaluations": [trained]}
+
+    monkeypatch.setattr(tune, "run_study", launcher(results, []))
+    assert tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs") == 0
+    assert "optimizer=sgd: held out 50.00, test 50.00 (n = 1), 1 collapsed;" in capsys.readouterr().out
 
 
 def test_nothing_is_selected_while_trials_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
