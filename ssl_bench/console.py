@@ -13,6 +13,18 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+class Ticker:
+    """Says how far something long has come, every so often; call it with (what, done, total)."""
+
+    def __init__(self, *, enabled: bool = True):
+        self.enabled, self._said = enabled, time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.enabled and time.monotonic() - self._said > LINE_EVERY:
+            self._said = time.monotonic()
+            say(f"  {what}: {done}/{total}")
+
+
 class Progress:
     """Shows a run's progress; call it after every step.
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from ssl_bench.compose import build, override
 from ssl_bench.record import RecordError, add_evaluations, read_run
+from ssl_bench.sampling import INIT, derive_seed
 
 # Where the images lie and what is measured of them; not which images, which network, or how it was trained.
 MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.workers", "device")
 
 
 def main(run_dir: str, words: Sequence[str] = ()) -> int:
-    """Evaluates the backbone of a run that has ended, adds the results to its record and prints them.
+    """Evaluates the backbone of a run that has ended, beside the one it started from, and adds to the run's results.
 
     Args:
         run_dir: the run's folder.
@@ -20,7 +21,7 @@ def main(run_dir: str, words: Sequence[str] = ()) -> int:
     Raises:
         ValueError, OSError: no such run, no backbone in it, or a key that would change what the run was.
     """
-    from ssl_bench.backbone import load_backbone
+    from ssl_bench.backbone import create_backbone, load_backbone
     from ssl_bench.probes import evaluate_backbone
     from ssl_bench.session import Workplace, summary
 
@@ -31,8 +32,16 @@ def main(run_dir: str, words: Sequence[str] = ()) -> int:
     recipe = build(record.recipe["track"], override(record.recipe, words, MAY_CHANGE))
     session = Workplace(recipe)
     dataset = session.dataset()
-    backbone = load_backbone(weights)[0].to(session.device)
-    results = [{"model": "trained", **result} for result in evaluate_backbone(session, dataset, backbone)]
+    models = {"trained": load_backbone(weights)[0]}
+    if recipe.eval.baseline:
+        seed = derive_seed(recipe.seed, INIT)
+        name, stem, init = recipe.model.name, recipe.model.stem, recipe.model.init
+        models["untrained"] = create_backbone(name, stem=stem, init=init, seed=seed)[0]
+    results = [
+        {"model": which, **result}
+        for which, model in models.items()
+        for result in evaluate_backbone(session, dataset, model.to(session.device))
+    ]
     if session.main:
         add_evaluations(run_dir, results)
         print("\n".join(summary({"status": "finished", "evaluations": results})))

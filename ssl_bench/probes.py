@@ -8,6 +8,7 @@ from torch import nn
 
 from ssl_bench import sampling, views
 from ssl_bench.classifier import Classifier
+from ssl_bench.console import Ticker
 from ssl_bench.data import Dataset
 from ssl_bench.eval import evaluate
 from ssl_bench.eval.features import extract_features
@@ -32,6 +33,7 @@ def evaluate_backbone(session: Any, dataset: Dataset, backbone: nn.Module) -> li
         augment=views.probe_view(recipe, dataset),
         rank=session.rank,
         world_size=session.world_size,
+        on_progress=Ticker(enabled=session.main),
     )
     return [{**result, "seed": recipe.eval.seed, "chance": 100 / len(dataset.classes)} for result in results]
 

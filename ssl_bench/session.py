@@ -214,7 +214,7 @@ class Session(Workplace):
         if recipe.tracker:
             config = flatten(recipe.to_dict())
             # Trackers' tables of hyper-parameters hold numbers and text only.
-            plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
+            plain = {key: v if isinstance(v, int | float | str) else str(v) for key, v in config.items()}
             self.accelerator.init_trackers("ssl_bench", config=plain)
         with progress:
             outcome = trainer.run()

@@ -105,10 +105,16 @@ def test_a_tracker_gets_every_line(here):
 
 
 def test_evaluate_adds_to_the_record(here):
-    assert pretrain.main([*TINY_PRETRAIN, "steps=1", "run_dir=r"]) == 0
-    done = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[linear-cached-v1]", "device=cpu"])
+    assert pretrain.main([*TINY_PRETRAIN, "steps=1", "run_dir=r", "eval.baseline=true"]) == 0
+    before = results(here / "r")["evaluations"]
+    done = CliRunner().invoke(cli.app, ["evaluate", "r", "device=cpu"])
     assert done.exit_code == 0, done.output
-    assert [entry["protocol"] for entry in results(here / "r")["evaluations"]] == ["knn-v1", "linear-cached-v1"]
+    after = results(here / "r")["evaluations"]  # replaced, by the same numbers
+    assert [(e["model"], e["metrics"]) for e in after] == [(e["model"], e["metrics"]) for e in before]
+    done = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[linear-cached-v1]", "eval.baseline=false"])
+    assert done.exit_code == 0, done.output
+    protocols = [entry["protocol"] for entry in results(here / "r")["evaluations"]]
+    assert protocols == ["knn-v1", "knn-v1", "linear-cached-v1"]
     refused = CliRunner().invoke(cli.app, ["evaluate", "r", "batch_size=4"])
     assert refused.exit_code == 2
     assert "batch_size is fixed by the run's record" in refused.output
