@@ -1,7 +1,7 @@
 """Stands in for a run in the tests of launchers: ``fake_run.py BEHAVIOUR RUN_DIR IDENTITY COUNTER``, in milliseconds.
 
 Appends a line to COUNTER when it starts. BEHAVIOUR: "ok", "diverged", "crash", "silent" (success without a record),
-"requeue" (stops once with code 75, then ends well), "wait" (until it is asked to stop, then code 75), or "slow" (0.3 s).
+"requeue" (stops once with code 75, then ends well), "wait" (until asked to stop, then code 75), or "slow" (0.3 s).
 """
 
 import json
