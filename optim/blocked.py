@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 18  # elements; four float32 blocks are 4 MiB
+CANCELLED = 0.1  # part of |g|^2 + beta^2 |w|^2 below which |g + beta w|^2 has lost a digit to cancellation
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -43,35 +44,33 @@ def vector(values: Sequence[float] | Sequence[tuple[float, ...]]) -> Tensor:
 
 
 def layer_norms(
-    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, *, need_grad: bool, need_sum: bool
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """|w|, |g| and |g + beta w| of each tensor in one pass over memory.
+
+    |g + beta w|^2 = |g|^2 + 2 beta g.w + beta^2 |w|^2 needs no sum to be formed; where it cancels, the sum is formed.
 
     Args:
         params: K tensors.
         grads: K tensors.
         weight_decay: beta.
-        need_grad: whether |g| is wanted; else it is NaN (with beta = 0 it comes for nothing).
-        need_sum: whether |g + beta w| is wanted, likewise.
 
     Returns:
         Three (K,) float64 tensors.
     """
-    scratch = scratch_like(params)
-    nan = float("nan")
     rows = []
     for param, grad in zip(params, grads, strict=True):
-        ww = gg = dd = 0.0
+        ww = gg = gw = 0.0
         for w, g in blocks(param, grad):
             ww += dot(w, w)
-            if need_grad or weight_decay == 0:
-                gg += dot(g, g)
-            if need_sum and weight_decay != 0:
-                d = torch.add(g, w, alpha=weight_decay, out=scratch[: w.numel()])
-                dd += dot(d, d)
-        if weight_decay == 0:
-            dd = gg
-        rows.append((ww, gg if need_grad or weight_decay == 0 else nan, dd if need_sum or weight_decay == 0 else nan))
+            gg += dot(g, g)
+            if weight_decay != 0:
+                gw += dot(g, w)
+        parts = gg + weight_decay**2 * ww
+        dd = parts + 2 * weight_decay * gw
+        if dd < CANCELLED * parts:
+            dd = sum(dot(d, d) for d in (torch.add(g, w, alpha=weight_decay) for w, g in blocks(param, grad)))
+        rows.append((ww, gg, dd))
     w_norm, g_norm, d_norm = vector(rows).sqrt_().unbind(1)
     return w_norm, g_norm, d_norm
 
@@ -106,18 +105,17 @@ def momentum_update_(
     squares = []
     for param, grad, buffer, a, decay in zip(params, grads, buffers, factors, decays, strict=True):
         total = 0.0
+        whole = momentum == 0 or (nesterov and want_norms)  # whether a (g + beta w) itself is needed
         for w, g, b in blocks(param, grad, buffer):
-            d = scratch[: w.numel()]
-            if decay != 0:
-                torch.add(g, w, alpha=decay, out=d).mul_(a)
-            else:
-                torch.mul(g, a, out=d)
+            d = torch.mul(g, a, out=scratch[: w.numel()])
+            if whole and decay != 0:
+                d.add_(w, alpha=a * decay)
             if momentum == 0:  # the fused kernel takes no buffer then
                 w.add_(b.copy_(d), alpha=-lr)
             else:
                 torch._fused_sgd_(
-                    [w], [d], [b], weight_decay=0.0, momentum=momentum, lr=lr, dampening=0.0, nesterov=nesterov,
-                    maximize=False, is_first_step=False,
+                    [w], [d], [b], weight_decay=0.0 if whole else a * decay, momentum=momentum, lr=lr, dampening=0.0,
+                    nesterov=nesterov, maximize=False, is_first_step=False,
                 )  # fmt: skip
             if want_norms:
                 u = d.add_(b, alpha=momentum) if nesterov else b
@@ -141,7 +139,7 @@ def adam_direction_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advance Adam's moments and write u = m / (sqrt(v) + eps) + beta w into `scratch`, tensor after tensor.
 
-    torch's fused Adam kernel with lr -1 on a zeroed block adds exactly m / (sqrt(v) + eps) to it.
+    torch's fused Adam kernel with lr -1, given beta w in the place of the weights, adds m / (sqrt(v) + eps) to it.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: K tensors each; the moments are changed.
@@ -161,13 +159,11 @@ def adam_direction_(
         ww = uu = 0.0
         gg = 0.0 if want_grad_norms else float("nan")
         for w, g, m, v in blocks(param, grad, m_all, v_all):
-            u = scratch[start : start + w.numel()].zero_()
+            u = torch.mul(w, weight_decay, out=scratch[start : start + w.numel()])
             torch._fused_adam_(
                 [u], [g], [m], [v], [], [step], lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps,
                 amsgrad=False, maximize=False,
             )  # fmt: skip
-            if weight_decay != 0:
-                u.add_(w, alpha=weight_decay)
             ww += dot(w, w)
             uu += dot(u, u)
             if want_grad_norms:

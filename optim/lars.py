@@ -168,8 +168,13 @@ def momentum_step(rule: Rule, chunk: Bucket, phi: Tensor | None, *, fused: bool,
     Returns:
         The statistics, or None without `recording`.
     """
+    first = chunk.params[0]
     if isinstance(rule.lr, Tensor):  # on the CPU's own path a tensor's value is at hand
-        rule = rule._replace(lr=float(rule.lr) if fused else rule.lr.reshape(()).to(chunk.params[0].device))
+        rule = rule._replace(lr=float(rule.lr) if fused else rule.lr.reshape(()).to(first.device))
+    elif torch.compiler.is_compiling():
+        # A number is an input of the graph only where it multiplies a tensor; as `alpha` it is a constant of it, and
+        # every new learning rate would compile anew.
+        rule = rule._replace(lr=torch.ones((), dtype=first.dtype, device=first.device) * rule.lr)
     norm, sums = _take_norms(rule, chunk, fused, recording)
     ratio = trust_ratio(rule, norm, phi) if rule.adapt and norm is not None else None
     # A skipped tensor has no decay either.
@@ -221,7 +226,7 @@ def _take_norms(rule: Rule, chunk: Bucket, fused: bool, recording: bool) -> tupl
     if fused:
         if not (needs_g or needs_d):
             return None, grads
-        return Norms(*blocked.layer_norms(params, grads, decay, need_grad=needs_g, need_sum=needs_d)), grads
+        return Norms(*blocked.layer_norms(params, grads, decay)), grads
     sums: Tensors = grads
     if decay != 0 and (needs_d or rule.decay_in_update):
         sums = torch._foreach_add(grads, params, alpha=decay)

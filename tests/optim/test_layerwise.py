@@ -54,6 +54,22 @@ def test_paths_agree_on_tensors_larger_than_a_block(make, monkeypatch):
     assert difference(run(lambda p: make(p.values(), fused=False)), loop) < 1e-13
 
 
+def test_the_norm_of_a_cancelling_sum_is_exact():
+    """g = -beta w (1 + 1e-4): |g + beta w|^2 from inner products alone would be rounding noise in float32."""
+    beta = 0.05
+    w = torch.linspace(1, 2, 3000, dtype=torch.float64).reshape(30, 100)
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        p = nn.Parameter(w.to(dtype, copy=True))
+        p.grad = (-beta * w * (1 + 1e-4)).to(dtype)
+        optimizer = LARS([p], lr=0.1, weight_decay=beta, fused=True)
+        optimizer.recording = True
+        optimizer.step()
+        results[dtype] = float(optimizer.layer_stats[0].update_norm)
+    assert results[torch.float64] == pytest.approx(1e-4 * beta * float(w.norm()), rel=1e-9)
+    assert results[torch.float32] == pytest.approx(results[torch.float64], rel=1e-2)  # g itself is rounded
+
+
 @EVERY
 @PATHS
 def test_gradients_are_not_changed(make, path):

@@ -1,0 +1,76 @@
+"""torch's and timm's optimizers through this package's names."""
+
+import subprocess
+import sys
+
+import pytest
+import timm.optim
+import torch
+from optim_cases import difference, run
+
+from ssl_bench.optim import OPTIMIZERS, adamw, sgd, timm_optimizer
+
+
+def test_sgd_is_torchs():
+    for nesterov in (False, True):
+        theirs = run(lambda p, n=nesterov: torch.optim.SGD(p.values(), 1.0, 0.9, weight_decay=0.1, nesterov=n))
+        ours = run(lambda p, n=nesterov: sgd(p.values(), 1.0, 0.9, 0.1, nesterov=n))
+        assert difference(ours, theirs) < 1e-12
+
+
+def test_adamw_is_torchs():
+    theirs = run(lambda p: torch.optim.AdamW(p.values(), 1.0, (0.8, 0.9), eps=1e-3, weight_decay=0.1))
+    assert difference(run(lambda p: adamw(p.values(), 1.0, (0.8, 0.9), 1e-3, 0.1)), theirs) < 1e-12
+
+
+def test_timm_is_timms():
+    for name, keywords in (("lion", {"betas": (0.8, 0.9)}), ("lars", {"momentum": 0.7}), ("adopt", {"eps": 1e-4})):
+        theirs = run(
+            lambda p, n=name, k=keywords: timm.optim.get_optimizer_class(n)(p.values(), lr=1.0, weight_decay=0.1, **k)
+        )
+        ours = run(lambda p, n=name, k=keywords: timm_optimizer(p.values(), n, 1.0, 0.1, **k))
+        assert difference(ours, theirs) == 0
+
+
+def make(**keywords):
+    return timm_optimizer([torch.nn.Parameter(torch.ones(2, 2))], **({"lr": 1.0} | keywords))
+
+
+def test_an_unknown_timm_name_lists_the_nearest():
+    with pytest.raises(ValueError, match=r"timm_optimizer: unknown name 'lmab', nearest: .*lamb.*; known: .*sgd"):
+        make(name="lmab")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"name": "adamw", "momentum": 0.9}, r"timm_optimizer\[adamw\]: has no momentum; allowed: None, got 0\.9"),
+        ({"name": "sgd", "betas": (0.9, 0.9)}, r"timm_optimizer\[sgd\]: has no betas"),
+        ({"name": "adahessian"}, "needs second-order gradients"),
+        ({"name": "sgd", "lr": -1.0}, r"timm_optimizer\[sgd\]: lr must be a number in \[0, inf\), got -1"),
+    ],
+)
+def test_bad_timm_keywords(keywords, words):
+    with pytest.raises(ValueError, match=words):
+        make(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword", "value"),
+    [("sgd", "momentum", 1.0), ("sgd", "weight_decay", -1.0), ("adamw", "eps", -1.0), ("adamw", "lr", -1.0)],
+)
+def test_bad_torch_keywords(name, keyword, value):
+    with pytest.raises(ValueError, match=f"^{name}: {keyword} must .* got "):
+        OPTIMIZERS[name]([torch.nn.Parameter(torch.ones(2, 2))], **({"lr": 1.0} | {keyword: value}))
+
+
+def test_sgd_nesterov_needs_momentum():
+    with pytest.raises(ValueError, match="sgd: nesterov needs momentum > 0"):
+        sgd([torch.nn.Parameter(torch.ones(2, 2))], 1.0, momentum=0.0, nesterov=True)
+
+
+def test_the_package_imports_torch_only():
+    heavy = ("timm", "torchvision", "accelerate", "hydra")
+    code = f"import sys, ssl_bench.optim; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,106 @@
+"""Parameter groups cover a module exactly once, with the settings that were asked for."""
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_bench.optim import LARS, OPTIMIZERS, build_groups, check_cover
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def table(groups):
+    """name -> (lr, weight_decay, adapt)"""
+    return {n: (g["lr"], g["weight_decay"], g["adapt"]) for g in groups for n in g["param_names"]}
+
+
+def test_1d_tensors_have_neither_decay_nor_adaptation_by_default():
+    groups = build_groups(net(), lr=2.0, weight_decay=0.1)
+    assert table(groups) == {
+        "0.weight": (2.0, 0.1, True),
+        "3.weight": (2.0, 0.1, True),
+        **dict.fromkeys(("0.bias", "1.weight", "1.bias", "3.bias"), (2.0, 0.0, False)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("keywords", "expected"),
+    [
+        ({"decay_1d": True}, (2.0, 0.1, False)),
+        ({"adapt_1d": True}, (2.0, 0.0, True)),
+        ({"decay_1d": True, "adapt_1d": True}, (2.0, 0.1, True)),
+        ({"lr_1d": 0.5}, (0.5, 0.0, False)),
+        ({"lr_1d": 0.0}, (0.0, 0.0, False)),
+    ],
+)
+def test_1d_settings(keywords, expected):
+    found = table(build_groups(net(), lr=2.0, weight_decay=0.1, **keywords))
+    assert found["1.bias"] == expected
+    assert found["0.weight"] == (2.0, 0.1, True)
+
+
+def test_filters_by_pattern_and_by_function():
+    found = table(build_groups(net(), lr=2.0, weight_decay=0.1, exclude=["3.*"]))
+    assert found["3.weight"] == (2.0, 0.0, False)
+    found = table(build_groups(net(), lr=2.0, weight_decay=0.1, exclude_decay=["0.weight"]))
+    assert (found["0.weight"], found["3.weight"]) == ((2.0, 0.0, True), (2.0, 0.1, True))
+    found = table(build_groups(net(), lr=2.0, weight_decay=0.1, exclude_adapt=lambda _, p: p.ndim == 4))
+    assert (found["0.weight"], found["3.weight"]) == ((2.0, 0.1, False), (2.0, 0.1, True))
+
+
+def test_frozen_and_tied_parameters():
+    module = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    module["b"].weight = module["a"].weight
+    module["a"].bias.requires_grad_(False)
+    assert list(table(build_groups(module, lr=1.0, weight_decay=0.0))) == ["a.weight", "b.bias"]
+
+
+def test_cover_is_checked():
+    module = net()
+    groups = build_groups(module, lr=1.0, weight_decay=0.1)
+    check_cover(module, groups)
+    with pytest.raises(ValueError, match=r"'0\.bias' \(4 in all\) is in no group"):
+        check_cover(module, groups[:1])
+    with pytest.raises(ValueError, match=r"'0\.weight' comes more than once"):
+        check_cover(module, [*groups, groups[0]])
+    with pytest.raises(ValueError, match="no trainable parameter of the module"):
+        check_cover(module, [*groups, {"params": [nn.Parameter(torch.ones(1))]}])
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "lr_1d"])
+def test_negative_values_are_refused(name):
+    with pytest.raises(ValueError, match=f"build_groups: {name} must be a number >= 0, got -1"):
+        build_groups(net(), **{"lr": 1.0, "weight_decay": 0.0, name: -1.0})
+
+
+def test_a_pattern_without_a_match_and_a_module_without_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"pattern 'bn\*' matches no parameter, e\.g\. '0\.weight'"):
+        build_groups(net(), lr=1.0, weight_decay=0.0, exclude=["bn*"])
+    with pytest.raises(ValueError, match="module ReLU has no trainable parameters"):
+        build_groups(nn.ReLU(), lr=1.0, weight_decay=0.0)
+
+
+def test_every_optimizer_takes_the_groups_as_they_are():
+    for name, make in OPTIMIZERS.items():
+        module = net()
+        groups = build_groups(module, lr=0.25, weight_decay=0.1, lr_1d=0.5, adapt_1d=True)
+        optimizer = make(groups, lr=1.0, **({"name": "lion"} if name == "timm" else {}))
+        check_cover(module, optimizer.param_groups)
+        assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.1), (0.5, 0.0)]
+        module(torch.randn(2, 3, 3, 3)).sum().backward()
+        before = [p.detach().clone() for p in module.parameters()]
+        optimizer.step()
+        assert all(
+            not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True) if b.grad.norm() > 0.1
+        )
+
+
+def test_lars_groups_of_a_module_are_those_of_its_parameters():
+    module = net()
+    built = LARS(build_groups(module, lr=1.0, weight_decay=0.1), lr=1.0).param_groups
+    plain = LARS(module.parameters(), lr=1.0, weight_decay=0.1).param_groups
+    for a, b in zip(built, plain, strict=True):
+        assert (a["adapt"], a["weight_decay"]) == (b["adapt"], b["weight_decay"])
+        assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
