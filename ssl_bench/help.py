@@ -13,8 +13,8 @@ from ssl_bench import plugins
 from ssl_bench.compose import GROUPS, PLUGINS, choices, compose
 from ssl_bench.recipe import Plugin, Recipe
 
-USAGE = """[bold]usage[/]: accelerate launch ssl_bench/{track}.py [group=choice ...] [key=value ...] [--debug]
-       ssl-bench {track} [group=choice ...] [key=value ...] [--debug]
+USAGE = """[bold]usage[/]: accelerate launch ssl_bench/{track}.py \\[group=choice ...] \\[key=value ...] \\[--debug]
+       ssl-bench {track} \\[group=choice ...] \\[key=value ...] \\[--debug]
 """
 
 
