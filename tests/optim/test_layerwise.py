@@ -366,15 +366,15 @@ def test_complex_parameters_are_refused(make, dtype):
 
 
 @EVERY
-def test_sharded_parameters_are_refused(make, tmp_path):
+def test_sharded_parameters_are_refused(make):
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # no threads, no network
     try:
-        mesh = DeviceMesh("cpu", [0])
-        p = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 2), DeviceMesh("cpu", [0, 1]), [Shard(0)]))
         with pytest.raises(ValueError, match="is sharded, so its local norm is not the layer's"):
             make([p])
     finally:
