@@ -126,10 +126,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ms = timed(call, device)
             if turn >= 2:
                 times[name].append(ms)
-    medians = {name: statistics.median(values) for name, values in times.items()}
     step = training_step(module, device, args.batch)
     step_ms = statistics.median([timed(step, device) for _ in range(4)][1:])
-    gigabytes = 4e-9 * total
+    return summary(args, times, {name: kind for name, (kind, _) in steps.items()}, len(shapes), total, step_ms) | {
+        "hardware": hardware(device),
+        "versions": {
+            name: version(name)
+            for name in ("torch", "timm", "lightly", "pytorch-optimizer", "torchvision", "ssl-bench")
+        },
+    }
+
+
+RIVALS = (
+    ("ours LARS", "timm lars"),
+    ("ours TVLARS paper", "timm lars"),
+    ("ours TVLARS released", "timm lars"),
+    ("ours LAMB", "timm lamb"),
+    ("ours LARS", "lightly LARS"),
+    ("ours LARS", "pytorch-optimizer LARS"),
+    ("ours LAMB", "pytorch-optimizer Lamb"),
+)
+
+
+def summary(
+    args: argparse.Namespace,
+    times: dict[str, list[float]],
+    kinds: dict[str, str],
+    tensors: int,
+    parameters: int,
+    step_ms: float,
+) -> dict[str, Any]:
+    """Medians, floors and ratios of the milliseconds in `times`, among them the plain copy's."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
     rows = {
         name: {
             "ms": medians[name],
@@ -139,38 +167,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "times_floor": medians[name] / (PASSES[kind] * medians["copy"] / 2),
             "times_floor_of_minima": min(times[name]) / (PASSES[kind] * min(times["copy"]) / 2),
         }
-        for name, (kind, _) in steps.items()
+        for name, kind in kinds.items()
     }
+    extra_ms = medians["ours LARS, recorded"] - medians["ours LARS"]
     return {
         "benchmark": "optimizer step",
-        "command": "python benchmarks/optimizers.py",
-        "tensors": len(shapes),
-        "parameters": total,
+        "command": f"python benchmarks/optimizers.py --turns {args.turns} --copies {args.copies} --batch {args.batch}",
+        "tensors": tensors,
+        "parameters": parameters,
         "turns": args.turns,
-        "bandwidth_GBps": 2 * gigabytes / (medians["copy"] / 1e3),
+        "bandwidth_GBps": 2 * 4e-9 * parameters / (medians["copy"] / 1e3),
         "steps": rows,
-        "faster_than": {
-            f"{ours} vs {theirs}": medians[theirs] / medians[ours]
-            for ours, theirs in (
-                ("ours LARS", "timm lars"),
-                ("ours TVLARS paper", "timm lars"),
-                ("ours TVLARS released", "timm lars"),
-                ("ours LAMB", "timm lamb"),
-                ("ours LARS", "lightly LARS"),
-                ("ours LARS", "pytorch-optimizer LARS"),
-                ("ours LAMB", "pytorch-optimizer Lamb"),
-            )
-        },
+        "faster_than": {f"{ours} vs {theirs}": medians[theirs] / medians[ours] for ours, theirs in RIVALS},
         "telemetry": {
             "batch": args.batch,
             "training_step_ms": step_ms,
-            "recorded_step_extra_ms": medians["ours LARS, recorded"] - medians["ours LARS"],
-            "share_when_every_step": (medians["ours LARS, recorded"] - medians["ours LARS"]) / step_ms,
-        },
-        "hardware": hardware(device),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "timm", "lightly", "pytorch-optimizer", "torchvision", "ssl-bench")
+            "recorded_step_extra_ms": extra_ms,
+            "share_when_every_step": extra_ms / step_ms,
         },
     }
 

@@ -27,10 +27,9 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(flat(t).split(BLOCK) for t in tensors), strict=True)
 
 
-def scratch_like(params: Sequence[Tensor], elements: int | None = None) -> Tensor:
-    """Uninitialised room for one block (or `elements`) in the parameters' dtype."""
-    size = min(BLOCK, max(p.numel() for p in params)) if elements is None else elements
-    return torch.empty(size, dtype=params[0].dtype)
+def scratch_like(params: Sequence[Tensor]) -> Tensor:
+    """Uninitialised room for one block in the parameters' dtype."""
+    return torch.empty(min(BLOCK, max(p.numel() for p in params)), dtype=params[0].dtype)
 
 
 def dot(x: Tensor, y: Tensor) -> float:
