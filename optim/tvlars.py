@@ -14,6 +14,8 @@ from ssl_bench.optim.lars import ZERO_NORMS, Rule, momentum_step
 from ssl_bench.optim.layerwise import Bucket, LayerStats, LayerwiseOptimizer, check_choice, check_range
 
 VARIANTS = ("paper", "released")
+PAPER_LAMBDA = 1e-4
+RELEASED_LAMBDA = 1e-3
 RELEASED_ALPHA = 0.1
 RELEASED_NORM_CLAMP = 10.0
 
@@ -56,8 +58,8 @@ class TVLARS(LayerwiseOptimizer):
         momentum: mu in (0, 1).
         weight_decay: beta >= 0; 0 turns it off.
         eta: Trust coefficient >= 0.
-        decay: lambda >= 0, how fast phi falls, per time unit (1e-4 in Table 1 for classification, 1e-5 for Barlow
-            Twins, 1e-3 in the released code); 0 keeps phi constant.
+        decay: lambda >= 0, how fast phi falls, per time unit; None for the variant's own, 1e-4 (paper, Table 1 for
+            classification; Barlow Twins has 1e-5) or 1e-3 (released); 0 keeps phi constant.
         delay_steps: d_e in steps, >= 0 (the paper has 10 epochs); 0 for no delay. Not in variant="released".
         alpha: Limits phi to 1 / alpha, > 0; None for the variant's own, 1 (paper) or 0.1 (released).
         gamma_min: Lower limit of phi, >= 0; 0 turns it off. Not in variant="released".
@@ -82,7 +84,7 @@ class TVLARS(LayerwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         eta: float = 1e-3,
-        decay: float = 1e-4,
+        decay: float | None = None,
         delay_steps: float = 0.0,
         alpha: float | None = None,
         gamma_min: float = 0.0,
@@ -97,7 +99,8 @@ class TVLARS(LayerwiseOptimizer):
         check_choice(self.component, "variant", variant, VARIANTS)
         paper = variant == "paper"
         defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "decay": decay,
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta,
+            "decay": (PAPER_LAMBDA if paper else RELEASED_LAMBDA) if decay is None else decay,
             "delay_steps": delay_steps, "alpha": (1.0 if paper else RELEASED_ALPHA) if alpha is None else alpha,
             "gamma_min": gamma_min, "variant": variant, "time_unit_steps": time_unit_steps, "zero_norm": zero_norm,
             "decay_1d": paper if decay_1d is None else decay_1d, "adapt_1d": paper if adapt_1d is None else adapt_1d,

@@ -117,6 +117,13 @@ def test_t3_the_norm_clamp_is_at_work():
     torch.testing.assert_close(w.detach(), torch.full((20, 20), 5.0 - 0.1 / 1.1, dtype=torch.float64))
 
 
+def test_each_variant_has_its_own_lambda_and_alpha():
+    weights = [torch.nn.Parameter(torch.ones(2, 2))]
+    for variant, own in (("paper", (1e-4, 1.0)), ("released", (1e-3, 0.1))):
+        assert tuple(TVLARS(weights, variant=variant).defaults[k] for k in ("decay", "alpha")) == own
+        assert TVLARS(weights, variant=variant, decay=0.5, alpha=2.0).defaults["decay"] == 0.5
+
+
 def test_variants_differ():
     assert difference(run(paper), run(released)) > 1e-2
 
