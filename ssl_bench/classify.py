@@ -4,7 +4,7 @@ import sys
 from typing import cast
 
 from ssl_bench import sampling
-from ssl_bench.command import run_command
+from ssl_bench.command import leave, run_command
 from ssl_bench.recipe import Recipe
 
 
@@ -57,4 +57,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ssl_bench import sampling
-from ssl_bench.command import run_command
+from ssl_bench.command import leave, run_command
 from ssl_bench.recipe import Recipe
 
 
@@ -58,4 +58,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
