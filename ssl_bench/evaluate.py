@@ -23,7 +23,8 @@ def main(run_dir: str, words: Sequence[str] = ()) -> int:
     """
     from ssl_bench.backbone import create_backbone, load_backbone
     from ssl_bench.probes import evaluate_backbone
-    from ssl_bench.session import Workplace, summary
+    from ssl_bench.session import summary
+    from ssl_bench.workplace import Workplace
 
     record = read_run(run_dir)
     weights = Path(run_dir) / "backbone.safetensors"

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_bench import gradient, plugins
 from ssl_bench.augment import Augmentation
 from ssl_bench.backbone import save_backbone
 from ssl_bench.checkpoint import Checkpoints
-from ssl_bench.console import Progress, say
-from ssl_bench.data import Dataset, load_dataset
+from ssl_bench.console import Progress
+from ssl_bench.data import Dataset
 from ssl_bench.distributed import broadcast_object, synchronize_batch_norm
-from ssl_bench.holdout import hold_out
 from ssl_bench.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
@@ -30,6 +29,7 @@ from ssl_bench.recipe import IRRELEVANT, Recipe, flatten
 from ssl_bench.record import Run
 from ssl_bench.storage import remove_atomically
 from ssl_bench.train import Hook, Outcome, Rhythm, Trainer
+from ssl_bench.workplace import Workplace
 
 # Several processes agree on a signal by a collective call, which waits for the device; one step in so many.
 AGREE_EVERY = 10
@@ -50,44 +50,6 @@ class Plan:
     def every(self, epochs: float) -> int:
         """A period given in epochs, in steps; 0 stays 0 = never."""
         return max(1, round(epochs * self.steps_per_epoch)) if epochs else 0
-
-
-class Workplace:
-    """The processes and the device that a recipe asks for.
-
-    Raises:
-        ValueError: one line; the recipe does not fit this machine.
-    """
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.accelerator = _accelerator(recipe)
-        self.device: torch.device = self.accelerator.device
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.main = self.accelerator.is_main_process
-
-    @property
-    def compiles_views(self) -> bool:
-        """Whether ``compile`` pays for the augmentation: on a GPU it saves kernels, on the CPU it costs."""
-        return self.recipe.compile and self.device.type == "cuda"
-
-    def say(self, message: str) -> None:
-        """A line for the user, once and not per process."""
-        if self.main:
-            say(message)
-
-    def dataset(self) -> Dataset:
-        """The recipe's data set, on the device."""
-        options = self.recipe.data
-        dataset = load_dataset(
-            options.name,
-            path=options.path,
-            size=options.size,
-            resident=options.resident if options.resident == "auto" else options.resident == "true",
-            workers=options.workers,
-            cache_dir=options.cache_dir,
-        )
-        return (hold_out(dataset, options.holdout) if options.holdout else dataset).to(self.device)
 
 
 class Session(Workplace):
@@ -377,23 +339,6 @@ def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dic
     return call
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got cuda, but torch sees no GPU here; allowed: auto or cpu")
-    on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
-    if recipe.precision == "fp16" and on_cpu:
-        raise ValueError("precision: got fp16, which needs a GPU; allowed on the CPU: fp32 or bf16")
-    if recipe.tracker:
-        _check_tracker(recipe.tracker)
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-        log_with=recipe.tracker,
-        project_dir=recipe.folder(),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-
-
 def _at_chance(evaluations: Sequence[dict[str, Any]]) -> bool:
     """Whether every trained result is no better than guessing among the classes."""
     trained = [entry for entry in evaluations if entry["model"] == "trained" and "chance" in entry]
@@ -413,14 +358,3 @@ def summary(results: dict[str, Any]) -> list[str]:
         f"  {entry['protocol']:<18} {entry['model']:<10} top-1 {entry['metrics']['top1']:.2f}% of {entry['n_test']}"
         for entry in results.get("evaluations", [])
     ]
-
-
-def _check_tracker(name: str) -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker.value) for tracker in get_available_trackers()]
-    if name not in known:
-        raise ValueError(f"unknown tracker {name!r}{plugins.nearest(name, known)} (known: {', '.join(known)})")
-    if name not in installed:
-        here = ", ".join(installed) or "none"
-        raise ValueError(f"tracker: got {name!r}, which is not installed (pip install {name}); installed here: {here}")
