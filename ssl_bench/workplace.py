@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 
 from ssl_bench import plugins
 from ssl_bench.console import say
@@ -56,6 +57,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError("precision: got fp16, which needs a GPU; allowed on the CPU: fp32 or bf16")
     if recipe.tracker:
         _check_tracker(recipe.tracker)
+    # Accelerate keeps the first recipe's precision for the life of the process; the next one may have another.
+    AcceleratorState._reset_state()
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,

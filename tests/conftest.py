@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    """Accelerate keeps its precision for the life of a process; each test may choose its own."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture

@@ -104,6 +104,13 @@ def test_a_tracker_gets_every_line(here):
     assert logged == pytest.approx([row["loss"] for row in metrics(here / "r")])
 
 
+def test_one_process_runs_recipes_of_different_precision(here):
+    for precision in ("fp32", "bf16"):
+        words = [*TINY_PRETRAIN, "steps=1", f"run_dir={precision}", "eval=none", f"precision={precision}"]
+        assert pretrain.main(words) == 0
+    assert metrics(here / "bf16")[0]["loss"] != metrics(here / "fp32")[0]["loss"]
+
+
 def test_evaluate_adds_to_the_record(here):
     assert pretrain.main([*TINY_PRETRAIN, "steps=1", "run_dir=r", "eval.baseline=true"]) == 0
     before = results(here / "r")["evaluations"]
