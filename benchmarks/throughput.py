@@ -1,6 +1,6 @@
 """Time a training step: bare compute, ours end to end, and peers doing the same work, in one run.
 
-    python benchmarks/throughput.py --json benchmarks/results/throughput-cpu.json     # four minutes on two cores
+    python benchmarks/throughput.py --json benchmarks/results/throughput-cpu.json     # six minutes on two cores
     python benchmarks/throughput.py --sweep pixels --json FILE    # bare and ours as images grow; or batch, projector
     python benchmarks/throughput.py --quick                       # seconds, tiny: that it runs
 

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -90,3 +92,82 @@ def test_the_profile_books_every_part(load, tmp_path, capsys):
         assert len(result["operations"]) == 12
     assert json.loads((tmp_path / "new" / "out.json").read_text())["results"] == results
     assert "augmentation" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_part(load, tmp_path):
+    """Runs a line of Python as a part of the GPU benchmark and returns its entry."""
+    gpu = load("gpu")
+
+    def run(code: str, *, budget: float = 60, left: float = 60, result=lambda: "read"):
+        part = gpu.Part(budget, [sys.executable, "-c", code], result)
+        return gpu.run_part(part, left, tmp_path / "log", lambda text: text.replace(sys.executable, "python"))
+
+    return run
+
+
+def test_a_part_that_ends_leaves_its_result(run_part):
+    entry = run_part("print('done')")
+    assert (entry["status"], entry["result"], entry["command"]) == ("done", "read", "python -c print('done')")
+    assert "log" not in entry
+
+
+def test_a_part_that_fails_says_why_and_keeps_what_it_had(run_part):
+    entry = run_part("raise SystemExit('no kernel for this card')")
+    assert entry["status"] == "failed with exit code 1"
+    assert "no kernel for this card" in entry["log"]
+    assert entry["result"] == "read"
+
+
+def test_a_part_that_hangs_is_killed_with_its_children(run_part, tmp_path):
+    child = tmp_path / "child"
+    code = f"import os, time; pid = os.fork(); pid and open({str(child)!r}, 'w').write(str(pid)); time.sleep(60)"
+    entry = run_part(code, budget=3, result=lambda: {}["nothing yet"])
+    assert entry["status"] == "out of time"
+    assert entry["result"] == "KeyError: 'nothing yet'"
+    for _ in range(100):
+        if not running(child.read_text()):
+            break
+        time.sleep(0.1)
+    assert not running(child.read_text())
+
+
+def running(pid: str) -> bool:
+    """Whether a process exists and is no zombie that waits for its new parent to look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_part_without_time_is_skipped(run_part, tmp_path):
+    entry = run_part(f"open({str(tmp_path / 'ran')!r}, 'w')", left=1)
+    assert entry["status"] == "skipped: no time left"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lightly")  # without it, and without the other, the optimizers' part says so and fails
+    pytest.importorskip("pytorch_optimizer")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    load("gpu").main(["--tiny", "--json", str(tmp_path / "out.json")])
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {name: part["status"] for name, part in record["parts"].items()} == dict.fromkeys(
+        ("classify", "pretrain", "throughput", "ablation", "memory", "optimizers"), "done"
+    )
+    results = {name: part["result"] for name, part in record["parts"].items()}
+    assert results["classify"]["steps"] == results["pretrain"]["steps"] == 2
+    assert results["classify"]["evaluations"][0]["n_test"] == 355
+    assert results["pretrain"]["status"] == "finished"
+    assert len(results["throughput"]["rows"]) == 5
+    assert {row["status"] for row in results["ablation"]} == {"measured"}
+    assert [row["what"] for row in results["ablation"]] == 2 * [
+        "bare", "end to end", "bare, compiled", "end to end, compile=true",
+    ]  # fmt: skip
+    # 8 pairs of 32 x 32 images through ResNet-18's 37 MMAC, forward and twice that backward (less the first layer's).
+    assert results["ablation"][0]["gflop_per_step"] == pytest.approx(3 * 2 * 16 * 0.0366, rel=0.05)
+    assert [row["chunk"] for row in results["memory"]] == [4, None]
+    assert results["optimizers"]["steps"]["ours LARS"]["ms"] > 0
+    assert str(BENCHMARKS.parent) not in (tmp_path / "out.json").read_text()
+    assert "memory: done" in capsys.readouterr().out
