@@ -57,9 +57,11 @@ class FiniteGuard:
 
     def update(self, step: int, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """Looks at one step's loss and gradients; one pass over the gradients, no wait."""
-        # The largest magnitude is infinite or NaN exactly where an entry is; a sum of squares could overflow.
         gradients: Any = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = iter(torch._foreach_norm(gradients, float("inf")))
+        # Infinity and NaN survive a maximum and a sum, while a sum of squares could overflow. Each is the cheaper one
+        # on its device; a sum leaves float32's range only with gradients that no training would survive either.
+        on_cpu = self._zero.device.type == "cpu"
+        norms = iter([g.sum() for g in gradients] if on_cpu else torch._foreach_norm(gradients, float("inf")))
         broken = (
             torch.stack([self._zero if p.grad is None else next(norms) for p in parameters]).isfinite().logical_not()
         )
