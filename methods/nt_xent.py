@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK = 1 << 24  # similarities held at a time: 64 MiB in float32, all of them up to N = 2048
@@ -39,22 +38,26 @@ class _MeanLogSumExp(torch.autograd.Function):
         return log_sum.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         z, log_sum, only = ctx.saved_tensors
+        scale = grad / (ctx.temperature * len(z))
+        if torch.is_grad_enabled():  # a second derivative is wanted: what was saved knows nothing of z
+            logits = _logits(z, slice(0, len(z)), ctx.temperature)
+            p = logits.softmax(dim=1)
+            return (p + p.T) @ z * scale, None
         grad_z = torch.empty_like(z)
         for rows in _blocks(len(z)):
             logits = _logits(z, rows, ctx.temperature) if only is None else only
             # Row i pulls on z_j with p_ij and row j on z_i with p_ji; the matrix of logits is symmetric.
             pull = (logits - log_sum[rows, None]).exp_().add_((logits - log_sum).exp_())
             torch.mm(pull, z, out=grad_z[rows])
-        return grad_z.mul_(grad / (ctx.temperature * len(z))), None
+        return grad_z.mul_(scale), None
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Computes the mean over all 2N anchors of -log softmax of the positive among the other 2N - 1 views.
 
-    Exact (no sampling, no approximation); memory grows with N, not N^2. Differentiable once.
+    Exact (no sampling, no approximation); memory grows with N, not N^2, except where a second derivative is wanted.
 
     Args:
         z1: (N, D) embeddings of the first views, not normalised.

@@ -1,17 +1,27 @@
 """The supervised classification track: ``accelerate launch ssl_bench/classify.py key=value ...``."""
 
 import sys
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ssl_bench import sampling
 from ssl_bench.command import leave, run_command
 from ssl_bench.recipe import Recipe
 
+if TYPE_CHECKING:
+    from ssl_bench.classifier import Classifier
+
+
+def build(recipe: Recipe, num_classes: int) -> "Classifier":
+    """The untrained classifier; the same for equal seeds."""
+    from ssl_bench.classifier import Classifier
+
+    model, seed = recipe.model, sampling.derive_seed(recipe.seed, sampling.INIT)
+    return Classifier.create(model.name, num_classes, stem=model.stem, init=model.init, seed=seed)
+
 
 def run(recipe: Recipe) -> int:
     """Trains a classifier and measures it on the whole test set; returns the exit code."""
     from ssl_bench import views
-    from ssl_bench.classifier import Classifier
     from ssl_bench.probes import evaluate_classifier
     from ssl_bench.session import Session, step_gradient
     from ssl_bench.train import Hook
@@ -22,16 +32,7 @@ def run(recipe: Recipe) -> int:
         dataset = session.dataset()
         plan = session.plan(len(dataset.train))
 
-        def build() -> Classifier:
-            return Classifier.create(
-                recipe.model.name,
-                len(dataset.classes),
-                stem=recipe.model.stem,
-                init=recipe.model.init,
-                seed=sampling.derive_seed(recipe.seed, sampling.INIT),
-            )
-
-        classifier = build()
+        classifier = build(recipe, len(dataset.classes))
         pipeline = session.pipeline(
             dataset, [views.classification_view(recipe, dataset)], (sampling.VIEW1,), with_labels=True
         )
@@ -45,9 +46,9 @@ def run(recipe: Recipe) -> int:
         return session.finish(
             outcome,
             classifier.backbone,
-            lambda model: evaluate_classifier(session, dataset, cast(Classifier, model)),
+            lambda model: evaluate_classifier(session, dataset, cast("Classifier", model)),
             trained=classifier,
-            untrained=build,
+            untrained=lambda: build(recipe, len(dataset.classes)),
         )
 
 

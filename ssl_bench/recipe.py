@@ -27,6 +27,7 @@ IRRELEVANT = frozenset(
     {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile"}
     | {"data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
     | {"checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final"}
+    | {"checkpoint.snapshots"}
 )
 
 
@@ -174,6 +175,11 @@ class CheckpointOptions:
     )
     keep: PositiveInt = key(2, "how many checkpoints stay on disk while the run goes on")
     final: bool = key(False, "keep the last checkpoint (projector or head and optimizer too) after the run; false = no")
+    snapshots: list[Probability] = key(
+        [],
+        "shares of the run, [0, 0.5, 1] = start, middle and end, at which the network's weights are kept for "
+        "ssl-bench analyze; [] = none",
+    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ INIT = 3
 ONLINE = 4
 LAYERS = 5
 PROJECTOR = 6
+ANALYSIS = 7
 
 _MASK = (1 << 62) - 1  # torch takes 63 bits; one is left for callers that count up from a seed
 

@@ -27,6 +27,7 @@ from ssl_bench.pipeline import Pipeline
 from ssl_bench.provenance import collect_provenance
 from ssl_bench.recipe import IRRELEVANT, Recipe, flatten
 from ssl_bench.record import Run
+from ssl_bench.snapshots import Snapshots
 from ssl_bench.storage import remove_atomically
 from ssl_bench.train import Hook, Outcome, Rhythm, Trainer
 from ssl_bench.workplace import Workplace
@@ -170,6 +171,7 @@ class Session(Workplace):
             interrupted=self._interrupted,
             progress=progress,
             hooks=hooks,
+            snapshot=self._snapshot,
         )
         self._trainer = trainer
         self._write_provenance(task, optimizer, plan, self._continue(trainer))
@@ -213,7 +215,8 @@ class Session(Workplace):
             checkpoint.every_steps if checkpoint.every_steps is not None else plan.every(checkpoint.every_epochs or 0)
         )
         check_equal = plan.every(recipe.check_every_epochs) if self.world_size > 1 else 0
-        return Rhythm(plan.total, recipe.log_every, every, check_equal)
+        snapshots = frozenset(round(share * plan.total) for share in checkpoint.snapshots)
+        return Rhythm(plan.total, recipe.log_every, every, check_equal, snapshots)
 
     def _write_provenance(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
         recipe = self.recipe
@@ -318,6 +321,11 @@ class Session(Workplace):
                 self.run.sync()
                 self.checkpoints.save(step, state, {"identity": self.recipe.identity(), "world_size": self.world_size})
         self.accelerator.wait_for_everyone()
+
+    def _snapshot(self, step: int, module: nn.Module) -> None:
+        if self.main:
+            with self.interrupt.saving():
+                Snapshots(self.folder).save(step, module)
 
     def _interrupted(self) -> bool:
         if self.world_size > 1 and self._trainer.step % AGREE_EVERY:

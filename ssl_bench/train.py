@@ -27,12 +27,13 @@ class Hook:
 
 @dataclass
 class Rhythm:
-    """How often what happens, all in steps; 0 = never."""
+    """How often what happens, all in steps; 0 = never. ``snapshots`` are steps themselves, 0 = before the first."""
 
     total: int
     log: int
     checkpoint: int
     check_equal: int
+    snapshots: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Trainer:
         accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
         record: where lines go: ``log(row)``, ``log_telemetry(columns)``.
         save: writes a checkpoint of (step, state).
+        snapshot: keeps the weights of (step, module).
         interrupted: whether a signal asked to stop; the same answer on every process.
         progress: called after every step with (step, the last logged line or None).
     """
@@ -73,6 +75,7 @@ class Trainer:
     interrupted: Callable[[], bool]
     progress: Callable[[int, Scalars | None], None]
     hooks: Sequence[Hook] = ()
+    snapshot: Callable[[int, nn.Module], None] | None = None
 
     def __post_init__(self) -> None:
         self.module: nn.Module = self.accelerator.unwrap_model(self.model)
@@ -88,6 +91,8 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains from ``self.step`` to the end, to a divergence or to an interruption."""
         rhythm = self.rhythm
+        if self.step == 0:
+            self._keep_weights()
         mark, marked_step = time.perf_counter(), self.step
         for batch in self.pipeline.batches(self.step, rhythm.total):
             self._seed_step()
@@ -124,9 +129,12 @@ class Trainer:
             if rhythm.check_equal and self.step % rhythm.check_equal == 0:
                 assert_equal_parameters(self.module)
             stopping = not last and self.interrupted()
-            if stopping or (rhythm.checkpoint and not last and self.step % rhythm.checkpoint == 0):
+            saving = stopping or (rhythm.checkpoint and not last and self.step % rhythm.checkpoint == 0)
+            if saving or self.step in rhythm.snapshots:
                 self.seconds += time.perf_counter() - mark
-                self.checkpoint()
+                self._keep_weights()
+                if saving:
+                    self.checkpoint()
                 mark, marked_step = time.perf_counter(), self.step
             if stopping:
                 return Outcome("interrupted", self.step)
@@ -155,6 +163,10 @@ class Trainer:
     def _flush(self, row: Scalars) -> None:
         self.record.log(row)
         self.record.log_telemetry(self.telemetry.columns())
+
+    def _keep_weights(self) -> None:
+        if self.snapshot is not None and self.step in self.rhythm.snapshots:
+            self.snapshot(self.step, self.module)
 
     def checkpoint(self) -> None:
         """Saves everything that the rest of the run depends on."""

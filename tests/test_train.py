@@ -141,6 +141,33 @@ def test_an_interruption_saves_and_the_loop_goes_on_from_there_bit_for_bit():
     assert losses == [(row["step"], row["loss"]) for row in expected.rows]
 
 
+def test_weights_are_kept_at_the_steps_asked_for_and_once():
+    kept = []
+
+    def watch(loop):
+        loop.rhythm.snapshots = frozenset({0, 5, 11})
+        loop.snapshot = lambda step, module: kept.append((step, module.linear.weight.detach().clone()))
+
+    whole, _, _ = trainer(total=11)
+    start = whole.module.linear.weight.detach().clone()
+    watch(whole)
+    whole.run()
+    assert [step for step, _ in kept] == [0, 5, 11]
+    assert torch.equal(kept[0][1], start)
+    assert torch.equal(kept[2][1], whole.module.linear.weight)
+    halfway = kept[1][1]
+    kept.clear()
+    loop, first, _ = trainer(total=11, interrupted=lambda: loop.step == 5)
+    watch(loop)
+    loop.run()
+    again, _, _ = trainer(total=11)
+    again.load_state_dict(first.saved[-1][1])
+    watch(again)
+    again.run()
+    assert [step for step, _ in kept] == [0, 5, 11]
+    assert torch.equal(kept[1][1], halfway)
+
+
 @pytest.mark.parametrize(
     ("batch", "chunk", "world", "name"),
     [(65, None, 1, "batch_size"), (16, 5, 1, "chunk_size"), (16, None, 3, "batch_size"), (16, 4, 3, "chunk_size")],

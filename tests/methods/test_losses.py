@@ -181,3 +181,12 @@ def test_a_scaled_loss_gives_scaled_gradients(name):
     scaled = torch.autograd.grad(loss * 1024, (z1, z2))
     for grad, wanted in zip(scaled, plain, strict=True):
         torch.testing.assert_close(grad, wanted * 1024, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])  # both forms of the off-diagonal sum
+@pytest.mark.parametrize("name", REFERENCES)
+def test_second_derivatives_are_those_of_finite_differences(name, shape):
+    """For the Hessian products of `ssl_bench.eval.sharpness`."""
+    ours, generator = method(REFERENCES[name][0]), torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradgradcheck(lambda a, b: ours.loss(a, b)["loss"], (z1, z2))
