@@ -18,7 +18,8 @@ from ssl_bench.report.evidence import (
     warm_and_cold,
     where,
 )
-from ssl_bench.report.landscape import check_gradient_noise, check_sharpness
+from ssl_bench.report.gradient_noise import check_gradient_noise
+from ssl_bench.report.landscape import check_sharpness
 from ssl_bench.report.tables import Table, Value, number
 
 # A gradient this much smaller than the decay's pull has vanished: the ratio is then within 11% of its limit.

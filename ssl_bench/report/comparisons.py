@@ -20,6 +20,7 @@ from ssl_bench.report.inference import (
     two_level,
 )
 from ssl_bench.report.results import record_of
+from ssl_bench.report.scope import epochs_trained, scope, short
 from ssl_bench.report.tables import Table, Value, number, points, signed
 
 Setting = tuple[str, str, int]
@@ -88,7 +89,8 @@ def leaderboard(collection: Collection) -> Table:
             untrained = points(shown.untrained(arm.protocol).mean)
             grid = f"{sum(1 for c in arm.cells if c.summary(arm.protocol).n)} of {len(arm.cells)}"
             text = shown.text(arm.protocol) if cell else _failures(arm)
-            rows.append((*_setting(setting), place, arm.name, number(shown.lr), text, untrained, grid, arm.protocol))
+            names = (*_setting(setting), place, arm.name, number(shown.lr))
+            rows.append((*names, text, untrained, short(epochs_trained([shown])), grid, arm.protocol))
             records.append({"rank": rank if cell else None, **record_of(shown, arm.protocol)})
             keys.append(shown.key)
     columns = (
@@ -100,8 +102,10 @@ def leaderboard(collection: Collection) -> Table:
         "best lr",
         "top-1 %",
         "untrained",
+        "epochs",
     )
     notes = (
+        *scope(collection),
         "Each optimizer at the learning rate of its highest mean. Where that was chosen on the test set, as here, the "
         "number favours whoever tried more rates; the sensitivity and best-of-k tables show how much.",
     )

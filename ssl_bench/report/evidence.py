@@ -1,15 +1,16 @@
 """What a checked claim is made of: its verdict, and the rows of its evidence."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_bench.report.aggregate import Cell, Collection, Result, lookup
+from ssl_bench.recipe import flatten
+from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.tables import Table, Value
 
-Verdict = Literal["supported", "contradicted", "mixed", "not reached", "not measured"]
+Verdict = Literal["supported", "contradicted", "mixed", "undecided", "not reached", "not measured"]
 Load = Callable[[Result], Curves]
 
 
@@ -34,8 +35,12 @@ class Claim:
     table: Table
 
 
+# What one optimizer's recipe may have otherwise than another's, and both still meet on equal terms.
+_OF_THE_OPTIMIZER = ("optimizer", "schedule", "scaling", "param_groups")
+
+
 def warm_and_cold(collection: Collection) -> Iterable[tuple[Cell, Cell, int]]:
-    """Cells of one setting, optimizer and learning rate with a warm-up and without, with each seed of both."""
+    """Cells alike in all but the schedule, with a warm-up and without (LARS and LAMB), with each seed of both."""
     groups: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for cell in collection.cells:
         if cell.optimizer in ("LARS", "LAMB", "LAMBC"):
@@ -43,8 +48,27 @@ def warm_and_cold(collection: Collection) -> Iterable[tuple[Cell, Cell, int]]:
     for cells in groups.values():
         for warm in (cell for cell in cells if _is_warm(cell)):
             for cold in (cell for cell in cells if not _is_warm(cell)):
-                for seed in sorted({r.seed for r in warm.results} & {r.seed for r in cold.results}):
-                    yield warm, cold, seed
+                if _alike(warm, cold, ("schedule",)):
+                    yield from ((warm, cold, seed) for seed in _shared(warm, cold))
+
+
+def warm_lars_and_tvlars(collection: Collection) -> Iterable[tuple[Cell, Cell, int]]:
+    """LARS with a warm-up and TVLARS at one learning rate and otherwise alike, with each seed of both."""
+    for warm in (cell for cell in collection.cells if cell.optimizer == "LARS" and _is_warm(cell)):
+        for rival in collection.cells:
+            where_ = (rival.optimizer, rival.setting, rival.lr)
+            if where_ == ("TVLARS", warm.setting, warm.lr) and _alike(warm, rival, _OF_THE_OPTIMIZER):
+                yield from ((warm, rival, seed) for seed in _shared(warm, rival))
+
+
+def _alike(one: Cell, other: Cell, families: Container[str]) -> bool:
+    """Whether two recipes are the same but for these families of keys and the seed."""
+    names = {name for cell in (one, other) for name in flatten(cell.recipe) if name.split(".")[0] in families}
+    return cell_key(one.recipe, less=names) == cell_key(other.recipe, less=names)
+
+
+def _shared(one: Cell, other: Cell) -> list[int]:
+    return sorted({result.seed for result in one.results} & {result.seed for result in other.results})
 
 
 def _is_warm(cell: Cell) -> bool:

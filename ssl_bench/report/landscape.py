@@ -1,112 +1,183 @@
-"""Claims about the loss surface and the gradient's noise, which need measurements beside a run's record.
+"""Whether warm-up ends in sharper minima: claim (c), on what `ssl-bench analyze` measured.
 
-A run's ``analysis.json`` holds them if somebody made them:
-
-    {"sharpness": [{"step": 0, "top_eigenvalue": 1.0, "trace": 1.0, "sam": 0.1}, ...],
-     "gradient_noise": [{"step": 0, "batch_size": 512, "squared_error": 0.1}, ...]}
+Two runs of a pair are compared at their last measured step, by the top Hessian eigenvalue as it is and by the
+scale-invariant one. A difference no larger than the sum of the two residuals is none.
 """
 
-import json
-import math
-from collections import defaultdict
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
+from ssl_bench.report.aggregate import Cell, Collection
+from ssl_bench.report.analysis import (
+    MEASURES,
+    SAM,
+    SCALED,
+    TOP,
+    TRACE,
+    Analysis,
+    Analyzed,
+    Measure,
+    analyzed,
+    measured_on,
+    sharpness_settings,
+)
+from ssl_bench.report.evidence import Claim, Verdict, record_for, warm_and_cold, warm_lars_and_tvlars, where
+from ssl_bench.report.tables import Table, Value, number
 
-from ssl_bench.report.aggregate import Collection
-from ssl_bench.report.evidence import Claim, is_number, record_for, verdict_of, warm_and_cold, where
-from ssl_bench.report.tables import Table, number
+SAYS = "Warm-up traps LARS in sharp minimizers, and TVLARS avoids them (sections 3.3 and 4). The paper measures none."
+NOTES = (
+    "Top eigenvalue: of the loss's Hessian in all trainable parameters, by Lanczos, ± its residual: an eigenvalue lies "
+    "that close, and the largest is not below. Trace: Hutchinson's estimate ± its standard error. SAM: how much the "
+    "loss rises at the end of a step of length ρ up its gradient. Loss: of the same batch.",
+    "× |w|²: batch norm makes the loss blind to the scale of the weights before it. Growing by c, they leave the "
+    "network's function alone and divide this part of the Hessian by c², so that raw sharpness falls just because "
+    "weights grow (Dinh et al. 2017); times |w|² it stays. |w| is of all parameters, also of the few (last layer, "
+    "batch norm's own) whose scale does matter, so the product is invariant only nearly.",
+    "Verdict: supported where in every pair both measures find the warm-up's end sharper, contradicted where both find "
+    "it flatter in every pair, undecided where no pair shows a difference by either, else mixed: above all where the "
+    "two measures disagree. Sharpness is of the point that a run has reached; one cut short has reached no minimum.",
+)
 
-# Slope of log E|g_B - g|^2 over log B: -1 in theory, and this close to it in a measurement.
-SLOPE_TOLERANCE = 0.15
+Outcome = Literal["sharper", "flatter", "no difference"]
 
 
-def read_analysis(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """A run's analysis.json: its lists of rows that are numbers; nothing where it is missing or damaged."""
-    try:
-        found = json.loads((folder / "analysis.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    rows: dict[str, list[dict[str, float]]] = {}
-    for name, value in found.items() if isinstance(found, dict) else ():
-        if isinstance(value, list):
-            rows[name] = sorted(filter(_is_row, value), key=lambda row: row["step"])
-    return rows
+@dataclass
+class _Tally:
+    """How the pairs of one question came out.
+
+    Attributes:
+        question: "with a warm-up than without", say.
+        by: the outcomes of each measure, pair by pair; both lists are equally long.
+        left_out: pairs that cannot be compared, by reason.
+    """
+
+    question: str
+    by: dict[Measure, list[Outcome]] = field(default_factory=lambda: {TOP: [], SCALED: []})
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def pairs(self) -> int:
+        return len(self.by[TOP])
 
 
 def check_sharpness(collection: Collection) -> Claim:
-    """(c): whether training ends in sharper minima with a warm-up than without."""
-    says = (
-        "Warm-up traps LARS in sharp minimizers, and TVLARS avoids them (sections 3.3 and 4). The paper measures none."
+    """(c): whether training ends in sharper minima with a warm-up than without, and than TVLARS does.
+
+    Args:
+        collection: the runs; those without an analysis say nothing.
+    """
+    runs = [run for run in analyzed(collection) if run.analysis.sharpness]
+    by_run = {(run.cell.key, run.result.seed): run.analysis for run in runs}
+    tallies = [
+        _compare("with a warm-up than without it (LARS, LAMB)", warm_and_cold(collection), by_run),
+        _compare("of LARS with a warm-up than of TVLARS", warm_lars_and_tvlars(collection), by_run),
+    ]
+    return Claim("c", "Warm-up and sharp minima", SAYS, _verdict(tallies), _finding(runs, tallies), _table(runs))
+
+
+def _compare(question: str, pairs: Iterable[tuple[Cell, Cell, int]], by_run: dict[tuple[str, int], Analysis]) -> _Tally:
+    """Compares the last measured steps of pairs; the first of each pair is the one that the paper expects sharper."""
+    tally = _Tally(question)
+    for one, other, seed in pairs:
+        left, right = by_run.get((one.key, seed)), by_run.get((other.key, seed))
+        if left is None or right is None:
+            continue
+        reason = _incomparable(left, right)
+        if reason:
+            tally.left_out[reason] += 1
+            continue
+        for measure, outcomes in tally.by.items():
+            outcomes.append(_outcome(measure, left, right))
+    return tally
+
+
+def _incomparable(left: Analysis, right: Analysis) -> str:
+    """Why two analyses cannot be compared; empty where they can."""
+    settings = sharpness_settings(left), sharpness_settings(right)
+    if None in settings:
+        return "the settings are not recorded"
+    if settings[0] != settings[1]:
+        return "measured with different settings"
+    if left.sharpness[-1]["step"] != right.sharpness[-1]["step"]:
+        return "the last measured steps differ"
+    for measure in (TOP, SCALED):
+        for analysis in (left, right):
+            found = measure.of(analysis.sharpness[-1])
+            if found is None or found[1] is None:
+                return "eigenvalue, residual or |w| is missing"
+    return ""
+
+
+def _outcome(measure: Measure, left: Analysis, right: Analysis) -> Outcome:
+    """How the left one's end is, beside the right one's."""
+    (one, error), (other, other_error) = (measure.of(a.sharpness[-1]) or (0.0, 0.0) for a in (left, right))
+    if abs(one - other) <= (error or 0.0) + (other_error or 0.0):
+        return "no difference"
+    return "sharper" if one > other else "flatter"
+
+
+def _verdict(tallies: Sequence[_Tally]) -> Verdict:
+    """One word for the pairs of both questions; see the table's notes."""
+    seen = {outcome for tally in tallies for outcomes in tally.by.values() for outcome in outcomes}
+    if not seen:
+        return "not measured"
+    words: dict[Outcome, Verdict]
+    words = {"sharper": "supported", "flatter": "contradicted", "no difference": "undecided"}
+    return words[seen.pop()] if len(seen) == 1 else "mixed"
+
+
+def _finding(runs: Sequence[Analyzed], tallies: Sequence[_Tally]) -> str:
+    if not runs:
+        return "No run has sharpness in its analysis.json (ssl-bench analyze RUN)."
+    counted = [tally for tally in tallies if tally.pairs]
+    said = [_counts(tally) for tally in counted]
+    if not counted:
+        said = ["Sharpness is measured, but in no pair of one setting, learning rate and seed that can be compared."]
+    on = dict.fromkeys(measured_on(run.analysis.settings) for run in runs)
+    said.append(f"Batch norm's mode and the images measured on: {'; '.join(on)}.")
+    left_out = sum((tally.left_out for tally in tallies), Counter[str]())
+    said += [f"Left out: {count} {_pairs(count)}, {reason}." for reason, count in left_out.items()]
+    return " ".join(said)
+
+
+def _counts(tally: _Tally) -> str:
+    """Both measures' counts in one sentence."""
+    parts = []
+    for measure, outcomes in tally.by.items():
+        count = Counter(outcomes)
+        others = ", ".join(f"{word} in {count[word]}" for word in ("flatter", "no difference") if count[word])
+        parts.append(f"{count['sharper']} by the {measure.text}{f' ({others})' if others else ''}")
+    return (
+        f"The last measured step is sharper {tally.question} in {' and in '.join(parts)}, of {tally.pairs} "
+        f"{_pairs(tally.pairs)} of one learning rate and seed."
     )
-    rows, records, sharper = [], [], []
-    measured = {
-        (cell.key, result.seed): found
-        for cell in collection.cells
-        for result in cell.results
-        if (found := read_analysis(result.record.folder).get("sharpness"))
-    }
-    for cell in collection.cells:
-        for result in cell.results:
-            for row in measured.get((cell.key, result.seed), []):
-                names = (*where(cell), number(cell.lr), cell.arm, str(result.seed), f"{row['step']:g}")
-                values = [row.get(name) for name in ("top_eigenvalue", "trace", "sam")]
-                rows.append((*names, *("–" if value is None else f"{value:.4g}" for value in values)))
-                records.append(record_for(cell, result.seed) | dict(row))
-    for warm, cold, seed in warm_and_cold(collection):
-        pair = [measured.get((cell.key, seed)) for cell in (warm, cold)]
-        ends = [found[-1].get("top_eigenvalue") for found in pair if found]
-        if len(ends) == 2 and None not in ends:
-            sharper.append(ends[0] > ends[1])  # type: ignore[operator]
-    finding = "No run has sharpness in its analysis.json."
-    if rows:
-        finding = "Sharpness is measured, but in no pair of one learning rate and seed with and without warm-up."
-    if sharper:
-        finding = (
-            "At the last measured step the top Hessian eigenvalue is larger with warm-up than without in "
-            f"{sum(sharper)} of {len(sharper)} pairs of one learning rate and seed."
-        )
-    columns = ("problem", "data set", "batch size", "lr", "optimizer", "seed", "step", "top eigenvalue", "trace", "SAM")
-    table = Table("claim-c", "Sharpness along training", columns, rows, records)
-    return Claim("c", "Warm-up and sharp minima", says, verdict_of(sharper), finding, table)
 
 
-def check_gradient_noise(collection: Collection) -> Claim:
-    """(d): whether the squared error of the batch gradient falls as 1 / B."""
-    says = (
-        "Theorem 1: the batch gradient's error is at most σ²/B (stated for its mean, which is 0; its square is meant)."
-    )
-    rows, records, fits = [], [], []
-    for cell in collection.cells:
-        for result in cell.results:
-            by_step: dict[float, list[tuple[float, float]]] = defaultdict(list)
-            for row in read_analysis(result.record.folder).get("gradient_noise", []):
-                if row.get("batch_size", 0) > 0 and row.get("squared_error", 0) > 0:
-                    by_step[row["step"]].append((math.log(row["batch_size"]), math.log(row["squared_error"])))
-            for step, pairs in by_step.items():
-                if len({size for size, _ in pairs}) < 2:
-                    continue
-                slope = _slope(pairs)
-                fits.append(abs(slope + 1) <= SLOPE_TOLERANCE)
-                names = (*where(cell), number(cell.lr), cell.arm, str(result.seed), f"{step:g}")
-                rows.append((*names, str(len(pairs)), f"{slope:.3f}"))
-                records.append(record_for(cell, result.seed) | {"step": step, "points": len(pairs), "slope": slope})
-    finding = "No run has gradient noise in its analysis.json."
-    if rows:
-        finding = (
-            f"The slope of log E|g_B - g|² over log B, -1 in theory, is within {SLOPE_TOLERANCE:g} of it in "
-            f"{sum(fits)} of {len(fits)} measurements."
-        )
-    columns = ("problem", "data set", "batch size", "lr", "optimizer", "seed", "step", "batch sizes", "slope")
-    table = Table("claim-d", "Gradient noise against the batch size", columns, rows, records)
-    return Claim("d", "Theorem 1: noise and batch size", says, verdict_of(fits), finding, table)
+def _pairs(count: int) -> str:
+    return "pair" if count == 1 else "pairs"
 
 
-def _slope(points: list[tuple[float, float]]) -> float:
-    """Of the straight line through points, by least squares."""
-    x, y = np.array(points).T
-    return float(np.polyfit(x, y, 1)[0])
+def _table(runs: Sequence[Analyzed]) -> Table:
+    lines = list(_lines(runs))
+    columns: tuple[str, ...]
+    columns = ("problem", "data set", "batch size", "lr", "optimizer", "seed", "step", "loss", TOP.text, "|w|")
+    columns = (*columns, SCALED.text, TRACE.text, SAM.text, "batch norm, images")
+    rows, records = [row for row, _ in lines], [record for _, record in lines]
+    return Table("claim-c", "Sharpness along training", columns, rows, records, NOTES)
 
 
-def _is_row(value: object) -> bool:
-    return isinstance(value, dict) and "step" in value and all(map(is_number, value.values()))
+def _lines(runs: Sequence[Analyzed]) -> Iterator[tuple[tuple[str, ...], dict[str, Value]]]:
+    """The table's rows and records, one for each measured step."""
+    for run in runs:
+        settings = run.analysis.settings
+        for row in run.analysis.sharpness:
+            names = (*where(run.cell), number(run.cell.lr), run.cell.arm, str(run.result.seed), f"{row['step']:g}")
+            loss, norm = (f"{row[name]:.4g}" if name in row else "–" for name in ("loss", "weight_norm"))
+            shown = [measure.printed(row) for measure in MEASURES]
+            scaled = SCALED.of(row)
+            record: dict[str, Value] = record_for(run.cell, run.result.seed) | dict(row)
+            record |= {"top_eigenvalue_times_weights": scaled[0] if scaled else None}
+            record |= {name: settings.get(name) for name in ("batch_norm", "images", "rho")}
+            yield (*names, loss, shown[0], norm, *shown[1:], measured_on(settings)), record

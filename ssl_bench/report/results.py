@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ssl_bench.report.aggregate import Cell, Collection
-from ssl_bench.report.paper import MARKS, Key, PaperCell, bold_rule_broken, bold_verdict, paper_key, table1
+from ssl_bench.report.paper import EPOCHS, MARKS, Key, PaperCell, bold_rule_broken, bold_verdict, paper_key, table1
+from ssl_bench.report.scope import beside_the_papers, epochs_trained, scope, short
 from ssl_bench.report.tables import Table, Value, number, points, signed
 
 OPTIMIZERS = ("lars", "lamb", "tvlars")  # the paper's, in its order
@@ -54,16 +55,17 @@ def table1_long(collection: Collection, *, complete: bool) -> Table:
             record = _beside(paper, cell, ours, collection)
             records.append(record)
             keys.append(cell.key if cell else "")
+            epochs = beside_the_papers([cell] if cell else [], key[0])
             rows.append(
                 (
                     *(key[0], key[1], str(key[2]), number(key[3]), key[4].upper(), str(record["variant"] or "")),
                     *(str(record["ours"]), f"{paper.accuracy:.2f}{' (bold)' if paper.bold else ''}"),
-                    *(signed(record["difference"]), str(record["mark"] or ""), _length(cell)[0] if cell else "–"),
+                    *(signed(record["difference"]), epochs, str(record["mark"] or "")),
                 )
             )
     columns: tuple[str, ...]
     columns = ("problem", "data set", "batch size", "lr", "optimizer", "variant", "ours, top-1 %", "paper")
-    columns = (*columns, "difference", "bold holds", "epochs, ours")
+    columns = (*columns, "difference", "epochs, ours / paper", "bold holds")
     return Table("table1", "Table 1 of the paper, and ours", columns, rows, records, table1_notes(collection), keys)
 
 
@@ -74,7 +76,7 @@ def table1_wide(collection: Collection) -> Table:
     for point in dict.fromkeys(key[:4] for key, _ in sorted(table1().items(), key=_place)):
         columns = {name: ours.get((*point, name), []) for name in OPTIMIZERS}
         for index in range(max(map(len, columns.values()))):
-            texts, variants = [], []
+            texts, variants, shown = [], [], []
             for name, cells in columns.items():
                 if index >= max(1, len(cells)):
                     texts.append("")
@@ -85,9 +87,11 @@ def table1_wide(collection: Collection) -> Table:
                 bold = "**" if paper.bold else ""
                 mine = f"{record['ours']} / " if cell else "– / "
                 texts.append(f"{mine}{bold}{paper.accuracy:.2f}{bold} {record['mark'] or ''}".rstrip())
+                shown += [cell] if cell else []
                 if cell and cell.variant:
                     variants.append(f"{cell.optimizer}: {cell.variant}")
-            rows.append((point[0], point[1], str(point[2]), number(point[3]), *texts, "; ".join(variants)))
+            epochs = beside_the_papers(shown, point[0])
+            rows.append((point[0], point[1], str(point[2]), number(point[3]), *texts, epochs, "; ".join(variants)))
     columns_ = (
         "problem",
         "data set",
@@ -96,6 +100,7 @@ def table1_wide(collection: Collection) -> Table:
         "LARS, ours / paper",
         "LAMB, ours / paper",
         "TVLARS, ours / paper",
+        "epochs, ours / paper",
     )
     title = "Table 1 in the paper's layout: ours / the paper's"
     return Table("table1-wide", title, (*columns_, "variant"), rows, [], table1_notes(collection))
@@ -106,6 +111,9 @@ def table1_notes(collection: Collection) -> tuple[str, ...]:
     broken, bold = bold_rule_broken()
     used = ", ".join(f"{name}: {collection.headline(name)}" for name in ("classification", "barlow_twins"))
     return (
+        *scope(collection),
+        "The paper's epochs: for Barlow Twins by its text; for classification, where that states none, by its figures "
+        "and its authors' code. Ours are those trained so far.",
         f"Protocol of ours: {used}. The paper's numbers are single runs by a protocol that it does not state.",
         "Bold in the paper means ahead by at least 1 point. In our means ✓: so it is, ~: a lead of less than 1 point, "
         "✗: none, ?: cannot be told yet; of several variants of a rival the best one counts.",
@@ -182,15 +190,13 @@ def _beside(
         "paper_bold": str(paper.bold),
         "difference": mean - paper.accuracy if mean is not None else None,
         "mark": _verdict(paper, cell, ours, protocol),
+        "epochs": epochs_trained([cell]) if cell else None,
+        "paper_epochs": EPOCHS.get(key[0]),
     }  # fmt: skip
 
 
 def _length(cell: Cell) -> tuple[str, str]:
     """Epochs trained and the median minutes of training."""
     last = [result.record.metrics[-1] for result in cell.results if result.record.metrics]
-    epochs = max((row.get("epochs", 0.0) for row in last), default=None)
     minutes = sorted(row.get("seconds", 0.0) / 60 for row in last)
-    return (
-        f"{epochs:.4g}" if epochs is not None else "–",
-        f"{minutes[len(minutes) // 2]:.3g}" if minutes else "–",
-    )
+    return short(epochs_trained([cell])), f"{minutes[len(minutes) // 2]:.3g}" if minutes else "–"

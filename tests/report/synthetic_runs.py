@@ -113,6 +113,39 @@ def write_run(
     return recipe
 
 
+def analysis_of(
+    *ends: tuple[float, float], noise: dict[int, float] | None = None, residual: float = 0.5, **settings: Any
+) -> dict[str, Any]:
+    """Contents of an analysis.json, shaped like ``ssl-bench analyze`` writes it.
+
+    Args:
+        ends: (top eigenvalue, weight norm) at steps 0, 10, 20, ...
+        noise: squared error of the gradient by batch size, at every step.
+        residual: of the eigenvalues.
+        settings: that differ from the command's defaults.
+    """
+    steps = range(0, 10 * len(ends), 10)
+    sharpness = [
+        {
+            "step": step, "loss": 2.0, "gradient_norm": 1.5, "weight_norm": norm, "top_eigenvalue": top,
+            "top_eigenvalue_residual": residual, "iterations": 20, "trace": 9 * top, "trace_standard_error": top / 8,
+            "sam": 0.01 * top,
+        }
+        for step, (top, norm) in zip(steps, ends, strict=True)
+    ]  # fmt: skip
+    rows = [
+        {"step": step, "batch_size": size, "squared_error": error, "gradient_squared": 0.5, "batches": 4096 // size}
+        for step in steps
+        for size, error in (noise or {}).items()
+    ]
+    defaults = {
+        "images": 512, "batch_norm": "train", "iterations": 20, "samples": 10, "rho": 0.05,
+        "noise_batch_sizes": [64, 256, 1024], "noise_images": 4096, "seed": 0,
+    }  # fmt: skip
+    about = {"measured": "2026-01-31T13:00:00+00:00", "device": "cpu", "packages": {"torch": "2.14.1"}}
+    return {"settings": defaults | settings, **about, "sharpness": sharpness, "gradient_noise": rows}
+
+
 def provenance(recipe: Recipe, total: int, per_epoch: float) -> dict[str, Any]:
     """What run.json says besides the recipe."""
     return {

@@ -67,38 +67,6 @@ def test_b_leaves_out_what_has_no_such_limit(tmp_path: Path) -> None:
     assert claims(tmp_path)["b"].verdict == "not measured"
 
 
-def sharpness(*values: float) -> dict[str, object]:
-    return {"sharpness": [{"step": 10 * i, "top_eigenvalue": v, "trace": 9 * v} for i, v in enumerate(values)]}
-
-
-def test_c_sharpness(tmp_path: Path) -> None:
-    write_run(tmp_path / "wa", analysis=sharpness(1, 9, 50))
-    one = claims(tmp_path)["c"]
-    assert one.verdict == "not measured"
-    assert "no pair" in one.finding
-    write_run(tmp_path / "nowa", schedule=POLYNOMIAL, analysis=sharpness(1, 99, 20))
-    both = claims(tmp_path)["c"]
-    assert both.verdict == "supported"
-    assert [line[7:] for line in both.table.rows if line[6] == "20"] == [("20", "180", "–"), ("50", "450", "–")]
-
-
-def test_c_passes_over_a_damaged_analysis(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", analysis={"sharpness": [{"step": 1, "trace": "nan"}, {"trace": 1.0}, 7], "other": 3})
-    write_run(tmp_path / "b", seed=1)
-    (tmp_path / "b" / "analysis.json").write_text("[")
-    assert claims(tmp_path)["c"].verdict == "not measured"
-
-
-@pytest.mark.parametrize(("power", "verdict"), [(-1.0, "supported"), (-0.5, "contradicted")])
-def test_d_noise_falls_with_the_batch(tmp_path: Path, power: float, verdict: str) -> None:
-    rows = [{"step": 5, "batch_size": b, "squared_error": 3 * b**power} for b in (64, 256, 1024)]
-    write_run(tmp_path / "a", analysis={"gradient_noise": [*rows, {"step": 9, "batch_size": 64, "squared_error": 1.0}]})
-    claim = claims(tmp_path)["d"]
-    assert claim.verdict == verdict
-    (record,) = claim.table.records
-    assert record["slope"] == pytest.approx(power)
-
-
 def test_e_phi_hardly_moves_or_does(tmp_path: Path) -> None:
     write_run(tmp_path / "slow", optimizer="tvlars", decay=1e-5)
     assert claims(tmp_path)["e"].verdict == "contradicted"

@@ -10,6 +10,7 @@ from synthetic_runs import write_run
 from ssl_bench.reading import find_runs
 from ssl_bench.report import comparisons, paper, results
 from ssl_bench.report.aggregate import Collection, gather
+from ssl_bench.report.scope import scope
 from ssl_bench.report.tables import Table
 
 
@@ -74,12 +75,13 @@ def test_table_1_is_beside_ours(collection: Collection) -> None:
     table = results.table1_long(collection, complete=False)
     assert len(table.rows) == 11
     lars = row(table, "classification", "LARS", "1")
-    assert lars[6:] == ("74.00 ± 0.50 (n = 3)", "74.64", "-0.64", "", "0.3072")
-    assert row(table, "classification", "TVLARS", "1")[7:10] == ("78.92 (bold)", "-0.92", "✓")
-    assert row(table, "classification", "TVLARS", "2")[9] == "~"  # 77.4 before 77
-    assert row(table, "classification", "TVLARS", "3")[9] == "✗"  # 79 after 80
-    assert row(table, "barlow_twins", "TVLARS", "1")[9] == "?"  # no LAMB
+    assert lars[6:] == ("74.00 ± 0.50 (n = 3)", "74.64", "-0.64", "0.307 / 100", "")
+    assert row(table, "classification", "TVLARS", "1")[7:] == ("78.92 (bold)", "-0.92", "0.307 / 100", "✓")
+    assert row(table, "classification", "TVLARS", "2")[10] == "~"  # 77.4 before 77
+    assert row(table, "classification", "TVLARS", "3")[10] == "✗"  # 79 after 80
+    assert row(table, "barlow_twins", "TVLARS", "1")[10] == "?"  # no LAMB
     assert any("13 of the 66" in note for note in table.notes)
+    assert "classification: 0.307 epochs a run (the paper: 100); n = 3 seeds for each recipe." in table.notes
     whole = results.table1_long(collection, complete=True)
     assert len(whole.rows) == 216
     assert sum(line[6] == "no run" for line in whole.rows) == 205
@@ -123,7 +125,7 @@ def test_leaderboard_ranks_at_the_best_rate(collection: Collection) -> None:
         ("2", "TVLARS", "3", "79.00 ± 0.50 (n = 3)"),
         ("3", "LAMB", "2", "65.00 ± 0.50 (n = 3)"),
     ]
-    assert row(table, "classification", "LAMB")[8] == "2 of 3"
+    assert row(table, "classification", "LAMB")[8:10] == ("0.307", "2 of 3")
 
 
 def test_differences_are_paired_by_seed(collection: Collection) -> None:
@@ -169,7 +171,24 @@ def test_the_papers_layout_with_several_variants(tmp_path: Path) -> None:
     write_run(tmp_path / "nowa", top1=60.0, telemetry=False, schedule={"target": "polynomial", "power": 1.0})
     write_run(tmp_path / "tv", top1=65.0, optimizer="tvlars", telemetry=False)
     wide = results.table1_wide(gather(*find_runs(tmp_path)))
+    epochs = "0.614 / 100"
     assert [line[4:] for line in wide.rows] == [
-        ("60.00 (n = 1) / 74.64", "– / 57.88", "65.00 (n = 1) / **78.92** ?", "LARS: schedule=polynomial"),
-        ("70.00 (n = 1) / 74.64", "", "", "LARS: schedule=warmup_cosine"),
+        ("60.00 (n = 1) / 74.64", "– / 57.88", "65.00 (n = 1) / **78.92** ?", epochs, "LARS: schedule=polynomial"),
+        ("70.00 (n = 1) / 74.64", "", "", epochs, "LARS: schedule=warmup_cosine"),
+    ]
+
+
+def test_what_was_reduced_is_said(tmp_path: Path) -> None:
+    whole = 100 * 50_000 // 512 + 1
+    write_run(tmp_path / "a", steps=whole, telemetry=False)
+    assert scope(gather(*find_runs(tmp_path))) == [
+        "classification: 100 epochs a run, as in the paper; n = 1 seed for each recipe, so no spread between seeds is "
+        "known."
+    ]
+    write_run(tmp_path / "b", steps=391, lr=2.0, telemetry=False)
+    write_run(tmp_path / "c", steps=391, lr=2.0, seed=1, telemetry=False)
+    write_run(tmp_path / "d", steps=391, track="pretrain", method="vicreg", telemetry=False)
+    assert scope(gather(*find_runs(tmp_path))) == [
+        "classification: 4 to 100 epochs a run (the paper: 100); n = 1 to 2 seeds for each recipe.",
+        "vicreg: 4 epochs a run; n = 1 seed for each recipe, so no spread between seeds is known.",
     ]

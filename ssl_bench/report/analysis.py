@@ -1,0 +1,153 @@
+"""What `ssl-bench analyze` measured of a run: its ``analysis.json``, and its numbers with their uncertainty."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_bench.report.aggregate import Cell, Collection, Result
+from ssl_bench.report.evidence import is_number
+from ssl_bench.report.scope import steps_per_epoch
+
+Row = Mapping[str, float]
+
+# What the numbers of a sharpness row depend on, besides the weights.
+SHARPNESS_SETTINGS = ("images", "batch_norm", "iterations", "samples", "rho", "seed")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of sharpness, as tables and figures name it.
+
+    Attributes:
+        column: of a row of ``sharpness``.
+        text: plain characters.
+        symbol: for a figure's axis.
+        error: the column that holds its uncertainty; empty where there is none.
+        times_weights: whether it is multiplied with the squared norm of the weights.
+    """
+
+    column: str
+    text: str
+    symbol: str
+    error: str = ""
+    times_weights: bool = False
+
+    def of(self, row: Row) -> tuple[float, float | None] | None:
+        """Value and uncertainty in a row; None where it was not measured."""
+        if self.column not in row or (self.times_weights and "weight_norm" not in row):
+            return None
+        factor = row["weight_norm"] ** 2 if self.times_weights else 1.0
+        error = row.get(self.error)
+        return factor * row[self.column], None if error is None else factor * error
+
+    def printed(self, row: Row) -> str:
+        """The same for a table: "12.3 ± 0.4", or a dash."""
+        found = self.of(row)
+        return uncertain(*found) if found else "–"
+
+
+TOP = Measure("top_eigenvalue", "top eigenvalue", r"top eigenvalue $\lambda_1$", "top_eigenvalue_residual")
+SCALED = Measure(
+    "top_eigenvalue", "top eigenvalue × |w|²", r"$\lambda_1\,\|w\|^2$", "top_eigenvalue_residual", times_weights=True
+)
+TRACE = Measure("trace", "trace", "Hessian trace", "trace_standard_error")
+SAM = Measure("sam", "SAM", "SAM sharpness (loss)")
+MEASURES = (TOP, SCALED, TRACE, SAM)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The contents of an ``analysis.json`` that can be used.
+
+    Attributes:
+        settings: how it was measured; empty where the file does not say.
+        sharpness: rows by ascending step: "step" and numbers by name.
+        gradient_noise: rows by ascending step and batch size: "step", "batch_size" and numbers by name.
+        about: when, where and with what it was measured.
+    """
+
+    settings: Mapping[str, Any]
+    sharpness: tuple[Row, ...]
+    gradient_noise: tuple[Row, ...]
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Analyzed:
+    """A run with its analysis."""
+
+    cell: Cell
+    result: Result
+    analysis: Analysis
+
+    def epoch(self, step: float) -> float:
+        """A step as epochs of training; the step itself where the record does not say how long an epoch is."""
+        return step / (steps_per_epoch(self.result) or 1.0)
+
+
+def read_analysis(folder: Path) -> Analysis | None:
+    """A run's analysis; None where there is none, or nothing in it that can be used."""
+    try:
+        found = json.loads((folder / "analysis.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    sharpness = _rows(found.pop("sharpness", None), ("step",))
+    noise = _rows(found.pop("gradient_noise", None), ("step", "batch_size"))
+    settings = found.pop("settings", None)
+    if not sharpness and not noise:
+        return None
+    return Analysis(settings if isinstance(settings, dict) else {}, sharpness, noise, found)
+
+
+def analyzed(collection: Collection) -> Iterator[Analyzed]:
+    """The runs that have an analysis, in the tables' order."""
+    for cell in collection.cells:
+        for result in cell.results:
+            analysis = read_analysis(result.record.folder)
+            if analysis is not None:
+                yield Analyzed(cell, result, analysis)
+
+
+def sharpness_settings(analysis: Analysis) -> tuple[Any, ...] | None:
+    """What must be equal where the sharpness of two runs is compared; None where it is not recorded."""
+    found = tuple(analysis.settings.get(name) for name in SHARPNESS_SETTINGS)
+    return None if None in found else found
+
+
+def measured_on(settings: Mapping[str, Any], images: str = "images") -> str:
+    """Batch norm's mode and the number of images, in a few words.
+
+    Args:
+        settings: of an analysis.
+        images: the setting that counts them, "images" or "noise_images".
+    """
+    if "batch_norm" not in settings or images not in settings:
+        return "not recorded"
+    return f"{settings['batch_norm']}, {settings[images]}"
+
+
+def uncertain(value: float, error: float | None) -> str:
+    """A number with its uncertainty, and no digits beyond the uncertainty's first: "12.3 ± 0.4"."""
+    if error is None:
+        return f"{value:.4g}"
+    if not (error > 0 and 1e-4 <= abs(value) < 1e6):
+        return f"{value:.4g} ± {error:.1g}"
+    last, first = math.floor(math.log10(error)), math.floor(math.log10(abs(value)))
+    decimals = max(0, min(-last, 4 - first))  # five digits at most
+    return f"{value:.{decimals}f} ± {f'{error:.{decimals}f}' if -last <= decimals else f'{error:.1g}'}"
+
+
+def _rows(found: object, keys: tuple[str, ...]) -> tuple[Row, ...]:
+    """Entries that have these keys and some number besides; of an entry what is no finite number is left out."""
+    rows = []
+    for entry in found if isinstance(found, list) else ():
+        items = entry.items() if isinstance(entry, dict) else ()
+        row = {name: value for name, value in items if is_number(value) and math.isfinite(value)}
+        if set(keys) < row.keys():
+            rows.append(row)
+    return tuple(sorted(rows, key=lambda row: [row[key] for key in keys]))
