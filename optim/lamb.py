@@ -1,7 +1,7 @@
 """LAMB (You et al. 2020, arXiv 1904.00962) and LAMBC (Fong et al. 2020), which clips LAMB's trust ratio."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ssl_bench.optim.layerwise import (
     norms,
 )
 
-TRUST_RATIOS = ("norms", "one")
+TrustRatio = Literal["norms", "one"]
 
 
 class LAMB(LayerwiseOptimizer):
@@ -61,7 +61,7 @@ class LAMB(LayerwiseOptimizer):
         bias_correction: bool = True,
         norm_bounds: tuple[float, float] | None = None,
         ratio_bounds: tuple[float, float] | None = None,
-        trust_ratio: Literal["norms", "one"] = "norms",
+        trust_ratio: TrustRatio = "norms",
         adapt_without_decay: bool = True,
         decay_1d: bool = False,
         adapt_1d: bool = False,
@@ -92,7 +92,7 @@ class LAMB(LayerwiseOptimizer):
             bounds = group[name]
             if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1]):
                 raise ValueError(f"{self.component}: {name} must be None or (lo, hi) with 0 <= lo < hi, got {bounds!r}")
-        check_choice(self.component, "trust_ratio", group["trust_ratio"], TRUST_RATIOS)
+        check_choice(self.component, "trust_ratio", group["trust_ratio"], get_args(TrustRatio))
 
     def _update(self, group: dict[str, Any], chunk: Bucket, *, fused: bool) -> LayerStats | None:
         adapt = (
@@ -182,20 +182,10 @@ class LAMBC(LAMB):
         fused: bool | None = None,
     ) -> None:
         super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            bias_correction=bias_correction,
-            norm_bounds=norm_bounds,
-            ratio_bounds=(lower, upper),
-            adapt_without_decay=adapt_without_decay,
-            decay_1d=decay_1d,
-            adapt_1d=adapt_1d,
-            foreach=foreach,
-            fused=fused,
-        )
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction,
+            norm_bounds=norm_bounds, ratio_bounds=(lower, upper), adapt_without_decay=adapt_without_decay,
+            decay_1d=decay_1d, adapt_1d=adapt_1d, foreach=foreach, fused=fused,
+        )  # fmt: skip
 
 
 def trust_ratio(

@@ -1,7 +1,7 @@
 """LARS (You et al. 2017, arXiv 1708.03888) with every axis on which its public implementations differ."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from ssl_bench.optim.layerwise import (
     scaled,
 )
 
-DENOMINATORS = ("norm_of_sum", "sum_of_norms")
-ZERO_NORMS = ("update", "gradient", "skip")
+Denominator = Literal["norm_of_sum", "sum_of_norms"]
+ZeroNorm = Literal["update", "gradient", "skip"]
 
 
 class LARS(LayerwiseOptimizer):
@@ -66,12 +66,12 @@ class LARS(LayerwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         eta: float = 1e-3,
-        denominator: Literal["norm_of_sum", "sum_of_norms"] = "norm_of_sum",
+        denominator: Denominator = "norm_of_sum",
         eps: float = 0.0,
         lr_in_buffer: bool = False,
         nesterov: bool = False,
         clip: bool = False,
-        zero_norm: Literal["update", "gradient", "skip"] = "update",
+        zero_norm: ZeroNorm = "update",
         adapt_without_decay: bool = True,
         norm_clamp: float | None = None,
         decay_1d: bool = False,
@@ -91,8 +91,8 @@ class LARS(LayerwiseOptimizer):
         for name in ("lr", "weight_decay", "eta", "eps"):
             check_range(self.component, name, group[name])
         check_range(self.component, "momentum", group["momentum"], 0.0, 1.0)
-        check_choice(self.component, "denominator", group["denominator"], DENOMINATORS)
-        check_choice(self.component, "zero_norm", group["zero_norm"], ZERO_NORMS)
+        check_choice(self.component, "denominator", group["denominator"], get_args(Denominator))
+        check_choice(self.component, "zero_norm", group["zero_norm"], get_args(ZeroNorm))
         if group["norm_clamp"] is not None:
             check_range(self.component, "norm_clamp", group["norm_clamp"], math.ulp(0.0))
         if group["nesterov"] and group["momentum"] == 0:
@@ -124,12 +124,12 @@ class Rule(NamedTuple):
     weight_decay: float
     eta: float
     adapt: bool  # whether the group's tensors are scaled by their norms at all
-    denominator: str = "norm_of_sum"
+    denominator: Denominator = "norm_of_sum"
     eps: float = 0.0
     lr_in_buffer: bool = False
     nesterov: bool = False
     clip: bool = False
-    zero_norm: str = "update"
+    zero_norm: ZeroNorm = "update"
     norm_clamp: float | None = None
     decay_in_update: bool = True  # False: beta w is part of the norm only (TVLARS's Algorithm 1)
 

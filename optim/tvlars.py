@@ -5,15 +5,15 @@ opt/tvlars.py at commit 89c3291). They differ in phi, the norms, the decay and t
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ssl_bench.optim.lars import ZERO_NORMS, Rule, momentum_step
+from ssl_bench.optim.lars import Rule, ZeroNorm, momentum_step
 from ssl_bench.optim.layerwise import Bucket, LayerStats, LayerwiseOptimizer, check_choice, check_range
 
-VARIANTS = ("paper", "released")
+Variant = Literal["paper", "released"]
 PAPER_LAMBDA = 1e-4
 RELEASED_LAMBDA = 1e-3
 RELEASED_ALPHA = 0.1
@@ -88,15 +88,15 @@ class TVLARS(LayerwiseOptimizer):
         delay_steps: float = 0.0,
         alpha: float | None = None,
         gamma_min: float = 0.0,
-        variant: Literal["paper", "released"] = "paper",
+        variant: Variant = "paper",
         time_unit_steps: float = 1.0,
-        zero_norm: Literal["update", "gradient", "skip"] = "update",
+        zero_norm: ZeroNorm = "update",
         decay_1d: bool | None = None,
         adapt_1d: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        check_choice(self.component, "variant", variant, VARIANTS)
+        check_choice(self.component, "variant", variant, get_args(Variant))
         paper = variant == "paper"
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta,
@@ -118,8 +118,8 @@ class TVLARS(LayerwiseOptimizer):
         for name in ("alpha", "time_unit_steps"):
             check_range(self.component, name, group[name], 1e-12)
         check_range(self.component, "momentum", group["momentum"], 1e-12, 1.0)
-        check_choice(self.component, "variant", group["variant"], VARIANTS)
-        check_choice(self.component, "zero_norm", group["zero_norm"], ZERO_NORMS)
+        check_choice(self.component, "variant", group["variant"], get_args(Variant))
+        check_choice(self.component, "zero_norm", group["zero_norm"], get_args(ZeroNorm))
         if group["variant"] == "released":
             for name in ("delay_steps", "gamma_min"):
                 if group[name] != 0:
