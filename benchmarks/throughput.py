@@ -5,7 +5,8 @@
     python benchmarks/throughput.py --quick                       # seconds, tiny: that it runs
 
 Bare is forward, backward and optimizer step on one batch that is augmented and on the device already: the least that
-training can take. Ours is the suite's loop, with data, augmentation, telemetry and logging every 10 steps. The peers
+training can take with our network; the same with torch's convolutions everywhere is what everybody else's network
+takes at least. Ours is the suite's loop, with data, augmentation, telemetry and logging every 10 steps. The peers
 load PIL images through a DataLoader: lightly's transforms, loss and LARS for Barlow Twins, torchvision's transforms and
 torch's SGD for classification. The contestants take turns; medians count. An image is two views in pretraining.
 Needs the extra `bench` for lightly; a peer that is not installed is left out.
@@ -38,6 +39,7 @@ from ssl_bench.optim import LARS, Telemetry, build_groups
 from ssl_bench.pipeline import Pipeline
 from ssl_bench.provenance import code_version, hardware, package_versions
 from ssl_bench.sampling import VIEW1, VIEW2
+from ssl_bench.small_maps import SmallMapConv2d
 from ssl_bench.sources import ResidentSource
 from ssl_bench.train import Rhythm, Trainer
 
@@ -79,9 +81,18 @@ class NoRecord:
         """One block of layer statistics."""
 
 
-def build_task(track: str, sizes: Sizes) -> nn.Module:
-    """The network of a track: ResNet-18 with the ImageNet stem, and the projector or a classifier's head."""
+def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> nn.Module:
+    """The network of a track: ResNet-18 with the ImageNet stem, and the projector or a classifier's head.
+
+    Args:
+        track: "pretrain" or "classify".
+        sizes: what is timed.
+        plain: with torch's convolutions everywhere, as everybody else has them (see `ssl_bench.small_maps`).
+    """
     classifier = Classifier.create("resnet18", 10, stem="imagenet", init="torchvision", seed=0)
+    for module in classifier.modules():
+        if plain and type(module) is SmallMapConv2d:
+            module.__class__ = nn.Conv2d
     if track == "classify":
         return classifier
     return BarlowTwins(classifier.backbone, 512, projector=sizes.projector)
@@ -105,6 +116,7 @@ def build_trainer(
     *,
     telemetry: Callable[..., Telemetry] = Telemetry,
     every: int = 10,
+    plain: bool = False,
     compile_options: dict[str, Any] | None = None,
 ) -> Trainer:
     """The suite's loop as a run builds it, without a run's directory.
@@ -114,13 +126,14 @@ def build_trainer(
         sizes: what is timed.
         telemetry: makes the recorder of an optimizer.
         every: steps between its records; 0 = off.
+        plain: see `build_task`.
         compile_options: torch.compile's, for the network's parts (and, on a GPU, the views); None = not compiled.
     """
     pretraining = track == "pretrain"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
     device = accelerator.device
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as a run sets it
-    task = build_task(track, sizes).to(device, memory_format=torch.channels_last)
+    task = build_task(track, sizes, plain=plain).to(device, memory_format=torch.channels_last)
     optimizer = LARS(build_groups(task, lr=0.1, weight_decay=5e-4, lr_1d=1e-3), lr=0.1)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -221,7 +234,7 @@ def lightly_twins(sizes: Sizes, *, bf16: bool) -> Steps:
     from lightly.utils.lars import LARS as LightlyLARS
 
     views = [kind(input_size=sizes.pixels, gaussian_blur=0.0) for kind in (BYOLView1Transform, BYOLView2Transform)]
-    task = build_task("pretrain", sizes)
+    task = build_task("pretrain", sizes, plain=True)
     criterion = BarlowTwinsLoss()
 
     def loss(model: Any, inputs: list[Tensor], _labels: Tensor) -> Tensor:
@@ -242,7 +255,7 @@ def torchvision_classifier(sizes: Sizes, *, bf16: bool) -> Steps:
             v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(STATS["mean"], STATS["std"]),
         ]
     )  # fmt: skip
-    task = build_task("classify", sizes)
+    task = build_task("classify", sizes, plain=True)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     images = PilImages(sizes, transform)
     return peer(sizes, images, task, optimizer, lambda model, x, y: model(x, y)["loss"], bf16)
@@ -256,6 +269,7 @@ def contestants(track: str, sizes: Sizes, *, peers: bool) -> dict[str, Steps]:
     }
     if not peers:
         return made
+    made["bare compute with torch's convolutions, bf16"] = bare(build_trainer(track, sizes, every=0, plain=True))
     without = build_trainer(track, sizes, every=0)
     made["ssl_bench, no telemetry, bf16"] = end_to_end(without)
     name, build = ("lightly", lightly_twins) if track == "pretrain" else ("torchvision + SGD", torchvision_classifier)
@@ -301,7 +315,7 @@ def table(track: str, sizes: Sizes, seconds: dict[str, list[float]]) -> list[dic
              "time_over_ours": round(over_ours, 3), "seconds_per_step": [round(value, 5) for value in values]}
         )  # fmt: skip
         print(
-            f"{track:9} {name:40} {rate:8.0f} images/s   {over_bare:5.2f} x bare   {over_ours:5.2f} x ours", flush=True
+            f"{track:9} {name:44} {rate:8.0f} images/s   {over_bare:5.2f} x bare   {over_ours:5.2f} x ours", flush=True
         )
     return rows
 

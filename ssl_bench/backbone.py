@@ -16,6 +16,8 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import nn
 
+from ssl_bench.small_maps import use_small_maps
+
 Stem = Literal["cifar", "imagenet"]
 Init = Literal["timm", "torchvision", "kaiming_uniform"]
 
@@ -60,6 +62,7 @@ def create_backbone(
             use_cifar_stem(model, name)
         if init != "timm":
             _initialise(model, init)
+    use_small_maps(model)
     setattr(model, _SPEC, {"name": name, "stem": stem, "in_chans": in_chans})
     # Where the pooled features go through one more layer (MobileNetV3), timm tells their number apart.
     features: Any = getattr(model, "head_hidden_size", None) or model.num_features

@@ -29,10 +29,10 @@ def load(monkeypatch):
 def test_every_contestant_runs_and_is_recorded(load, tmp_path, capsys):
     pytest.importorskip("lightly")
     rows = load("throughput").main(["--quick", "--json", str(tmp_path / "new" / "out.json")])
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert {row["track"] for row in rows} == {"pretrain", "classify"}
     assert all(row["images_per_second"] > 0 for row in rows)
-    assert [row["time_over_bare"] for row in rows if row["what"].startswith("bare")] == [1.0, 1.0]
+    assert [row["time_over_bare"] for row in rows if row["what"] == "bare compute, bf16"] == [1.0, 1.0]
     record = json.loads((tmp_path / "new" / "out.json").read_text())
     assert record["rows"] == rows
     assert record["packages"]["torch"]
@@ -160,7 +160,7 @@ def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, ca
     assert results["classify"]["steps"] == results["pretrain"]["steps"] == 2
     assert results["classify"]["evaluations"][0]["n_test"] == 355
     assert results["pretrain"]["status"] == "finished"
-    assert len(results["throughput"]["rows"]) == 5
+    assert len(results["throughput"]["rows"]) == 6
     assert {row["status"] for row in results["ablation"]} == {"measured"}
     assert [row["what"] for row in results["ablation"]] == 2 * [
         "bare", "end to end", "bare, compiled", "end to end, compile=true",
