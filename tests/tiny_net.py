@@ -2,7 +2,7 @@
 
 A ReLU network cannot serve to compare whole fp32 runs: a rounding difference of 1e-5 in the activations flips that
 share of the ReLUs, which changes the gradient by the square root of it, and a few steps later the losses differ by
-percents (measured on ResNet-18: 0.4% of the gradient's norm from a mere permutation of the batch).
+percents (``benchmarks/rounding.py``).
 """
 
 from typing import Any

@@ -146,6 +146,15 @@ def test_a_part_without_time_is_skipped(run_part, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_rounding_is_told_from_a_fault(load, tmp_path):
+    rows = load("rounding").main(["--quick", "--json", str(tmp_path / "out.json")])
+    changes = {(row["activation"], row["dtype"]): row["relative_change"] for row in rows}
+    assert set(changes) == {(a, d) for a in ("relu", "softplus") for d in ("float32", "float64")}
+    for activation in ("relu", "softplus"):
+        assert 0 < changes[activation, "float64"] < 1e-10 < changes[activation, "float32"] < 0.1
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+
+
 def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lightly")  # without it, and without the other, the optimizers' part says so and fails
     pytest.importorskip("pytorch_optimizer")
