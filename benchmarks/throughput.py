@@ -9,13 +9,15 @@ training can take with our network; the same with torch's convolutions everywher
 takes at least. Ours is the suite's loop, with data, augmentation, telemetry and logging every 10 steps. The peers
 load PIL images through a DataLoader: lightly's transforms, loss and LARS for Barlow Twins, torchvision's transforms and
 torch's SGD for classification. The contestants take turns; medians count. An image is two views in pretraining.
-Needs the extra `bench` for lightly; a peer that is not installed is left out.
+Needs the extra `bench` for lightly; a peer that is not installed is left out. The TVLARS paper's own code is timed from
+a checkout: `git clone https://github.com/KhoiDOO/tvlars && git -C tvlars checkout 89c3291`, then --authors tvlars.
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_bench.augment import PadCropFlipRotate, SSLView
 from ssl_bench.classifier import Classifier
+from ssl_bench.command import leave
 from ssl_bench.data import load_dataset
 from ssl_bench.gradient import accumulate, full_batch, grad_cache
 from ssl_bench.methods import BarlowTwins
@@ -60,6 +63,7 @@ class Sizes:
     workers: int = 2  # the peers' loading processes
     images: int = 10_000  # in the data set, at most
     data_path: str | None = None  # CIFAR-10's folder of parquet files; None = random images
+    authors: str | None = None  # a checkout of github.com/KhoiDOO/tvlars (89c3291); None = leave their code out
 
 
 QUICK = Sizes(batch=8, projector=(16, 16), steps=1, turns=1, workers=0, images=32)
@@ -245,6 +249,28 @@ def lightly_twins(sizes: Sizes, *, bf16: bool) -> Steps:
     return peer(sizes, PilImages(sizes, BYOLTransform(*views)), task, optimizer, loss, bf16)
 
 
+def authors_twins(sizes: Sizes, *, bf16: bool) -> Steps:
+    """Barlow Twins of the TVLARS paper's own parts, imported from their repository: views, network and loss, TVLARS.
+
+    They always blur view 1, as their code stands.
+    """
+    sys.path.insert(0, str(sizes.authors))
+    from dataset.cl import CLTransform  # type: ignore[import-not-found]
+    from model.bt import BarlowTwins as TheirTwins  # type: ignore[import-not-found]
+    from opt.tvlars import TVLARS as TheirTVLARS  # type: ignore[import-not-found]
+
+    if not torch.distributed.is_initialized():  # their loss reduces over the processes
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    options = argparse.Namespace(
+        bs=sizes.batch, model="resnet18", projector="-".join(map(str, sizes.projector)), btlmbda=0.0051
+    )
+    task = TheirTwins(options)
+    optimizer = TheirTVLARS(task.parameters(), lr=0.1, weight_decay_filter=True, lars_adaptation_filter=True)
+    optimizer.step = partial(optimizer.step, 1)  # an argument that it takes and does not use
+    images = PilImages(sizes, CLTransform(sizes.pixels))
+    return peer(sizes, images, task, optimizer, lambda model, views, _labels: model(*views), bf16)
+
+
 def torchvision_classifier(sizes: Sizes, *, bf16: bool) -> Steps:
     """Classification as torchvision's users write it, with torch's SGD."""
     from torchvision.transforms import v2
@@ -272,12 +298,15 @@ def contestants(track: str, sizes: Sizes, *, peers: bool) -> dict[str, Steps]:
     made["bare compute with torch's convolutions, bf16"] = bare(build_trainer(track, sizes, every=0, plain=True))
     without = build_trainer(track, sizes, every=0)
     made["ssl_bench, no telemetry, bf16"] = end_to_end(without)
-    name, build = ("lightly", lightly_twins) if track == "pretrain" else ("torchvision + SGD", torchvision_classifier)
-    for bf16 in (True, False):
-        try:
-            made[f"{name} end to end, {'bf16' if bf16 else 'fp32'}"] = build(sizes, bf16=bf16)
-        except ImportError as error:
-            print(f"{track:9} {name}: left out ({error})", flush=True)
+    builders = {"lightly": lightly_twins} if track == "pretrain" else {"torchvision + SGD": torchvision_classifier}
+    if track == "pretrain" and sizes.authors:
+        builders["the authors' code"] = authors_twins
+    for name, build in builders.items():
+        for bf16 in (True, False):
+            try:
+                made[f"{name} end to end, {'bf16' if bf16 else 'fp32'}"] = build(sizes, bf16=bf16)
+            except ImportError as error:
+                print(f"{track:9} {name}: left out ({error})", flush=True)
     return made
 
 
@@ -351,6 +380,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--workers", type=int, help="the peers' loading processes")
     parser.add_argument("--images", type=int, help="images in the data set, at most")
     parser.add_argument("--data-path", help="CIFAR-10's folder of parquet files; random images if left out")
+    parser.add_argument("--authors", help="a checkout of the paper's code, github.com/KhoiDOO/tvlars, to time it too")
     parser.add_argument("--tracks", nargs="+", default=["pretrain", "classify"], choices=["pretrain", "classify"])
     parser.add_argument("--sweep", choices=SWEEPS, help="time bare and ours as this grows, instead of the peers")
     parser.add_argument("--values", type=int, nargs="+", help="of the sweep; if left out, those of the script's SWEEPS")
@@ -368,7 +398,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measures the tracks and prints, and with --json writes after every row, the table."""
     options, sizes = parse(arguments)
     head = {"hardware": hardware(), "packages": package_versions(), "code": code_version()}
-    head |= {"threads": torch.get_num_threads(), "sizes": asdict(sizes) | {"sweep": options.sweep}}
+    # Not the folders' names, which mean something on this machine alone.
+    given = {name: getattr(sizes, name) is not None for name in ("data_path", "authors")}
+    head |= {"threads": torch.get_num_threads(), "sizes": asdict(sizes) | {"sweep": options.sweep, **given}}
     rows: list[dict[str, Any]] = []
     for track in options.tracks:
         values = options.values or SWEEPS.get(options.sweep, ())
@@ -384,3 +416,4 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     main()
+    leave(0)
