@@ -18,9 +18,11 @@ class BarlowTwins(Method):
         projector: widths of the projector's Linear layers, each > 0; the last is D. TVLARS paper: 2048-2048-4096;
             Barlow Twins paper: 8192-8192-8192.
         lambd: weight of the off-diagonal term, >= 0; 0 turns it off. Barlow Twins paper and code: 0.0051.
+        divisor: what the cross-correlation is divided by, in pairs, > 0; None for the batch's own number. The TVLARS
+            authors' code (commit 89c3291) divides by the nominal batch size, even where the last batch is shorter.
 
     Raises:
-        ValueError: if a width is not positive or ``lambd`` is negative.
+        ValueError: if a width or ``divisor`` is not positive, or ``lambd`` is negative.
     """
 
     def __init__(
@@ -30,14 +32,19 @@ class BarlowTwins(Method):
         *,
         projector: tuple[int, ...] = (2048, 2048, 4096),
         lambd: float = 0.0051,
+        divisor: int | None = None,
     ) -> None:
         if not lambd >= 0:
             raise ValueError(f"barlow_twins: lambd got {lambd}, must be >= 0")
+        if divisor is not None and divisor < 1:
+            raise ValueError(f"barlow_twins: divisor got {divisor}, must be > 0 or None")
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector))
-        self.lambd = lambd
+        self.lambd, self.divisor = lambd, divisor
 
     def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2, C = z1' z2 / N of embeddings standardised over the batch.
+
+        ``divisor``, where given, stands for the N under z1' z2, and for nothing else.
 
         Args:
             z1: (N, D) embeddings of the global batch's first views.
@@ -46,7 +53,7 @@ class BarlowTwins(Method):
         Returns:
             "loss", and detached "on_diagonal" and "off_diagonal", the two sums without lambd.
         """
-        n = len(z1)
+        n = self.divisor or len(z1)
         z1 = F.batch_norm(z1, None, None, training=True, eps=EPS)  # biased variance
         z2 = F.batch_norm(z2, None, None, training=True, eps=EPS)
         on_diagonal = (1 - (z1 * z2).sum(dim=0) / n).square().sum()

@@ -62,6 +62,8 @@ class Pipeline:
         batch_size: the global batch, in images; divisible by ``chunk_size`` and the latter by ``world_size``.
         chunk_size: the part of the global batch in memory at a time; None = all of it.
         rank, world_size: which share of every chunk this process computes.
+        last_batch: "carry": always exactly ``batch_size`` images. "short": an epoch's last batch has what is left, in
+            as many chunks as the others.
         with_labels: whether the network wants the labels too.
     """
 
@@ -77,6 +79,7 @@ class Pipeline:
         rank: int,
         world_size: int,
         device: torch.device,
+        last_batch: sampling.LastBatch = "carry",
         with_labels: bool = False,
     ):
         chunk_size = chunk_size or batch_size
@@ -91,35 +94,46 @@ class Pipeline:
             raise ValueError(f"{what}: got {chunk_size}, allowed: a multiple of the {world_size} processes")
         self.source, self.augmentations, self.streams = source, augmentations, streams
         self.seed, self.batch_size, self.device, self.with_labels = seed, batch_size, device, with_labels
-        slices = sampling.local_positions(batch_size, chunk_size, rank, world_size)
-        self.positions = torch.cat([torch.arange(part.start, part.stop) for part in slices])
-        self.share = chunk_size // world_size
-        self.n_chunks = batch_size // chunk_size
+        self.last_batch, self.n_chunks = last_batch, batch_size // chunk_size
+        lengths = {batch_size}
+        if last_batch == "short" and (rest := len(source) % batch_size):
+            _refuse_uneven(rest, len(source), self.n_chunks, world_size)
+            lengths.add(rest)
+        self._positions = {length: _positions(length, length // self.n_chunks, rank, world_size) for length in lengths}
 
     @property
     def steps_per_epoch(self) -> float:
-        """Images in the train set over the batch size; not a whole number in general."""
-        return len(self.source) / self.batch_size
+        """Images in the train set over the batch size; not a whole number in general, unless last batches are short."""
+        return sampling.steps_per_epoch(self.batch_size, len(self.source), self.last_batch)
+
+    def samples(self, steps: int) -> int:
+        """How many images the first ``steps`` steps see, over all processes."""
+        return self._span(steps).start
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This process's batches of the steps [start, stop)."""
         batches = self._raw(start, stop)
         return self._ahead(batches) if self.device.type == "cuda" else batches
 
+    def _span(self, step: int) -> range:
+        return sampling.span(step, self.batch_size, len(self.source), self.last_batch)
+
     def _indices(self, step: int) -> Tensor:
-        return sampling.batch_indices(self.seed, step, self.batch_size, len(self.source))[self.positions]
+        indices = sampling.batch_indices(self.seed, step, self.batch_size, len(self.source), self.last_batch)
+        return indices[self._positions[len(indices)]]
 
     def _raw(self, start: int, stop: int) -> Iterator[Batch]:
         images = self.source.batches(self._indices(step) for step in range(start, stop))
         for step, batch in zip(range(start, stop), images, strict=True):
+            length = len(self._span(step))
             params = [
-                take(augment.draw(self.batch_size, sampling.generator(self.seed, stream, step)), self.positions)
+                take(augment.draw(length, sampling.generator(self.seed, stream, step)), self._positions[length])
                 for augment, stream in zip(self.augmentations, self.streams, strict=True)
             ]
             labels = None
             if self.with_labels:
                 labels = self.source.labels[self._indices(step)].to(self.device, non_blocking=True)
-            yield Batch(batch, params, labels, self.share, self.augmentations)
+            yield Batch(batch, params, labels, len(batch) // self.n_chunks, self.augmentations)
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """One batch ahead: its first chunk's views are made on a side stream."""
@@ -144,3 +158,18 @@ class Pipeline:
             for tensor in (batch.images, *batch.views(0)):
                 tensor.record_stream(current)
             yield batch
+
+
+def _positions(batch_size: int, chunk_size: int, rank: int, world_size: int) -> Tensor:
+    """The positions in the global batch of what one process computes, chunk after chunk."""
+    slices = sampling.local_positions(batch_size, chunk_size, rank, world_size)
+    return torch.cat([torch.arange(part.start, part.stop) for part in slices])
+
+
+def _refuse_uneven(rest: int, size: int, n_chunks: int, world_size: int) -> None:
+    """A short batch that the processes or the chunks cannot share alike would need weights in every mean."""
+    if rest % (n_chunks * world_size):
+        raise ValueError(
+            f"last_batch: got short, allowed: carry, because the last {rest} of {size} images do not divide by "
+            f"{n_chunks} chunks x {world_size} processes"
+        )

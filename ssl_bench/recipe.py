@@ -8,6 +8,7 @@ optimizers and schedules are plug-ins, whose own keys are checked against their 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,21 @@ IRRELEVANT = frozenset(
     | {"checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final"}
     | {"checkpoint.snapshots"}
 )
+
+# Keys that recipes have not had from the start, each with the value that a recipe without it means. At that value a key
+# is no part of the identity, so that the experiments recorded before keep theirs. Every key whose default leaves things
+# as they were belongs here; none is ever taken out, and no value changed.
+ADDED: dict[str, Any] = {
+    "loss_scale": 1.0,
+    "sync_batch_norm": True,
+    "last_batch": "carry",
+    "method.divisor": None,
+}
+
+
+def without_additions(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's dotted keys less those of `ADDED` that say nothing new: equal for records of every age."""
+    return {name: value for name, value in flat.items() if name not in ADDED or value != ADDED[name]}
 
 
 def key(default: Any, text: str) -> Any:
@@ -199,11 +215,26 @@ class Recipe:
     eval: EvalOptions = field(default_factory=EvalOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    batch_size: PositiveInt = key(512, "images per step over all processes; always exactly this many")
+    batch_size: PositiveInt = key(512, "images per step over all processes; exactly this many (but see last_batch)")
+    last_batch: Literal["carry", "short"] = key(
+        "carry",
+        "what an epoch that batch_size does not divide ends in: carry = a full batch, filled up from the next epoch; "
+        "short = the images that are left, which must share evenly into processes and chunks",
+    )
     epochs: Positive | None = key(None, "passes over the train set; give this or steps, not both")
     steps: PositiveInt | None = key(None, "optimizer steps; give this or epochs, not both")
     chunk_size: PositiveInt | None = key(
         None, "images of the global batch that are in memory at a time, with the exact gradient; null = the whole batch"
+    )
+    sync_batch_norm: bool = key(
+        True,
+        "batch norm over all processes' images; false = each process normalises its own share, so that the result "
+        "depends on their number (on one process chunk_size shows the same effect)",
+    )
+    loss_scale: Positive = key(
+        1.0,
+        "factor on the loss before the backward pass, not on the recorded loss; 1 = none. An in-place all_reduce in a "
+        "loss, as in the TVLARS authors' Barlow Twins, amounts to 1 / the number of GPUs",
     )
     seed: Count = key(0, "seed of the weights, the order of the samples and their augmentation")
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the forward pass; losses are always fp32")
@@ -231,7 +262,8 @@ class Recipe:
     def identity(self) -> str:
         """16 hex digits that name the experiment: equal where, and only where, the result must be equal."""
         irrelevant = IRRELEVANT if self.data.name in ("hf", "folder") else IRRELEVANT | {"data.path"}
-        relevant = {name: value for name, value in flatten(self.to_dict()).items() if name not in irrelevant}
+        flat = without_additions(flatten(self.to_dict()))
+        relevant = {name: value for name, value in flat.items() if name not in irrelevant}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
     def name(self) -> str:

@@ -4,15 +4,17 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssl_bench import gradient, plugins
+from ssl_bench import gradient, plugins, sampling
 from ssl_bench.augment import Augmentation
 from ssl_bench.backbone import save_backbone
 from ssl_bench.checkpoint import Checkpoints
@@ -102,7 +104,7 @@ class Session(Workplace):
     def plan(self, train_size: int) -> Plan:
         """All durations in steps, from the number of train images."""
         recipe = self.recipe
-        per_epoch = train_size / recipe.batch_size
+        per_epoch = sampling.steps_per_epoch(recipe.batch_size, train_size, recipe.last_batch)
         total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
         return Plan(
             per_epoch,
@@ -122,16 +124,18 @@ class Session(Workplace):
         with_labels: bool = False,
     ) -> Pipeline:
         """The run's batches."""
+        recipe = self.recipe
         return Pipeline(
             dataset.train,
             augmentations,
             streams,
-            seed=self.recipe.seed,
-            batch_size=self.recipe.batch_size,
-            chunk_size=self.recipe.chunk_size,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            chunk_size=recipe.chunk_size,
             rank=self.rank,
             world_size=self.world_size,
             device=self.device,
+            last_batch=recipe.last_batch,
             with_labels=with_labels,
         )
 
@@ -146,7 +150,7 @@ class Session(Workplace):
         """Builds the optimizer, records what will run, continues from a checkpoint if there is one, and trains."""
         recipe = self.recipe
         task = task.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.world_size > 1:
+        if self.world_size > 1 and recipe.sync_batch_norm:
             task = synchronize_batch_norm(task)
         optimizer, schedule = self._optimizer(task, plan)
         if recipe.compile:
@@ -170,7 +174,7 @@ class Session(Workplace):
             save=self._save,
             interrupted=self._interrupted,
             progress=progress,
-            hooks=hooks,
+            hooks=[replace(hook, measure=partial(self._measure, task, hook.measure)) for hook in hooks],
             snapshot=self._snapshot,
         )
         self._trainer = trainer
@@ -184,7 +188,19 @@ class Session(Workplace):
             outcome = trainer.run()
         if outcome.status == "finished":
             trainer.checkpoint()  # a run killed while it is evaluated goes on with the evaluation
+        self._share_statistics(task)
         return outcome
+
+    def _share_statistics(self, task: nn.Module) -> None:
+        """Gives every process the first one's running statistics; those of unsynchronised batch norms differ."""
+        if self.world_size > 1 and not self.recipe.sync_batch_norm:
+            for buffer in task.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _measure(self, task: nn.Module, measure: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
+        """A hook's measurement, of one model: each process measures its share of the images."""
+        self._share_statistics(task)
+        return measure(step)
 
     def _optimizer(self, task: nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
         recipe = self.recipe
@@ -220,7 +236,7 @@ class Session(Workplace):
 
     def _write_provenance(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
         recipe = self.recipe
-        chunk = recipe.chunk_size or recipe.batch_size
+        seen = (recipe.chunk_size or recipe.batch_size) // (1 if recipe.sync_batch_norm else self.world_size)
         has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
         self.run.write_provenance(
             {
@@ -237,7 +253,7 @@ class Session(Workplace):
                     "optimizer": plan.optimizer,
                     "schedule": plan.schedule,
                 },
-                "batch_norm": f"batch norm over {chunk} of {recipe.batch_size} images" if has_norm else "none",
+                "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
             },
             step=step,
         )
@@ -334,7 +350,7 @@ class Session(Workplace):
 
 
 def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dict[str, Tensor]]:
-    """How a step's gradient is computed: at once, or chunk by chunk, exactly in both cases."""
+    """How a step's gradient is computed: at once, or chunk by chunk, exactly in both cases; times ``loss_scale``."""
     chunked = recipe.chunk_size is not None and recipe.chunk_size < recipe.batch_size
     if not chunked:
         function = gradient.full_batch
@@ -342,7 +358,12 @@ def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dic
         function = gradient.grad_cache if recipe.track == "pretrain" else gradient.accumulate
 
     def call(model: nn.Module, views: Any, n_chunks: int, backward: Any) -> dict[str, Tensor]:
-        return function(model, views, n_chunks, backward, autocast=accelerator.autocast)
+        def scaled(loss: Tensor) -> None:
+            backward(recipe.loss_scale * loss)
+
+        # At 1 the loss itself, so that runs stay equal bit for bit to those of before there was a scale.
+        used = backward if recipe.loss_scale == 1 else scaled
+        return function(model, views, n_chunks, used, autocast=accelerator.autocast)
 
     return call
 

@@ -5,14 +5,17 @@ import json
 import runpy
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_bench.compose import compose
 from ssl_bench.gradient import accumulate, full_batch, grad_cache
 from ssl_bench.methods import METHODS, Method
+from ssl_bench.session import step_gradient
 
 N = 16
 
@@ -119,6 +122,25 @@ def test_a_scaled_backward_scales_the_gradient_once():
         model.zero_grad()
         step(model, chunks(x, n_chunks), n_chunks, lambda loss: (1024 * loss).backward())
         assert_close(gradients(model), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("track", "n_chunks"), [("pretrain", 1), ("pretrain", 4), ("classify", 1), ("classify", 4)])
+def test_loss_scale_scales_the_gradient_and_no_number_that_is_recorded(track, n_chunks):
+    words = [f"batch_size={N}", f"chunk_size={N // n_chunks}"]
+    model = network() if track == "pretrain" else Classifier()
+    views = chunks(images(), n_chunks) if track == "pretrain" else labelled(n_chunks)
+    accelerator = SimpleNamespace(autocast=nullcontext)
+    found = {}
+    for scale in (1, 0.25, 3):
+        model.zero_grad()
+        step = step_gradient(compose(track, [*words, f"loss_scale={scale}"]), accelerator)
+        terms = step(model, views, n_chunks, Tensor.backward)
+        found[scale] = {name: value.clone() for name, value in gradients(model).items()}
+        if scale == 1:
+            expected = terms
+        assert all(torch.equal(terms[name], value) for name, value in expected.items())
+    assert_close(found[0.25], {name: value / 4 for name, value in found[1].items()}, rtol=1e-13)
+    assert_close(found[3], {name: value * 3 for name, value in found[1].items()}, rtol=1e-13)
 
 
 def test_gradients_are_added():

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ssl_bench.reading import RunRecord, Skipped
-from ssl_bench.recipe import IRRELEVANT, flatten
+from ssl_bench.recipe import IRRELEVANT, flatten, without_additions
 from ssl_bench.report.inference import Summary, summarize
 
 # The first that a report's runs have is the one that its comparisons use; `online` is a monitor and never a result.
@@ -297,7 +297,7 @@ def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    flat = flatten(dict(recipe))
+    flat = without_additions(flatten(dict(recipe)))
     return {name: value for name, value in flat.items() if name not in IRRELEVANT | _AXES | _OBSERVING}
 
 

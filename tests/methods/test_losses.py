@@ -90,6 +90,23 @@ def test_hyper_parameters_reach_the_loss():
     assert_same_loss(ours, lambda a, b: vicreg(a, b, (3, 5, 7)), z1, z2, 1e-12)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_barlow_twins_with_the_released_codes_divisor_is_its_formula(shape):
+    """KhoiDOO/tvlars, model/bt.py at commit 89c3291: the batch is standardised by itself, then C divided by --bs."""
+
+    def released(z1: Tensor, z2: Tensor, bs: int = 32, lambd: float = 0.0051) -> Tensor:
+        bn = nn.BatchNorm1d(z1.shape[1], affine=False).double()
+        c = (bn(z1).T @ bn(z2)).div(bs)
+        on_diagonal = (torch.diagonal(c) - 1).pow(2).sum()
+        return on_diagonal + lambd * c.flatten()[:-1].view(len(c) - 1, len(c) + 1)[:, 1:].pow(2).sum()
+
+    z1, z2 = pair(*shape)
+    assert_same_loss(method(BarlowTwins, divisor=32), released, z1, z2, 1e-12)
+    assert_same_loss(method(BarlowTwins, divisor=len(z1)), barlow_twins, z1, z2, 1e-12)
+    with pytest.raises(ValueError, match="barlow_twins: divisor got 0, must be > 0 or None"):
+        method(BarlowTwins, divisor=0)
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_logged_terms_add_up_to_the_loss_and_carry_no_graph(name):
     z1, z2 = pair(8, 5)
