@@ -1,9 +1,15 @@
 """From words to a recipe: what is composed, what is refused, and with which words."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from ssl_bench.compose import build, choices, compose, override
-from ssl_bench.recipe import flatten
+from ssl_bench.recipe import ADDED, flatten, without_additions
+from ssl_bench.report.aggregate import cell_key
+
+RECORDS = Path(__file__).resolve().parents[1] / "results"
 
 
 def test_defaults_compose_on_both_tracks():
@@ -89,6 +95,51 @@ def test_identity_ignores_what_cannot_change_the_result_and_sees_what_can():
         assert compose("pretrain", [other]).identity() != base
     folder = compose("pretrain", ["data=folder", "data.path=a"]).identity()
     assert compose("pretrain", ["data=folder", "data.path=b"]).identity() != folder
+
+
+def recorded() -> list[dict]:
+    """The runs of the committed records, made before any key of `ADDED` existed."""
+    return [run for path in sorted(RECORDS.glob("*.json")) for run in json.loads(path.read_text()).get("runs", [])]
+
+
+def test_recorded_experiments_keep_their_identity_and_their_cell():
+    runs = [run for run in recorded() if not set(ADDED) & set(flatten(run["recipe"]))]
+    assert len(runs) >= 3
+    for run in runs:
+        recipe = build(run["recipe"]["track"], run["recipe"])
+        assert recipe.identity() == run["identity"]
+        # A record of today holds the new keys and belongs beside the old one, in a report as well.
+        assert set(flatten(recipe.to_dict())) > set(flatten(run["recipe"]))
+        assert cell_key(recipe.to_dict()) == cell_key(run["recipe"])
+
+
+def test_a_key_added_later_is_part_of_the_identity_as_soon_as_it_says_something():
+    base = compose("pretrain")
+    assert {name: flatten(base.to_dict())[name] for name in ADDED} == ADDED  # the values are the defaults
+    for word in ("loss_scale=0.5", "sync_batch_norm=false", "last_batch=short", "method.divisor=512"):
+        other = compose("pretrain", [word])
+        assert other.identity() != base.identity()
+        assert cell_key(other.to_dict()) != cell_key(base.to_dict())
+    assert without_additions({"loss_scale": 1.0, "seed": 0}) == {"seed": 0}
+    assert without_additions({"loss_scale": 2.0, "seed": 0}) == {"loss_scale": 2.0, "seed": 0}
+
+
+def test_the_released_code_is_composed_with_its_faults():
+    pretrain = compose("pretrain", ["protocol=released", "batch_size=1024", "epochs=1000"])
+    assert (pretrain.loss_scale, pretrain.last_batch, pretrain.sync_batch_norm) == (0.25, "short", True)
+    assert pretrain.method.options == {"projector": (4096, 4096, 4096), "lambd": 0.005, "divisor": 1024}
+    assert pretrain.schedule.target == "released_warmup_cosine"
+    assert {"schedule_epochs": 100, "warmup_epochs": 20}.items() <= pretrain.schedule.options.items()
+    classify = compose("classify", ["protocol=released", "optimizer=lamb"])
+    assert (classify.loss_scale, classify.last_batch, classify.sync_batch_norm) == (1, "short", False)
+    assert classify.schedule.target == "warmup_cosine"
+    assert classify.optimizer.options["trust_ratio"] == "norms"
+    assert compose("pretrain", ["protocol=released", "optimizer=lamb"]).optimizer.options["trust_ratio"] == "one"
+    simclr = compose("pretrain", ["protocol=released", "method=simclr"])
+    assert (simclr.loss_scale, "divisor" in simclr.method.options) == (1, False)
+    for protocol in ("fair", "paper"):
+        flat = flatten(compose("pretrain", [f"protocol={protocol}"]).to_dict())
+        assert not set(ADDED) & set(without_additions(flat))
 
 
 def test_values_with_spaces_and_colons_arrive_whole():

@@ -102,6 +102,7 @@ def test_a_cells_words_compose_to_its_recipe(table1: Study) -> None:
         ("classify", {"data": "digits", "param_groups.lr_1d": "null", "optimizer.lr": "1e-4", "protocol": "paper"}),
         ("pretrain", {"optimizer": "timm", "optimizer.name": "adan", "optimizer.lr": "0.01"}),
         ("pretrain", {"method.projector": "[64,64]", "schedule": "polynomial", "schedule.power": "2"}),
+        ("pretrain", {"protocol": "released", "batch_size": "4096", "optimizer": "lamb"}),  # divides by its batch_size
     ],
 )
 def test_composer_equals_compose(track: str, words: dict[str, str]) -> None:
@@ -213,7 +214,7 @@ def test_shipped_studies_expand_and_state_their_cost(name: str) -> None:
         "controls": 90,
         "decay": 108,
         "methods": 270,
-        "protocols": 141,
+        "protocols": 165,
         "smoke": 12,
         "smoke_cifar10": 18,
         "warmup": 72,
