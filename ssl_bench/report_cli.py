@@ -1,4 +1,4 @@
-"""The commands ``ssl-bench report`` and ``ssl-bench leaderboard``."""
+"""The commands ``ssl-bench report``, ``ssl-bench leaderboard`` and ``ssl-bench export``."""
 
 from typing import Annotated
 
@@ -12,6 +12,7 @@ def register(app: typer.Typer) -> None:
     """Adds the report's commands."""
     app.command()(report)
     app.command()(leaderboard)
+    app.command()(export)
 
 
 def report(
@@ -48,3 +49,23 @@ def leaderboard(runs: Runs, debug: Debug = False) -> None:
         return 0
 
     raise typer.Exit(guarded(show, debug=debug))
+
+
+def export(
+    runs: Runs,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the copies.")],
+    debug: Debug = False,
+) -> None:
+    """Copy the runs' records, without weights.
+
+    Small enough to commit or to send, local paths cut short; report and leaderboard read the copies like the runs.
+    """
+    from ssl_bench.command import guarded
+
+    def copy() -> int:
+        from ssl_bench.export import export_records
+
+        print(f"{len(export_records(runs, output))} records in {output}")
+        return 0
+
+    raise typer.Exit(guarded(copy, debug=debug))
