@@ -1,15 +1,19 @@
 """How long a study will take, from a measured step: of its own runs where there are any, else of a few steps now."""
 
+import importlib
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_bench.cell_recipe import merge
 from ssl_bench.cell_state import CellStore
+from ssl_bench.command import leave
 from ssl_bench.grid import Cell
 from ssl_bench.reading import RecordError, RunRecord, read_run
 from ssl_bench.recipe import Recipe
@@ -132,9 +136,8 @@ def _measured(cell: Cell) -> Speed | str:
     with tempfile.TemporaryDirectory(prefix="ssl-bench-estimate-") as folder:
         run = Path(folder) / "run"
         words = merge(cell.words, {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)})
-        command = [sys.executable, "-m", f"ssl_bench.{cell.track}", *(f"{key}={value}" for key, value in words.items())]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            done = _bound_run([cell.track, *(f"{key}={value}" for key, value in words.items())])
         except subprocess.TimeoutExpired:
             return f"{STEPS} steps took more than {TIMEOUT:.0f} s"
         if done.returncode:
@@ -144,3 +147,29 @@ def _measured(cell: Cell) -> Speed | str:
             return _speed(read_run(run)) or "the short run left no speed"
         except RecordError as error:
             return str(error)
+
+
+def _bound_run(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs `_measuring_process`, bound to this one: the pipe that it reads breaks when this process dies, however."""
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "ssl_bench.estimate", *argv]
+    try:
+        return subprocess.run(command, stdin=read, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def _measuring_process(track: str, *words: str) -> int:
+    """A track's command, in a process that ends at once when the one that started it has gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return importlib.import_module(f"ssl_bench.{track}").main(list(words))
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)  # nobody writes: it returns when the other end is closed
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    leave(_measuring_process(*sys.argv[1:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from waiting import wait_for
 
 from ssl_bench import cell_claims, launch
 from ssl_bench.cell_claims import CellClaim, holder
@@ -166,13 +167,6 @@ def test_two_processes_share_a_study_and_do_no_cell_twice(tmp_path: Path) -> Non
     shares = [error.count("finished in") for error in errors]
     assert sum(shares) == CELLS
     assert min(shares) > 0  # they did work side by side
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_signal_stops_a_study_and_its_runs_politely(tmp_path: Path) -> None:
