@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def sharpness_settings(analysis: Analysis) -> tuple[Any, ...] | None:
 
 
 def measured_on(settings: Mapping[str, Any], images: str = "images") -> str:
-    """Batch norm's mode and the number of images, in a few words.
+    """Batch norm's mode and the number of images.
 
     Args:
         settings: of an analysis.
@@ -129,6 +129,16 @@ def measured_on(settings: Mapping[str, Any], images: str = "images") -> str:
     if "batch_norm" not in settings or images not in settings:
         return "not recorded"
     return f"{settings['batch_norm']}, {settings[images]}"
+
+
+def measured_how(runs: Iterable[Analyzed], images: str = "images") -> str:
+    """The same for all these runs, in words: "batch norm in train mode, 512 images"; several are told apart by "or"."""
+    settings = [run.analysis.settings for run in runs]
+    parts = [
+        f"batch norm in {found.get('batch_norm', 'an unknown')} mode, {found.get(images, '?')} images"
+        for found in settings
+    ]
+    return " or ".join(dict.fromkeys(parts))
 
 
 def uncertain(value: float, error: float | None) -> str:

@@ -12,9 +12,11 @@ from ssl_bench.report.aggregate import Collection, Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.evidence import Claim
-from ssl_bench.report.figure_groups import Plate, write_figures
+from ssl_bench.report.figure_groups import write_figures
+from ssl_bench.report.figures import Plate
 from ssl_bench.report.membership import coverage, members
 from ssl_bench.report.page import counts, write_page
+from ssl_bench.report.scope import scope
 from ssl_bench.report.tables import Table
 
 # Runs whose layers are in memory at a time.
@@ -176,7 +178,8 @@ def _markdown(
     collection: Collection, tables: Sequence[Table], claims: Sequence[Claim], plates: Sequence[Plate], root: Path
 ) -> str:
     """The whole report as one Markdown file beside its figures."""
-    parts = [f"# ssl_bench report\n\n{counts(collection)}.\n\nTables as CSV and LaTeX are in `tables/`.\n"]
+    scoped = "\n".join(f"- {text}" for text in scope(collection))
+    parts = [f"# ssl_bench report\n\n{counts(collection)}.\n\n{scoped}\n\nTables as CSV and LaTeX are in `tables/`.\n"]
     parts += [table.markdown() for table in tables]
     parts.append("## Claims of the paper, checked\n")
     for claim in claims:

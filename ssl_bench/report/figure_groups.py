@@ -2,8 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,23 @@ from ssl_bench.report.aggregate import Cell, Collection, Result, lookup
 from ssl_bench.report.comparisons import Arm, Setting
 from ssl_bench.report.curves import G_NORM, MOVED, PHI, RATIO, W_NORM, Array, Curves, short_names, thin
 from ssl_bench.report.evidence import Load
-from ssl_bench.report.figures import PALETTE, depth_colors, draw_layers, note, save, style
+from ssl_bench.report.figures import (
+    PALETTE,
+    Plate,
+    colors_of,
+    depth_colors,
+    draw_layers,
+    legend_below,
+    name_of,
+    note,
+    said,
+    save,
+    style,
+)
+from ssl_bench.report.landscape_figures import landscape_figures
 
 CLOCKS = {"step": "step", "samples": "samples seen", "epochs": "epoch", "seconds": "training time (s)"}
 LEGEND_LAYERS = 40  # more names than this cannot be read beside a figure
-
-
-@dataclass(frozen=True)
-class Plate:
-    """One figure of the report, as it was written.
-
-    Attributes:
-        name: of its files, ``<name>.svg`` and ``<name>.png``.
-        title: what it shows.
-        caption: how to read it, and the paper's figures that it stands beside.
-    """
-
-    name: str
-    title: str
-    caption: str
 
 
 def write_figures(collection: Collection, load: Load, folder: Path) -> list[Plate]:
@@ -65,15 +62,10 @@ def _figures(collection: Collection, load: Load) -> Iterator[tuple[Plate, Figure
         yield from _decay(problem, dataset, here)
     yield from _effort(collection, grouped)
     yield from _phi(collection, load)
+    yield from landscape_figures(collection)
     for setting, arms in grouped.items():
         for arm in arms:
             yield from _layers(setting, arm, load)
-
-
-def name_of(*parts: object) -> str:
-    """A file name of plain characters."""
-    text = "-".join(str(part) for part in parts)
-    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
 
 
 # Accuracy against steps, samples, epochs and wall time ----------------------------------------------------------------
@@ -88,19 +80,19 @@ def _accuracy(setting: Setting, arms: list[Arm], load: Load) -> Iterator[tuple[P
     axes = figure.subplots(2, 2, sharey=True).flat
     for axis, (clock, label) in zip(axes, CLOCKS.items(), strict=True):
         axis.set_xlabel(label)
-        for color, (name, curves) in zip(_colors(measured), measured.items(), strict=True):
+        for color, (name, curves) in zip(colors_of(measured), measured.items(), strict=True):
             if clock in curves:
                 x, mean, low, high = curves[clock]
                 axis.plot(x, mean, color=color, label=name, marker="o" if len(x) == 1 else None)
                 axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     for axis in (axes[0], axes[2]):
         axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     what = "test accuracy" if setting[0] == "classification" else "the online monitor's accuracy, which is no result"
     yield (
         Plate(
             name_of("accuracy", *setting),
-            f"Accuracy along training: {_said(setting)}",
+            f"Accuracy along training: {said(setting)}",
             f"Each optimizer at its best learning rate: {what}; the mean over seeds, the band from the lowest to the "
             "highest. Paper: figures 1, 60-63.",
         ),
@@ -135,7 +127,7 @@ def _learning_rates(problem: str, dataset: str, here: dict[Setting, list[Arm]]) 
     figure = Figure(figsize=(2.9 * columns + 1.2, 2.5 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     names = dict.fromkeys(arm.name for arms in here.values() for arm in arms)
-    colors = dict(zip(names, _colors(names), strict=True))
+    colors = dict(zip(names, colors_of(names), strict=True))
     for axis in axes.flat[len(here) :]:
         axis.set_visible(False)
     for axis, (setting, arms) in zip(axes.flat, here.items(), strict=False):
@@ -154,7 +146,7 @@ def _learning_rates(problem: str, dataset: str, here: dict[Setting, list[Arm]]) 
     for axis in axes[-1]:
         axis.set_xlabel("learning rate")
     handles = [Line2D([], [], color=color, marker="o", markersize=4, label=name) for name, color in colors.items()]
-    _legend_below(figure, handles=handles)
+    legend_below(figure, handles=handles)
     caption = "Mean and sample deviation over seeds at the last epoch; × on the axis: diverged. Paper: figure 5."
     title = f"Accuracy against the learning rate: {problem}, {dataset}"
     return Plate(name_of("learning-rate", problem, dataset), title, caption), figure
@@ -196,7 +188,7 @@ def _effort(collection: Collection, grouped: dict[Setting, list[Arm]]) -> Iterat
         return
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
     axis = figure.subplots()
-    for color, (name, shares) in zip(_colors(found), found.items(), strict=True):
+    for color, (name, shares) in zip(colors_of(found), found.items(), strict=True):
         axis.step(comparisons.GAPS, [100 * share for share in shares], where="post", color=color, label=name)
     axis.set_xlabel("points behind the best optimizer")
     axis.set_ylabel("share of settings (%)")
@@ -257,7 +249,7 @@ def _layers(setting: Setting, arm: Arm, load: Load) -> Iterator[tuple[Plate, Fig
         "Paper: figures 2, 6-59."
     )
     name = name_of("layers", *setting, arm.name)
-    yield Plate(name, f"Layers: {arm.name}, {_said(setting)}", caption), figure
+    yield Plate(name, f"Layers: {arm.name}, {said(setting)}", caption), figure
 
 
 def _first_with_layers(cell: Cell, load: Load) -> list[Result]:
@@ -286,16 +278,3 @@ def _layer_legend(figure: Figure, curves: Curves) -> None:
     handles = [Line2D([], [], color=colors[index], label=names[index]) for index in shown]
     title = "layers" if len(shown) == len(names) else f"{len(shown)} of {len(names)} layers"
     figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", fontsize=7.5)
-
-
-def _legend_below(figure: Figure, axis: Any = None, handles: list[Line2D] | None = None) -> None:
-    entries = handles if handles is not None else axis.get_legend_handles_labels()[0]
-    figure.legend(handles=entries, loc="outside lower center", ncols=1 if len(entries) > 6 else min(3, len(entries)))
-
-
-def _colors(names: Iterable[object]) -> list[str]:
-    return [PALETTE[index % len(PALETTE)] for index, _ in enumerate(names)]
-
-
-def _said(setting: Setting) -> str:
-    return f"{setting[0]}, {setting[1]}, batch size {setting[2]}"

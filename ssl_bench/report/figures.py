@@ -1,7 +1,8 @@
 """The paper's figures, from the records of runs: light, printable, as SVG and PNG."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_bench.reading import RunRecord
@@ -48,6 +50,21 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5
 
 # First layer dark, last layer light; the palest part, which paper swallows, is left out.
 DEPTH = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report, as it was written.
+
+    Attributes:
+        name: of its files, ``<name>.svg`` and ``<name>.png``.
+        title: what it shows.
+        caption: how to read it, and the paper's figures that it stands beside.
+    """
+
+    name: str
+    title: str
+    caption: str
 
 
 @contextmanager
@@ -106,6 +123,28 @@ def draw_layers(axis: Any, curves: Curves, quantity: Quantity, x: Array | None =
 def note(axis: Any, text: str) -> None:
     """A remark in the middle of an empty panel."""
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#777777")
+
+
+def name_of(*parts: object) -> str:
+    """A file name of plain characters."""
+    text = "-".join(str(part) for part in parts)
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
+
+
+def legend_below(figure: Figure, axis: Any = None, handles: list[Line2D] | None = None) -> None:
+    """A legend below all panels, of these handles or of an axis's lines."""
+    entries = handles if handles is not None else axis.get_legend_handles_labels()[0]
+    figure.legend(handles=entries, loc="outside lower center", ncols=1 if len(entries) > 6 else min(3, len(entries)))
+
+
+def colors_of(names: Iterable[object]) -> list[str]:
+    """A colour of the palette for each name."""
+    return [PALETTE[index % len(PALETTE)] for index, _ in enumerate(names)]
+
+
+def said(setting: tuple[str, str, int]) -> str:
+    """A setting in words, for titles."""
+    return f"{setting[0]}, {setting[1]}, batch size {setting[2]}"
 
 
 def demo_figure(runs: Mapping[str, RunRecord | str | Path], path: str | Path) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssl_bench.report.aggregate import Collection
-from ssl_bench.report.analysis import Analyzed, Row, analyzed, measured_on
+from ssl_bench.report.analysis import Analyzed, Row, analyzed, measured_how, measured_on
 from ssl_bench.report.evidence import Claim, record_for, verdict_of, where
 from ssl_bench.report.tables import Table, Value, number
 
@@ -74,13 +74,12 @@ def check_gradient_noise(collection: Collection) -> Claim:
     fits = [abs(curve.slope + 1) <= SLOPE_TOLERANCE for curve in curves]
     finding = "No run has gradient noise of two batch sizes in its analysis.json (ssl-bench analyze RUN)."
     if curves:
-        on = dict.fromkeys(measured_on(curve.run.analysis.settings, "noise_images") for curve in curves)
+        how = measured_how((curve.run for curve in curves), "noise_images")
         slopes = [curve.slope for curve in curves]
         finding = (
             f"The slope of log E|g_B - E g_B|² over log B, -1 in theory, is within {SLOPE_TOLERANCE:g} of it in "
             f"{sum(fits)} of {len(fits)} measurements ({min(slopes):.2f} to {max(slopes):.2f}). Measured as the "
-            "variance of the gradients of disjoint batches of one size about their mean. Batch norm's mode and the "
-            f"images for each size: {'; '.join(on)}."
+            f"variance of the gradients of disjoint batches of one size about their mean, with {how} for each size."
         )
     return Claim("d", "Theorem 1: noise and batch size", SAYS, verdict_of(fits), finding, _table(curves))
 
@@ -93,7 +92,7 @@ def _table(curves: Sequence[NoiseCurve]) -> Table:
         sizes = ", ".join(number(row["batch_size"]) for row in curve.rows)
         errors = [f"{row['squared_error']:.3g}" for row in (least, largest)]
         scales = [noise_scale(row) for row in (least, largest)]
-        shown = ["–" if scale is None else f"{scale:.3g}" for scale in scales]
+        shown = ["–" if scale is None else number(float(f"{scale:.3g}")) for scale in scales]
         on = measured_on(run.analysis.settings, "noise_images")
         rows.append((*names, sizes, *errors, f"{curve.slope:.3f}", *shown, on))
         record: dict[str, Value] = record_for(run.cell, run.result.seed) | {"step": curve.step}

@@ -20,6 +20,7 @@ from ssl_bench.report.analysis import (
     Analyzed,
     Measure,
     analyzed,
+    measured_how,
     measured_on,
     sharpness_settings,
 )
@@ -48,7 +49,7 @@ class _Tally:
     """How the pairs of one question came out.
 
     Attributes:
-        question: "with a warm-up than without", say.
+        question: "With a warm-up against without it", say; the outcomes are the first one's.
         by: the outcomes of each measure, pair by pair; both lists are equally long.
         left_out: pairs that cannot be compared, by reason.
     """
@@ -71,8 +72,8 @@ def check_sharpness(collection: Collection) -> Claim:
     runs = [run for run in analyzed(collection) if run.analysis.sharpness]
     by_run = {(run.cell.key, run.result.seed): run.analysis for run in runs}
     tallies = [
-        _compare("with a warm-up than without it (LARS, LAMB)", warm_and_cold(collection), by_run),
-        _compare("of LARS with a warm-up than of TVLARS", warm_lars_and_tvlars(collection), by_run),
+        _compare("With a warm-up against without it (LARS, LAMB)", warm_and_cold(collection), by_run),
+        _compare("LARS with a warm-up against TVLARS", warm_lars_and_tvlars(collection), by_run),
     ]
     return Claim("c", "Warm-up and sharp minima", SAYS, _verdict(tallies), _finding(runs, tallies), _table(runs))
 
@@ -135,8 +136,7 @@ def _finding(runs: Sequence[Analyzed], tallies: Sequence[_Tally]) -> str:
     said = [_counts(tally) for tally in counted]
     if not counted:
         said = ["Sharpness is measured, but in no pair of one setting, learning rate and seed that can be compared."]
-    on = dict.fromkeys(measured_on(run.analysis.settings) for run in runs)
-    said.append(f"Batch norm's mode and the images measured on: {'; '.join(on)}.")
+    said.append(f"Measured with {measured_how(runs)}.")
     left_out = sum((tally.left_out for tally in tallies), Counter[str]())
     said += [f"Left out: {count} {_pairs(count)}, {reason}." for reason, count in left_out.items()]
     return " ".join(said)
@@ -147,11 +147,13 @@ def _counts(tally: _Tally) -> str:
     parts = []
     for measure, outcomes in tally.by.items():
         count = Counter(outcomes)
-        others = ", ".join(f"{word} in {count[word]}" for word in ("flatter", "no difference") if count[word])
-        parts.append(f"{count['sharper']} by the {measure.text}{f' ({others})' if others else ''}")
+        parts.append(
+            f"by the {measure.text} sharper in {count['sharper']}, flatter in {count['flatter']}, no difference in "
+            f"{count['no difference']}"
+        )
     return (
-        f"The last measured step is sharper {tally.question} in {' and in '.join(parts)}, of {tally.pairs} "
-        f"{_pairs(tally.pairs)} of one learning rate and seed."
+        f"{tally.question}, {tally.pairs} {_pairs(tally.pairs)} of one learning rate and seed at the last measured "
+        f"step: {'; '.join(parts)}."
     )
 
 

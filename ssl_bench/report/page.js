@@ -135,27 +135,29 @@ function logTicks(low, high) {
 
 function short(value) {
   const size = Math.abs(value);
-  if (size >= 1e4 || (size && size < 1e-3)) return value.toExponential(size >= 1e4 && value % 1000 === 0 ? 0 : 1).replace("e+", "e");
+  if (size >= 1e4 || (size && size < 1e-3)) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
   return String(+value.toPrecision(4));
 }
 
 /**
  * A line chart as a figure.
  * series: [{name, color (0-6), x, y, low?, high?}], arrays of equal length with null for gaps; low and high draw a band.
+ * logs: both axes are logarithmic, with a tick at each x.
  */
-function chart(title, xLabel, series, {range = null} = {}) {
-  const [width, height, left, right, top, bottom] = [420, 230, 52, 10, 10, 36];
+function chart(title, xLabel, series, {range = null, logs = false} = {}) {
+  const [width, height, left, right, top, bottom] = [420, 230, 52, logs ? 22 : 10, 10, 36];
   const all = series.flatMap((line) => [...line.y, ...(line.low ?? []), ...(line.high ?? [])]).filter((y) => y !== null);
   const xs = series.flatMap((line) => line.x).filter((x) => x !== null);
   const caption = make("figcaption", {}, title);
   if (!all.length) return make("figure", {}, caption, make("p", {class: "quiet"}, "not recorded"));
   const positive = all.filter((y) => y > 0);
-  const log = !range && positive.length === all.length && Math.max(...all) / Math.min(...all) > 50;
+  const log = logs || (!range && positive.length === all.length && Math.max(...all) / Math.min(...all) > 50);
   const scale = log ? Math.log10 : (value) => value;
   let [y0, y1] = range ?? [Math.min(...all.map(scale)), Math.max(...all.map(scale))];
   if (!range) { const pad = (y1 - y0) * 0.05 || Math.abs(y1) * 0.1 || 1; [y0, y1] = [y0 - pad, y1 + pad]; }
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  const px = (x) => left + ((x - x0) / (x1 - x0 || 1)) * (width - left - right);
+  const xScale = logs ? Math.log10 : (value) => value;
+  const [x0, x1] = [Math.min(...xs.map(xScale)), Math.max(...xs.map(xScale))];
+  const px = (x) => left + ((xScale(x) - x0) / (x1 - x0 || 1)) * (width - left - right);
   const py = (y) => height - bottom - ((scale(y) - y0) / (y1 - y0)) * (height - top - bottom);
   const ends = series.map((line) => `${line.name}: ${short(line.y.findLast((y) => y !== null) ?? NaN)} at the end`);
   const svg = make("svg:svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title} against ${xLabel}. ${ends.join("; ")}`});
@@ -163,7 +165,7 @@ function chart(title, xLabel, series, {range = null} = {}) {
     svg.append(make("svg:line", {class: "grid", x1: left, x2: width - right, y1: py(tick), y2: py(tick)}));
     svg.append(make("svg:text", {x: left - 6, y: py(tick) + 4, "text-anchor": "end"}, short(tick)));
   }
-  for (const tick of ticks(x0, x1, 5)) {
+  for (const tick of logs ? new Set(xs) : ticks(x0, x1, 5)) {
     svg.append(make("svg:text", {x: px(tick), y: height - bottom + 15, "text-anchor": "middle"}, short(tick)));
   }
   svg.append(make("svg:text", {x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle"}, xLabel));
@@ -172,7 +174,7 @@ function chart(title, xLabel, series, {range = null} = {}) {
     const place = (ys) => points.map((index) => `${px(line.x[index]).toFixed(1)},${py(ys[index]).toFixed(1)}`);
     const color = `var(--s${line.color % 7})`;
     if (line.low) svg.append(make("svg:polygon", {points: [...place(line.low), ...place(line.high).reverse()].join(" "), fill: color, opacity: 0.15}));
-    if (points.length === 1) svg.append(make("svg:circle", {cx: px(line.x[points[0]]), cy: py(line.y[points[0]]), r: 3, fill: color}));
+    for (const index of points.length <= 8 ? points : []) svg.append(make("svg:circle", {cx: px(line.x[index]), cy: py(line.y[index]), r: 2.5, fill: color}));
     svg.append(make("svg:polyline", {points: place(line.y).join(" "), fill: "none", stroke: color, "stroke-width": 1.6, "stroke-linejoin": "round"}));
   }
   const readout = make("output");
@@ -183,7 +185,7 @@ function chart(title, xLabel, series, {range = null} = {}) {
     const box = svg.getBoundingClientRect();
     const x = x0 + (((event.clientX - box.left) / box.width) * width - left) / (width - left - right) * (x1 - x0);
     const first = series[0];
-    const nearest = first.x.reduce((best, value, index) => (Math.abs(value - x) < Math.abs(first.x[best] - x) ? index : best), 0);
+    const nearest = first.x.reduce((best, value, index) => (Math.abs(xScale(value) - x) < Math.abs(xScale(first.x[best]) - x) ? index : best), 0);
     cursor.setAttribute("x1", px(first.x[nearest]));
     cursor.setAttribute("x2", px(first.x[nearest]));
     cursor.setAttribute("visibility", "visible");
@@ -193,8 +195,15 @@ function chart(title, xLabel, series, {range = null} = {}) {
   return make("figure", {}, caption, svg);
 }
 
+/** The names of the colours, in their order; an empty name is a colour that nothing has. */
 function legend(names) {
-  return make("ul", {class: "legend"}, ...names.map((name, index) => make("li", {}, make("i", {style: `background: var(--s${index % 7})`}), name)));
+  return make("ul", {class: "legend"}, ...names.flatMap((name, index) => (name ? [make("li", {}, make("i", {style: `background: var(--s${index % 7})`}), name)] : [])));
+}
+
+/** The claims' charts: a title, a legend and a row of charts for each group. */
+function chartGroups(groups) {
+  return groups.flatMap(({title, names, charts}) => [make("h4", {}, title), legend(names),
+    make("div", {class: "charts small"}, ...charts.map((one) => chart(one.title, one.x, one.series, {logs: one.log})))]);
 }
 
 // A cell's runs -------------------------------------------------------------------------------------------------------
@@ -221,23 +230,35 @@ function cellCharts(cell, clock) {
   ].filter((node) => node !== null);
 }
 
+/** A small table as it stands: no sorting, no filter. */
+function plainTable(label, {columns, rows}) {
+  const single = {columns, numeric: columns.map(() => false)};
+  const heads = columns.map((name) => make("th", {scope: "col", role: "columnheader"}, name));
+  return frame(label, heads, make("tbody", {role: "rowgroup"}, ...rows.map((row) => renderRow(single, row, "", false))));
+}
+
+/** What ssl-bench analyze measured of a run: its tables, and how it was measured. */
+function analysisOf(run) {
+  if (!run.analysis) return [];
+  return [make("details", {}, make("summary", {}, `Sharpness and gradient noise of seed ${run.seed}`),
+    ...run.analysis.tables.flatMap((table) => [make("h4", {}, table.title), plainTable(`${table.title} of seed ${run.seed}`, table)]),
+    make("h4", {}, "Measured"), make("pre", {tabindex: "0"}, JSON.stringify(run.analysis.settings, null, 2)))];
+}
+
 function openCell(key) {
   const cell = data.cells[key];
   const dialog = document.getElementById("cell");
   const charts = make("div", {"aria-live": "polite"});
   const clock = make("select", {id: "clock", onchange: () => charts.replaceChildren(...cellCharts(cell, clock.value))},
     ...Object.entries(CLOCKS).map(([value, label]) => make("option", {value}, label)));
-  const columns = cell.runs_table.columns;
-  const single = {columns, numeric: columns.map(() => false)};
-  const body = make("tbody", {role: "rowgroup"}, ...cell.runs_table.rows.map((row) => renderRow(single, row, "", false)));
-  const heads = columns.map((name) => make("th", {scope: "col", role: "columnheader"}, name));
   document.getElementById("cell-title").textContent = cell.title;
   document.getElementById("cell-body").replaceChildren(
-    frame("Runs", heads, body),
+    plainTable("Runs", cell.runs_table),
     make("h3", {}, "Curves"),
     make("div", {class: "controls"}, make("label", {for: "clock"}, "against"), clock),
     legend(cell.runs.map((run) => `seed ${run.seed}`)),
     charts,
+    ...cell.runs.flatMap(analysisOf),
     make("details", {open: ""}, make("summary", {}, "Recipe"), make("pre", {tabindex: "0"}, JSON.stringify(cell.recipe, null, 2))),
     ...cell.runs.map((run) => make("details", {}, make("summary", {}, `Provenance of seed ${run.seed}`), make("pre", {tabindex: "0"}, JSON.stringify(run.provenance, null, 2)))),
   );
@@ -274,11 +295,13 @@ function effortCharts() {
 }
 
 document.getElementById("counts").textContent = data.counts;
+document.getElementById("scope").append(...data.scope.map((text) => make("li", {}, text)));
 for (const table of data.tables) section(table.name, table.short, table.title, ...renderTable(table), ...(EXTRA[table.name]?.() ?? []));
 section("claims", "Claims", "Claims of the paper, checked", ...data.claims.map((claim) => make("article", {class: "claim"},
   make("h3", {style: "margin-top: 0"}, `(${claim.letter}) ${claim.title} `, make("span", {class: `verdict ${{supported: "good", contradicted: "bad"}[claim.verdict] ?? "quiet"}`}, claim.verdict)),
   make("p", {}, make("strong", {}, "The paper: "), claim.says),
   make("p", {}, make("strong", {}, "The runs: "), claim.finding),
+  claim.charts.length ? make("details", {}, make("summary", {}, `Curves (${claim.charts.length} settings and learning rates)`), ...chartGroups(claim.charts)) : null,
   claim.table.rows.length ? make("details", {}, make("summary", {}, `Evidence, row by row (${claim.table.rows.length})`), ...renderTable(claim.table)) : null)));
 section("errata", "Errata", "Errata of the paper", make("ul", {}, ...data.errata.map((text) => make("li", {}, text))));
 section("skipped", "Passed over", "Folders passed over", data.skipped.length

@@ -16,6 +16,8 @@ from ssl_bench.report.aggregate import Cell, Collection, Result
 from ssl_bench.report.claims import ERRATA
 from ssl_bench.report.curves import QUANTITIES, Array, Curves, thin
 from ssl_bench.report.evidence import Claim, Load
+from ssl_bench.report.landscape_charts import claim_charts, tables_of
+from ssl_bench.report.scope import scope
 from ssl_bench.report.tables import Table, number, points
 
 # Points of a curve in the page: enough for its bends at a few hundred pixels; a thousand runs are then some megabytes.
@@ -59,11 +61,15 @@ def write_page(
         path: of the HTML file.
         root: the folder of runs; the page names runs by their path below it.
     """
+    charts = claim_charts(collection)
     content = {
         "counts": counts(collection),
+        "scope": scope(collection),
         "labels": LABELS,
         "tables": [_table(table) for table in tables],
-        "claims": [{**vars(claim), "table": _table(claim.table)} for claim in claims],
+        "claims": [
+            {**vars(claim), "table": _table(claim.table), "charts": charts.get(claim.letter, [])} for claim in claims
+        ],
         "errata": ERRATA,
         "skipped": [entry.reason.replace(f"{root}/", "") for entry in collection.skipped],
         "profiles": {"gaps": comparisons.GAPS, "shares": comparisons.profiles(collection)},
@@ -89,7 +95,7 @@ def counts(collection: Collection) -> str:
     statuses = Counter(result.status for result in collection.results)
     said = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
     skipped = f"; folders passed over: {len(collection.skipped)}" if collection.skipped else ""
-    return f"runs: {len(collection.results)}, in cells of one recipe: {len(collection.cells)} ({said}){skipped}"
+    return f"runs: {len(collection.results)}, of recipes (seeds aside): {len(collection.cells)} ({said}){skipped}"
 
 
 def _table(table: Table) -> dict[str, Any]:
@@ -167,6 +173,7 @@ def _run(result: Result, cell: Cell, curves: Curves) -> dict[str, Any]:
         "provenance": {**provenance, "param_groups": groups, "results": result.record.results},
         "metrics": {name: _metric(curves, name) for name in sorted(metrics, key=_rank)},
         "layers": {q.column: _layers(curves, q.column) for q in QUANTITIES if curves.has(q.column)},
+        "analysis": tables_of(result),
     }
 
 

@@ -58,14 +58,14 @@ def table1_long(collection: Collection, *, complete: bool) -> Table:
             epochs = beside_the_papers([cell] if cell else [], key[0])
             rows.append(
                 (
-                    *(key[0], key[1], str(key[2]), number(key[3]), key[4].upper(), str(record["variant"] or "")),
+                    *(key[0], key[1], str(key[2]), number(key[3]), key[4].upper()),
                     *(str(record["ours"]), f"{paper.accuracy:.2f}{' (bold)' if paper.bold else ''}"),
-                    *(signed(record["difference"]), epochs, str(record["mark"] or "")),
+                    *(signed(record["difference"]), epochs, str(record["mark"] or ""), str(record["variant"] or "")),
                 )
             )
     columns: tuple[str, ...]
-    columns = ("problem", "data set", "batch size", "lr", "optimizer", "variant", "ours, top-1 %", "paper")
-    columns = (*columns, "difference", "epochs, ours / paper", "bold holds")
+    columns = ("problem", "data set", "batch size", "lr", "optimizer", "ours, top-1 %", "paper")
+    columns = (*columns, "difference", "epochs, ours / paper", "bold holds", "variant")
     return Table("table1", "Table 1 of the paper, and ours", columns, rows, records, table1_notes(collection), keys)
 
 

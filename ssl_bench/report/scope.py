@@ -47,10 +47,10 @@ def scope(collection: Collection) -> list[str]:
 
 
 def short(epochs: float | None) -> str:
-    """Epochs to three digits, for the last step ends a little beyond a whole one; or a dash."""
+    """Epochs to a tenth, for the last step ends a little beyond a whole one (4.014 at B = 4096); or a dash."""
     if epochs is None:
         return "–"
-    return f"{epochs:.3g}" if epochs < 1000 else f"{epochs:.0f}"
+    return f"{epochs:.1f}".removesuffix(".0") if epochs >= 1 else f"{epochs:.2g}"
 
 
 def _range(values: list[str]) -> str:

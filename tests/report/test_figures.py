@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from synthetic_runs import LAYERS, write_run
+from synthetic_runs import LAYERS, analysis_of, write_run
 
 from ssl_bench.reading import find_runs
 from ssl_bench.report.aggregate import Collection, gather
@@ -96,3 +96,34 @@ def test_lambda_has_a_figure_where_it_varies(tmp_path: Path) -> None:
     collection = gather(*find_runs(tmp_path))
     plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
     assert "lambda-classification-cifar10" in [plate.name for plate in plates]
+
+
+def test_an_analysis_has_its_figures(tmp_path: Path) -> None:
+    noise = {64: 4.0, 256: 1.0, 1024: 0.3}
+    write_run(tmp_path / "a", telemetry=False, analysis=analysis_of((5, 10), (50, 20), noise=noise))
+    write_run(tmp_path / "b", telemetry=False, optimizer="tvlars", analysis=analysis_of((5, 10), (500, 20)))
+    write_run(tmp_path / "c", telemetry=False, lr=2.0, analysis=analysis_of((5, 10), noise=noise))
+    write_run(tmp_path / "d", telemetry=False, lr=3.0, batch_size=1024)
+    collection = gather(*find_runs(tmp_path))
+    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
+    names = [plate.name for plate in plates if plate.name.startswith(("sharpness", "gradient-noise"))]
+    assert names == ["sharpness-classification-cifar10-512", "gradient-noise-classification-cifar10-512"]
+    assert "batch norm in train mode, 512 images" in next(p.caption for p in plates if p.name == names[0])
+    sharp = (tmp_path / "figures" / f"{names[0]}.svg").read_text()
+    for text in ("lr 1", "lr 2", "Hessian trace", "SAM sharpness", "epoch", "LARS", "TVLARS"):
+        assert text in sharp
+    noisy = (tmp_path / "figures" / f"{names[1]}.svg").read_text()
+    for text in ("epoch 0.102", "batch size B (images)", "1024"):
+        assert text in noisy
+    assert "TVLARS" not in noisy  # it has no noise
+    for name in names:
+        with Image.open(tmp_path / "figures" / f"{name}.png") as image:
+            assert image.width > 500
+
+
+def test_sharpness_without_its_columns_is_noted(tmp_path: Path) -> None:
+    found = {"sharpness": [{"step": 0, "top_eigenvalue": 3.0}, {"step": 60, "top_eigenvalue": -1.0}]}
+    write_run(tmp_path / "a", telemetry=False, analysis=found)
+    write_figures(gather(*find_runs(tmp_path)), lambda result: load_curves(result.record), tmp_path)
+    svg = (tmp_path / "sharpness-classification-cifar10-512.svg").read_text()
+    assert svg.count("not measured") == 3

@@ -71,9 +71,10 @@ def test_both_counts_are_told(tmp_path: Path) -> None:
     write_pair(tmp_path / "b", analysis_of((50, 10)), analysis_of((20, 10)), lr=2.0)
     write_pair(tmp_path / "c", analysis_of((50, 10)), analysis_of((50, 10)), lr=3.0)
     finding = sharpness_claim(tmp_path).finding
-    assert "2 by the top eigenvalue (no difference in 1)" in finding
-    assert "1 by the top eigenvalue × |w|² (flatter in 1, no difference in 1), of 3 pairs" in finding
-    assert "train, 512" in finding
+    assert "With a warm-up against without it (LARS, LAMB), 3 pairs" in finding
+    assert "by the top eigenvalue sharper in 2, flatter in 0, no difference in 1;" in finding
+    assert "by the top eigenvalue × |w|² sharper in 1, flatter in 1, no difference in 1." in finding
+    assert "batch norm in train mode, 512 images" in finding
     assert "TVLARS" not in finding
 
 
@@ -89,8 +90,7 @@ def test_tvlars_stands_beside_lars_with_warmup(tmp_path: Path) -> None:
         write_run(tmp_path / name, optimizer="tvlars", analysis=analysis_of((20, 10)), telemetry=False, **settings)
     claim = sharpness_claim(tmp_path)
     assert claim.verdict == "supported"
-    assert "of LARS with a warm-up than of TVLARS in 1 by the top eigenvalue" in claim.finding
-    assert "of 1 pair of one learning rate and seed" in claim.finding
+    assert "LARS with a warm-up against TVLARS, 1 pair of one learning rate and seed" in claim.finding
 
 
 def test_runs_of_another_recipe_are_no_pair(tmp_path: Path) -> None:
@@ -158,9 +158,10 @@ def test_noise_falls_with_the_batch(tmp_path: Path, power: float, verdict: str) 
     assert shown["error, least B"] == f"{3 * 64**power:.3g}"
     assert shown["error, largest B"] == f"{3 * 1024**power:.3g}"
     assert record["least_noise_scale"] == pytest.approx(64 * 3 * 64**power / 0.5)
+    assert shown["B_simple, least B"] == ("6" if power == -1.0 else "48")
     assert shown["batch norm, images"] == "train, 4096"
     assert "disjoint batches of one size about their mean" in claim.finding
-    assert "train, 4096" in claim.finding
+    assert "batch norm in train mode, 4096 images for each size" in claim.finding
 
 
 @pytest.mark.parametrize("squared", [0.0, -0.2, None])

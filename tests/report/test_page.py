@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_runs import write_run
+from synthetic_runs import analysis_of, write_run
 
 from ssl_bench.reading import find_runs
 from ssl_bench.report.aggregate import Collection, gather
@@ -204,3 +204,77 @@ def test_it_fits_a_phone_and_names_its_controls(page: Path, tmp_path: Path) -> N
     assert answer["unnamed"] == 0
     assert answer["card"] == "grid"
     assert answer["right"] <= 400
+
+
+@pytest.fixture(scope="module")
+def analyzed_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of three runs, of which two have an analysis."""
+    folder = tmp_path_factory.mktemp("analyzed")
+    noise = {64: 4.0, 256: 1.0, 1024: 0.25}
+    write_run(folder / "wa", telemetry=False, analysis=analysis_of((5, 10), (50, 20), noise=noise))
+    nowa = {"target": "polynomial", "power": 1.0}
+    write_run(folder / "nowa", telemetry=False, schedule=nowa, analysis=analysis_of((5, 10), (20, 20)))
+    write_run(folder / "plain", telemetry=False, lr=2.0)
+    collection, load = gather(*find_runs(folder)), Loader()
+    tables, claims = all_tables(collection, study=None), check_claims(collection, load)
+    return write_page(collection, tables, claims, load, folder / "index.html", root=folder)
+
+
+def test_the_page_holds_the_analyses(analyzed_page: Path) -> None:
+    data = embedded(analyzed_page)
+    claims = {claim["letter"]: claim for claim in data["claims"]}
+    assert claims["c"]["verdict"] == "supported"
+    assert [len(claims[letter]["charts"]) for letter in "abcde"] == [0, 0, 1, 1, 0]
+    (group,) = claims["c"]["charts"]
+    assert [chart["title"] for chart in group["charts"]] == ["top eigenvalue", "top eigenvalue × |w|²", "trace", "SAM"]
+    scaled = {line["name"]: line for line in group["charts"][1]["series"]}
+    assert scaled["LARS (schedule=warmup_cosine), seed 0"]["y"] == [500, 20000]
+    assert scaled["LARS (schedule=warmup_cosine), seed 0"]["high"] == [550, 20200]
+    assert "low" not in group["charts"][3]["series"][0]
+    (noise,) = claims["d"]["charts"]
+    assert noise["charts"][0]["series"][-1] == {"name": "1 / B", "color": 6, "x": [64, 256, 1024], "y": [4, 1, 0.25]}
+    assert data["scope"] == [
+        "classification: 0.61 epochs a run (the paper: 100); n = 1 seed for each recipe, so no spread between seeds is "
+        "known."
+    ]
+    analyses = [run["analysis"] for cell in data["cells"].values() for run in cell["runs"]]
+    assert sum(analysis is None for analysis in analyses) == 1
+    found = next(analysis for analysis in analyses if analysis and len(analysis["tables"]) == 2)
+    assert found["settings"]["settings"]["batch_norm"] == "train"
+    assert found["tables"][0]["rows"][1][:2] == ["10", "2"]
+
+
+@browser
+def test_the_page_draws_the_analyses(analyzed_page: Path, tmp_path: Path) -> None:
+    script = """
+    const claims = [...document.querySelectorAll('#claims article')];
+    const titles = (node) => [...node.querySelectorAll('figcaption')].map((one) => one.firstChild.textContent);
+    const log = claims[3].querySelector('svg');
+    const numbers = [...log.querySelectorAll('text')].map((one) => one.textContent);
+    const places = [...log.querySelectorAll('circle')].slice(0, 3).map((one) => +one.getAttribute('cx'));
+    const names = [...claims[3].querySelectorAll('.legend li')].map((one) => one.textContent);
+    const rows = [...document.querySelectorAll('#results-classification tbody tr')];
+    const opened = rows.map((row) => {
+      row.querySelector('button').click();
+      const dialog = document.getElementById('cell');
+      const found = [...dialog.querySelectorAll('summary')].map((one) => one.textContent);
+      const cells = dialog.querySelectorAll('details table td').length;
+      dialog.close();
+      return [found.includes('Sharpness and gradient noise of seed 0'), cells];
+    });
+    const scope = document.getElementById('scope').textContent;
+    const shorts = [150000, 2e5, 12345, 0.00015, 1234.5].map(short);
+    answer = {sharp: titles(claims[2]), noise: titles(claims[3])};
+    answer = {...answer, ticks: numbers, places, legend: names, opened, scope, shorts};
+    """
+    answer = ask(analyzed_page, script, tmp_path)
+    assert answer["sharp"] == ["top eigenvalue", "top eigenvalue × |w|²", "trace", "SAM"]
+    assert answer["noise"] == ["LARS (schedule=warmup_cosine), seed 0"]
+    assert {"64", "256", "1024"} <= set(answer["ticks"])
+    left, middle, right = answer["places"]
+    assert middle - left == pytest.approx(right - middle, abs=0.5)  # a logarithmic axis
+    assert answer["legend"] == ["epoch 0", "epoch 0.102", "falling as 1 / B"]
+    assert sorted(has for has, _ in answer["opened"]) == [False, True, True]
+    assert max(cells for _, cells in answer["opened"]) == 2 * 10 + 6 * 5
+    assert "the paper: 100" in answer["scope"]
+    assert answer["shorts"] == ["1.5e5", "2e5", "1.2e4", "1.5e-4", "1235"]
