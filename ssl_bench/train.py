@@ -116,7 +116,8 @@ class Trainer:
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["seconds"] = self.seconds
-                row["images_per_second"] = (self.step - marked_step) * self.pipeline.batch_size / (now - mark)
+                seen = self.pipeline.samples(self.step) - self.pipeline.samples(marked_step)
+                row["images_per_second"] = seen / (now - mark)
                 found = self.guard.found(self._maximum)
                 if found:
                     self._flush(row)
@@ -149,7 +150,7 @@ class Trainer:
         """One line of the metrics: means since the last line. Waits for the device."""
         row = {
             "step": self.step,
-            "samples": self.step * self.pipeline.batch_size,
+            "samples": self.pipeline.samples(self.step),
             "epochs": self.step / self.pipeline.steps_per_epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "lr_multiplier": multiplier,

@@ -42,15 +42,15 @@ class Record:
         self.saved.append((step, state))
 
 
-def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None):
+def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None, **batches):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
     source = ResidentSource(images, torch.arange(64) % 5)
     normalize = Normalize(mean=(0.5,) * 3, std=(0.25,) * 3)
     device = torch.device("cpu")
     pipeline = Pipeline(
-        source, [normalize], (1,), seed=0, batch_size=16, chunk_size=None, rank=0, world_size=1, device=device,
-        with_labels=True,
+        source, [normalize], (1,), seed=0, chunk_size=None, rank=0, world_size=1, device=device, with_labels=True,
+        **{"batch_size": 16, **batches},
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
     task = Task()
@@ -79,6 +79,13 @@ def test_every_interval_has_a_line_and_the_end_too():
     assert [row["step"] for row in record.rows] == [4, 8, 10]
     assert [row["samples"] for row in record.rows] == [64, 128, 160]
     assert record.rows[0]["epochs"] == 1.0
+
+
+def test_samples_are_counted_as_they_are_where_epochs_end_with_a_short_batch():
+    loop, record, _ = trainer(total=10, batch_size=24, last_batch="short")  # 24 + 24 + 16 of 64
+    loop.run()
+    assert [row["samples"] for row in record.rows] == [64 + 24, 2 * 64 + 48, 3 * 64 + 24]
+    assert [row["epochs"] for row in record.rows] == [4 / 3, 8 / 3, 10 / 3]
 
 
 def test_the_schedule_sees_optimizer_steps_from_zero():
