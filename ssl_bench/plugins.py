@@ -70,9 +70,10 @@ def resolve(kind: str, target: str) -> Callable[..., Any]:
     Raises:
         ValueError: nothing of that name; lists the known ones and the nearest.
     """
-    known, foreign = _builtin(kind), installed(kind)
+    known = _builtin(kind)
     if target in known:
         return known[target]
+    foreign = installed(kind)  # reads every package's metadata: not for a name that is known already
     if target in foreign:
         return foreign[target].load()
     if ":" not in target:
