@@ -25,6 +25,7 @@ from ssl_bench.report.analysis import (
     sharpness_settings,
 )
 from ssl_bench.report.evidence import Claim, Verdict, record_for, warm_and_cold, warm_lars_and_tvlars, where
+from ssl_bench.report.scope import cut_short
 from ssl_bench.report.tables import Table, Value, number
 
 SAYS = "Warm-up traps LARS in sharp minimizers, and TVLARS avoids them (sections 3.3 and 4). The paper measures none."
@@ -137,6 +138,11 @@ def _finding(runs: Sequence[Analyzed], tallies: Sequence[_Tally]) -> str:
     if not counted:
         said = ["Sharpness is measured, but in no pair of one setting, learning rate and seed that can be compared."]
     said.append(f"Measured with {measured_how(runs)}.")
+    short = sum(cut_short(run.cell) for run in runs)
+    if short:
+        said.append(
+            f"{short} of {len(runs)} runs were cut short of the paper's epochs: where they ended is no minimum."
+        )
     left_out = sum((tally.left_out for tally in tallies), Counter[str]())
     said += [f"Left out: {count} {_pairs(count)}, {reason}." for reason, count in left_out.items()]
     return " ".join(said)

@@ -19,6 +19,12 @@ def epochs_planned(result: Result) -> float | None:
     return total / each if total and each else None
 
 
+def cut_short(cell: Cell) -> bool:
+    """Whether a cell's runs were started for fewer epochs than the paper's."""
+    planned, papers = epochs_planned(cell.results[0]), EPOCHS.get(cell.problem)
+    return planned is not None and papers is not None and planned < 0.95 * papers
+
+
 def epochs_trained(cells: Iterable[Cell]) -> float | None:
     """The most epochs that a run of these cells has done; None where no run has a line of metrics."""
     last = [result.record.metrics[-1] for cell in cells for result in cell.results if result.record.metrics]

@@ -68,7 +68,7 @@ def test_b_leaves_out_what_has_no_such_limit(tmp_path: Path) -> None:
 
 
 def test_e_phi_hardly_moves_or_does(tmp_path: Path) -> None:
-    write_run(tmp_path / "slow", optimizer="tvlars", decay=1e-5)
+    write_run(tmp_path / "slow", optimizer="tvlars", decay=1e-5, batch_size=16384, steps=306)  # 100 epochs
     assert claims(tmp_path)["e"].verdict == "contradicted"
     write_run(tmp_path / "fast", optimizer="tvlars", decay=0.1)
     claim = claims(tmp_path)["e"]
@@ -77,6 +77,15 @@ def test_e_phi_hardly_moves_or_does(tmp_path: Path) -> None:
     first, last = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3.9))
     assert by_decay[0.1]["change"] == pytest.approx(1 - last / first)
     assert by_decay[0.1]["lambda_x_steps"] == pytest.approx(6)
+
+
+def test_e_a_run_cut_short_decides_nothing_unless_phi_moved(tmp_path: Path) -> None:
+    write_run(tmp_path / "slow", optimizer="tvlars", decay=1e-5)
+    claim = claims(tmp_path)["e"]
+    assert claim.verdict == "not reached"
+    assert "1 of these were cut short" in claim.finding
+    write_run(tmp_path / "fast", optimizer="tvlars", decay=0.1)
+    assert claims(tmp_path)["e"].verdict == "supported"
 
 
 def test_the_erratum_on_the_test_images_is_true() -> None:

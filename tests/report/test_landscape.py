@@ -75,6 +75,7 @@ def test_both_counts_are_told(tmp_path: Path) -> None:
     assert "by the top eigenvalue sharper in 2, flatter in 0, no difference in 1;" in finding
     assert "by the top eigenvalue × |w|² sharper in 1, flatter in 1, no difference in 1." in finding
     assert "batch norm in train mode, 512 images" in finding
+    assert "6 of 6 runs were cut short of the paper's epochs" in finding
     assert "TVLARS" not in finding
 
 
