@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from ssl_bench.compose import CONFIGS, GROUPS, PLUGINS, build, compose
+from ssl_bench.compose import CONFIGS, GROUPS, build, compose
 from ssl_bench.recipe import Recipe
 
+DEFAULT_PROTOCOL = "fair"  # as configs/pretrain.yaml and classify.yaml choose
 UNITS = ("steps", "epochs", "fraction")
 
 
@@ -30,7 +31,8 @@ class Composer:
         Raises:
             ValueError: one line that names the key, what was given and what is allowed.
         """
-        plain = {key: value for key, value in words.items() if _is_plain(key, value)}
+        conditions = _conditions(words.get("protocol", DEFAULT_PROTOCOL))
+        plain = {key: value for key, value in words.items() if key not in conditions and _is_plain(key, value)}
         deciding = tuple((key, value) for key, value in words.items() if key not in plain)
         key = (track, deciding)
         try:
@@ -70,19 +72,16 @@ def _is_plain(key: str, value: str) -> bool:
         key not in GROUPS
         and last not in ("target", "name")
         and not _twins(key)
-        and key not in _conditions()
         and re.fullmatch(r"[\w.+-]+", value) is not None
     )
 
 
 @cache
-def _conditions() -> frozenset[str]:
-    """The keys on which some ``when`` rule of the configuration files depends."""
-    found: set[str] = set()
-    for path in CONFIGS.glob("*/*.yaml"):
-        if path.parent.name in (*GROUPS, *PLUGINS) and "when:" in (text := path.read_text()):
-            found |= {key for rule in (yaml.safe_load(text) or {}).get("when") or [] for key in rule["if"]}
-    return frozenset(found)
+def _conditions(protocol: str) -> frozenset[str]:
+    """The keys on which some ``when`` rule of a protocol's file depends."""
+    path = CONFIGS / "protocol" / f"{protocol}.yaml"
+    rules = yaml.safe_load(path.read_text()).get("when") if path.is_file() else None
+    return frozenset(key for rule in rules or [] for key in rule["if"])
 
 
 @cache
