@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ssl_bench.report.aggregate import Cell, Collection
 from ssl_bench.report.paper import EPOCHS, MARKS, Key, PaperCell, bold_rule_broken, bold_verdict, paper_key, table1
-from ssl_bench.report.scope import beside_the_papers, epochs_trained, scope, short
+from ssl_bench.report.scope import beside_the_papers, cut_short, epochs_trained, scope, short
 from ssl_bench.report.tables import Table, Value, number, points, signed
 
 OPTIMIZERS = ("lars", "lamb", "tvlars")  # the paper's, in its order
@@ -110,8 +110,12 @@ def table1_notes(collection: Collection) -> tuple[str, ...]:
     """How to read Table 1, with what the paper's own numbers say about its bold rule."""
     broken, bold = bold_rule_broken()
     used = ", ".join(f"{name}: {collection.headline(name)}" for name in ("classification", "barlow_twins"))
+    marks = (
+        "With fewer epochs than the paper's no mark confirms or refutes a number of the paper: who is ahead changes."
+    )
     return (
         *scope(collection),
+        *([marks] if any(cut_short(cell) for cells in matched(collection).values() for cell in cells) else []),
         "The paper's epochs: for Barlow Twins by its text; for classification, where that states none, by its figures "
         "and its authors' code. Ours are those trained so far.",
         f"Protocol of ours: {used}. The paper's numbers are single runs by a protocol that it does not state.",

@@ -82,6 +82,7 @@ def test_table_1_is_beside_ours(collection: Collection) -> None:
     assert row(table, "barlow_twins", "TVLARS", "1")[9] == "?"  # no LAMB
     assert any("13 of the 66" in note for note in table.notes)
     assert "classification: 0.31 epochs a run (the paper: 100); n = 3 seeds for each recipe." in table.notes
+    assert any("no mark confirms or refutes" in note for note in table.notes)
     whole = results.table1_long(collection, complete=True)
     assert len(whole.rows) == 216
     assert sum(line[5] == "no run" for line in whole.rows) == 205
