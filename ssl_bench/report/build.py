@@ -134,6 +134,7 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     tables = all_tables(collection, study=grid)
     claims = check_claims(collection, load)
     folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     _write_tables(tables, folder / "tables")
     _write_tables([claim.table for claim in claims if claim.table.rows], folder / "tables")
     plates = write_figures(collection, load, folder / "figures")
@@ -163,6 +164,15 @@ def print_leaderboard(runs: str | Path) -> None:
     console.print(counts(collection))
     for entry in collection.skipped:
         console.print(f"passed over: {entry.reason}", markup=False)
+
+
+def _clear(folder: Path) -> None:
+    """Removes an earlier report's tables and figures: one that the new report does not have would look like its own."""
+    if (folder / "report.md").exists():
+        for part, endings in {"tables": (".md", ".tex", ".csv"), "figures": (".svg", ".png")}.items():
+            for path in (folder / part).glob("*"):
+                if path.suffix in endings:
+                    path.unlink()
 
 
 def _write_tables(tables: Sequence[Table], folder: Path) -> None:

@@ -69,6 +69,26 @@ blocks:
 """
 
 
+def test_a_new_report_leaves_nothing_of_the_earlier_one_and_touches_nothing_else(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/a")
+    out = tmp_path / "out"
+    (out / "figures").mkdir(parents=True)
+    mine = [out / "notes.md", out / "figures/mine.txt", out / "figures/before.svg"]
+    for path in mine:
+        path.write_text("mine")
+    write_report(tmp_path / "runs", out)  # no report was there: nothing is removed
+    assert all(path.read_text() == "mine" for path in mine)
+    stale = [out / "tables/stale.md", out / "figures/stale.svg"]
+    for path in stale:
+        path.write_text("old")
+    names = {path.name for path in (out / "tables").iterdir()} - {"stale.md"}
+    write_report(tmp_path / "runs", out)
+    assert not any(path.exists() for path in stale)
+    assert {path.name for path in (out / "tables").iterdir()} == names
+    assert mine[0].exists()
+    assert mine[1].exists()
+
+
 def test_a_study_selects_its_runs_and_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(STUDY)
     study = load_study(tmp_path / "tiny.yaml")
