@@ -14,7 +14,7 @@ class GradientNoise(NamedTuple):
     """The spread of batch gradients at one point."""
 
     squared_error: float  # unbiased estimate of E|g_B - E g_B|^2
-    gradient_squared: float  # unbiased estimate of |E g_B|^2; may come out negative where noise drowns it
+    gradient_squared: float  # estimate of |E g_B|^2, unbiased for independent batches; may be negative in much noise
     batches: int
 
 
@@ -25,8 +25,8 @@ def measure_gradient_noise(
 
     It is taken about the mean of these batches, not about the whole set's gradient: with batch norm in "train" mode,
     and with a self-supervised loss, the expected gradient itself depends on the batch size. Batches that are disjoint
-    parts of one shuffled set give an unbiased estimate for independent ones as well. The model's parameters, buffers,
-    modes and gradients are the same afterwards.
+    parts of a shuffled set count as independent: it is itself a sample, and its distribution's gradient is meant. The
+    model's parameters, buffers, modes and gradients are the same afterwards.
 
     Args:
         model: the bare module that the losses run; not a DistributedDataParallel wrapper.

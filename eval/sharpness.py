@@ -121,7 +121,7 @@ def top_eigenvalue(hessian: Hessian, *, iterations: int = 50, tolerance: float =
         seed: of the starting vector, from a generator of its own.
 
     Raises:
-        ValueError: on iterations below 1.
+        ValueError: on iterations below 1, or a product that is not finite.
     """
     if iterations < 1:
         raise ValueError(f"sharpness: iterations must be >= 1, got {iterations}")
@@ -135,6 +135,8 @@ def top_eigenvalue(hessian: Hessian, *, iterations: int = 50, tolerance: float =
     for step in range(1, iterations + 1):
         w = hessian(v)
         alpha = _dot(w, v)
+        if not math.isfinite(alpha):
+            raise ValueError("sharpness: a product with the Hessian is not finite")
         w = [x - alpha * y - beta * z for x, y, z in zip(w, v, previous, strict=True)]
         alphas.append(alpha)
         beta = math.sqrt(_dot(w, w))

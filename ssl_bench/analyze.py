@@ -1,17 +1,19 @@
 """Sharpness and gradient noise at a run's snapshots: ``ssl-bench analyze RUN``, into the run's ``analysis.json``.
 
-Everything is measured in float32 by one process, on images of the train set with the run's own augmentation. Sample
-and augmentation come from the settings' seed alone, so that all runs of one data set are measured on the same batch.
+Everything is measured in float32 (no TF32) by one process, on images of the train set with the run's own augmentation
+and normalisation. Which images, and the augmentation's draws, come from the settings' seed alone: runs of one data set,
+holdout and augmentation are measured on the same batch.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssl_bench.compose import build, override
-from ssl_bench.reading import read_run
+from ssl_bench.reading import RunRecord, read_run
 from ssl_bench.recipe import Recipe
 from ssl_bench.sampling import ANALYSIS, derive_seed
 from ssl_bench.snapshots import Snapshots
@@ -64,12 +66,14 @@ class Settings:
             if not 2 <= size <= self.noise_images // 2:
                 raise ValueError(
                     f"analyze: noise_batch_sizes: got {size}, allowed: 2 to {self.noise_images // 2}, "
-                    f"so that noise_images={self.noise_images} make two batches"
+                    f"so that noise_images={self.noise_images} make two batches, or '' to leave the noise out"
                 )
 
 
 def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
-    """Measures every snapshot of a run and writes ``analysis.json``, in place of an earlier one.
+    """Measures every snapshot of a run and writes ``analysis.json``, in place of an earlier one, after each.
+
+    A snapshot that has no finite loss or curvature is named and left out, as is one that the run should have kept.
 
     Args:
         run_dir: the run's folder; it was run with ``checkpoint.snapshots``.
@@ -88,42 +92,76 @@ def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
         raise ValueError(
             f"{run_dir}: no snapshots to analyze; run it with checkpoint.snapshots=[0,0.5,1], say (start, middle, end)"
         )
-    # The run's precision is training's; a second derivative needs float32.
-    recipe = dataclasses.replace(
-        build(record.recipe["track"], override(record.recipe, words, MAY_CHANGE)), precision="fp32", tracker=None
-    )
+    recipe = _measured_recipe(build(record.recipe["track"], override(record.recipe, words, MAY_CHANGE)))
 
-    import torch
-
-    from ssl_bench.provenance import code_version, hardware, now, package_versions
+    from ssl_bench.provenance import code_version, hardware, now, package_versions, torch_settings
     from ssl_bench.workplace import Workplace
 
     place = Workplace(recipe)
     if place.world_size > 1:
         raise ValueError(f"analyze: got {place.world_size} processes, allowed: one")
+    for step in sorted(_planned(record) - set(steps)):
+        place.say(f"step {step}: left out, the run kept no weights there")
     task, losses = _task(place, recipe, settings)
     found: dict[str, list[dict[str, float]]] = {"sharpness": [], "gradient_noise": []}
-    for step in steps:
-        snapshots.load(step, task)
-        if not all(torch.isfinite(parameter).all() for parameter in task.parameters()):
-            place.say(f"step {step}: left out, the weights are not finite")
-            continue
-        found["sharpness"].append({"step": step, **_sharpness(task, losses, settings)})
-        found["gradient_noise"] += [
-            {"step": step, **_noise(task, losses, size, settings)} for size in settings.noise_batch_sizes
-        ]
-        place.say(_line(found, step))
-    about = {
-        "settings": dataclasses.asdict(settings),
-        "measured": now(),
-        "device": str(place.device),
-        "code": code_version(),
-        "packages": package_versions(),
-        "hardware": hardware(),
-    }
-    atomic_json(Path(run_dir) / ANALYSIS_FILE, {**about, **found})
+    with _full_float32():
+        about = {
+            "settings": dataclasses.asdict(settings),
+            "measured": now(),
+            "device": str(place.device),
+            "code": code_version(),
+            "packages": package_versions(),
+            "hardware": hardware(),
+            "torch": torch_settings(),
+        }
+        for step in steps:
+            try:
+                snapshots.load(step, task)
+                sharp = {"step": step, **_sharpness(task, losses, settings)}
+                noise = [{"step": step, **_noise(task, losses, size, settings)} for size in settings.noise_batch_sizes]
+            except ValueError as error:
+                place.say(f"step {step}: left out, {error}")
+                continue
+            found["sharpness"].append(sharp)
+            found["gradient_noise"] += noise
+            atomic_json(Path(run_dir) / ANALYSIS_FILE, {**about, **found})  # a snapshot can take minutes
+            place.say(_line(sharp, noise))
+    if not found["sharpness"]:
+        raise ValueError(f"{run_dir}: no snapshot could be measured")
     place.say(f"{Path(run_dir) / ANALYSIS_FILE}: {len(found['sharpness'])} snapshots")
     return 0
+
+
+def _measured_recipe(recipe: Recipe) -> Recipe:
+    """The run's recipe, in float32: the run's precision is training's, a second derivative needs all of it."""
+    method = recipe.method
+    # The released Barlow Twins divides by the batch size of the recipe; a batch of another size, by its own.
+    if method.options.get("divisor") == recipe.batch_size:
+        method = dataclasses.replace(method, options={**method.options, "divisor": None})
+    return dataclasses.replace(recipe, precision="fp32", tracker=None, method=method)
+
+
+def _planned(record: RunRecord) -> set[int]:
+    """The steps at which the run should have kept its weights by now."""
+    total = record.provenance.get("plan", {}).get("total_steps", 0)
+    shares = record.recipe.get("checkpoint", {}).get("snapshots", [])
+    last = record.metrics[-1]["step"] if record.metrics else 0
+    return {step for step in (round(share * total) for share in shares) if step <= last}
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Convolutions and products without TF32, which rounds to 10 bits; then as it was."""
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 Losses = Callable[[int, int], Iterator[Callable[[], Any]]]  # (batch size, batches) -> closures of the loss
@@ -137,11 +175,12 @@ def _task(place: Any, recipe: Recipe, settings: Settings) -> tuple[Any, Losses]:
     from ssl_bench.pipeline import Pipeline
 
     dataset = place.dataset()
-    needed = max(settings.images, settings.noise_images if settings.noise_batch_sizes else 0)
-    if needed > len(dataset.train):
-        raise ValueError(
-            f"analyze: images, noise_images: got {needed}, allowed: at most the {len(dataset.train)} of the train set"
-        )
+    for name in ("images", "noise_images") if settings.noise_batch_sizes else ("images",):
+        if getattr(settings, name) > len(dataset.train):
+            raise ValueError(
+                f"analyze: {name}: got {getattr(settings, name)}, allowed: at most the {len(dataset.train)} images of "
+                "the train set (batch sizes for the noise at most half of noise_images)"
+            )
     if recipe.track == "pretrain":
         task = pretrain.build(recipe)[2]
         augmentations = views.pretraining_views(recipe, dataset)
@@ -208,16 +247,11 @@ def _noise(task: Any, losses: Losses, size: int, settings: Settings) -> dict[str
     return {"batch_size": size, **noise._asdict()}
 
 
-def _line(found: dict[str, list[dict[str, float]]], step: int) -> str:
+def _line(sharp: dict[str, float], rows: list[dict[str, float]]) -> str:
     """What was measured at a step, for the terminal."""
-    sharp = found["sharpness"][-1]
-    noise = [
-        f"{row['squared_error']:.3g} at B = {row['batch_size']}"
-        for row in found["gradient_noise"]
-        if row["step"] == step
-    ]
+    noise = [f"{row['squared_error']:.3g} at B = {row['batch_size']}" for row in rows]
     return (
-        f"step {step}: loss {sharp['loss']:.4g}, top eigenvalue {sharp['top_eigenvalue']:.4g} "
+        f"step {sharp['step']}: loss {sharp['loss']:.4g}, top eigenvalue {sharp['top_eigenvalue']:.4g} "
         f"(residual {sharp['top_eigenvalue_residual']:.2g}), trace {sharp['trace']:.4g} "
         f"+- {sharp['trace_standard_error']:.2g}, SAM {sharp['sam']:.3g}"
         + (f"; E|g_B - Eg_B|^2 {', '.join(noise)}" if noise else "")

@@ -173,3 +173,8 @@ def _refuse_uneven(rest: int, size: int, n_chunks: int, world_size: int) -> None
             f"last_batch: got short, allowed: carry, because the last {rest} of {size} images do not divide by "
             f"{n_chunks} chunks x {world_size} processes"
         )
+    if rest == n_chunks * world_size:
+        raise ValueError(
+            f"last_batch: got short, allowed: carry, because the last {rest} of {size} images would come one at a time "
+            f"({n_chunks} chunks x {world_size} processes), of which batch norm has no variance"
+        )

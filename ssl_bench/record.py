@@ -117,7 +117,7 @@ class Run:
         claim = Claim(folder)
         try:
             with naming(f"run_dir {folder}: removing temporary files"):
-                for part in (folder, folder / "telemetry", folder / "checkpoints"):
+                for part in (folder, *(folder / name for name in ("telemetry", "checkpoints", "snapshots"))):
                     remove_temporaries(part)
             if (folder / RUN).exists():
                 _check_same(folder, recipe, identity, resume, ignore)

@@ -2,8 +2,8 @@
 
 A ResNet with the ImageNet stem ends at 1 x 1 pixels for 32 x 32 images, and at 2 x 2 for 64 x 64. A padded 3 x 3
 convolution over so small a map is a linear layer: over 1 x 1 only the kernel's centre meets the image (1 of 9
-products), over 2 x 2 every output sees every input (16 of 36). oneDNN's weight gradient takes 5 to 40 times as long as
-the matrix product (bf16, 256 and 512 channels); a step of ResNet-18 on 32 x 32 images takes two thirds of the time.
+products), over 2 x 2 every output sees every input (16 of 36). oneDNN's weight gradients of such layers are slow.
+`benchmarks/throughput.py` times the bare step with and without.
 """
 
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGEST = 2  # pixels of a side; at 3 the dense matrix has more products than the convolution
+LARGEST = 2  # pixels of a side; at 3 the dense matrix has as many products as the convolution
 
 
 class SmallMapConv2d(nn.Conv2d):
     """A 3 x 3 convolution that is a matrix product on the CPU where the map is small, and `nn.Conv2d` elsewhere.
 
-    Same parameters, same state_dict, the same function up to the rounding of sums taken in another order.
+    Same parameters, same state_dict, the same function up to the rounding of sums taken in another order. The matrix
+    product has no rules for torch.func's transforms (vmap, jvp); ordinary autograd may differentiate it repeatedly.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,6 +28,8 @@ class SmallMapConv2d(nn.Conv2d):
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
+        elif x.dtype != self.weight.dtype:
+            return super().forward(x)  # which refuses it
         with torch.autocast("cpu", enabled=False):
             return _DenseConvolution.apply(x, self.weight, self.stride[0])
 
@@ -77,7 +80,7 @@ def _fold(matrix: Tensor, weight: Tensor, height: int, width: int, stride: int) 
 
 
 class _DenseConvolution(torch.autograd.Function):
-    """y = x W' with the matrix made from the weight when it is needed; differentiable as often as one likes."""
+    """y = x W' with the matrix made from the weight when it is needed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:

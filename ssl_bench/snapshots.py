@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -36,8 +37,13 @@ class Snapshots:
         """
         with naming(f"{self.folder}: making the folder"):
             self.folder.mkdir(exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-        with atomic_file(self.path(step), sync=False) as file:
+        # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in module.state_dict().items()
+        }
+        # On the disk before a checkpoint that follows it: a run that goes on from there does not write it again.
+        with atomic_file(self.path(step)) as file:
             file.write(save(tensors, metadata={"step": str(step)}))
 
     def load(self, step: int, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import TINY_CLASSIFY, TINY_PRETRAIN
 from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 from ssl_bench import classify, cli, pretrain, sampling, views
@@ -15,7 +16,7 @@ from ssl_bench.compose import build
 from ssl_bench.data import load_dataset
 from ssl_bench.pipeline import Pipeline
 from ssl_bench.recipe import Recipe
-from ssl_bench.report.landscape import read_analysis
+from ssl_bench.report.analysis import Analysis, read_analysis
 from ssl_bench.snapshots import Snapshots
 
 SMALL = (
@@ -73,26 +74,27 @@ def test_snapshots_change_neither_identity_nor_run(runs: Path, tmp_path: Path) -
 def test_every_snapshot_is_measured(runs: Path, track: str) -> None:
     done = analyze(runs / track, *SMALL)
     assert done.exit_code == 0, done.output
-    text = (runs / track / "analysis.json").read_text()
     found = read_analysis(runs / track)  # as the report reads it
-    assert [row["step"] for row in found["sharpness"]] == [0, 2, 4]
-    assert [(row["step"], row["batch_size"], row["batches"]) for row in found["gradient_noise"]] == [
+    assert [row["step"] for row in found.sharpness] == [0, 2, 4]
+    assert [(row["step"], row["batch_size"], row["batches"]) for row in found.gradient_noise] == [
         (step, size, 128 // size) for step in (0, 2, 4) for size in (16, 64)
     ]
     assert all(row["squared_error"] > 0 and row["weight_norm"] > 0 for row in _rows(found))
-    assert json.loads(text)["settings"]["batch_norm"] == "train"
+    assert found.settings["batch_norm"] == "train"
+    assert found.about["torch"]["cudnn_allow_tf32"] is False
     # The same command gives the same numbers, the time of day aside.
     assert analyze(runs / track, *SMALL).exit_code == 0
-    assert read_analysis(runs / track) == found
+    again = read_analysis(runs / track)
+    assert (again.sharpness, again.gradient_noise) == (found.sharpness, found.gradient_noise)
     assert analyze(runs / track, *SMALL, "--batch-norm", "eval", "--noise-batch-sizes", "").exit_code == 0
     other = read_analysis(runs / track)
-    assert other["gradient_noise"] == []
-    assert other["sharpness"][-1]["top_eigenvalue"] != found["sharpness"][-1]["top_eigenvalue"]
+    assert other.gradient_noise == ()
+    assert other.sharpness[-1]["top_eigenvalue"] != found.sharpness[-1]["top_eigenvalue"]
 
 
-def _rows(found: dict) -> list[dict]:
-    steps = {row["step"]: row for row in found["sharpness"]}
-    return [{**steps[row["step"]], **row} for row in found["gradient_noise"]]
+def _rows(found: Analysis) -> list[dict]:
+    steps = {row["step"]: row for row in found.sharpness}
+    return [{**steps[row["step"]], **row} for row in found.gradient_noise]
 
 
 def test_the_loss_is_that_of_training_on_the_fixed_batch(runs: Path) -> None:
@@ -105,7 +107,7 @@ def test_the_loss_is_that_of_training_on_the_fixed_batch(runs: Path) -> None:
         device=torch.device("cpu"), with_labels=True,
     )  # fmt: skip
     images, labels = next(pipeline.batches(0, 1)).views(0)
-    for row in read_analysis(runs / "clf")["sharpness"]:
+    for row in read_analysis(runs / "clf").sharpness:
         network = classify.build(recipe, 10)
         Snapshots(runs / "clf").load(int(row["step"]), network)
         logits = network.train().logits(images)
@@ -121,7 +123,7 @@ def test_the_loss_is_that_of_training_on_the_fixed_batch(runs: Path) -> None:
         (("--batch-norm", "off"), "batch_norm: got 'off', allowed: train or eval"),
         (("--noise-batch-sizes", "16,x"), "got '16,x', allowed: whole numbers with commas"),
         (("--noise-batch-sizes", "4096"), "noise_batch_sizes: got 4096, allowed: 2 to 2048"),
-        (("--images", "999999"), "got 999999, allowed: at most the 1442 of the train set"),
+        (("--images", "999999"), "images: got 999999, allowed: at most the 1442 images of the train set"),
         (("batch_size=4",), "batch_size is fixed by the run's record"),
         (("device.path=3",), "unknown key"),
     ],
@@ -141,18 +143,45 @@ def test_it_says_what_to_do_where_there_are_no_snapshots(tmp_path: Path) -> None
     assert analyze(tmp_path / "nothing").exit_code == 2
 
 
-def test_a_damaged_snapshot_is_named_and_one_that_is_not_finite_left_out(runs: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_named_and_costs_nothing_else(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "clf", tmp_path / "r")
-    path = Snapshots(run).path(2)
+    snapshots = Snapshots(run)
     network = classify.build(_recipe(json.loads((run / "run.json").read_text())["recipe"]), 10)
     with torch.no_grad():
         network.head.weight.fill_(torch.nan)
-    Snapshots(run).save(2, network)
+    snapshots.save(2, network)
+    snapshots.path(0).unlink()
     done = analyze(run, *SMALL)
     assert done.exit_code == 0
-    assert "step 2: left out, the weights are not finite" in done.stderr
-    assert [row["step"] for row in read_analysis(run)["sharpness"]] == [0, 4]
+    assert "step 0: left out, the run kept no weights there" in done.stderr
+    assert "step 2: left out, sharpness: the loss must be a finite scalar, got nan" in done.stderr
+    assert [row["step"] for row in read_analysis(run).sharpness] == [4]
+    path = snapshots.path(4)
     path.write_bytes(path.read_bytes()[:1000])
     done = analyze(run, *SMALL)
     assert done.exit_code == 2
-    assert f"snapshot {path}: damaged" in done.stderr
+    assert f"step 4: left out, snapshot {path}: damaged" in done.stderr
+    assert "no snapshot could be measured" in done.stderr
+    assert [row["step"] for row in read_analysis(run).sharpness] == [4]  # the earlier analysis stays
+
+
+def test_tied_weights_are_kept_too(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    Snapshots(tmp_path).save(1, tied)
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    Snapshots(tmp_path).load(1, other)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in tied.state_dict().items())
+    with pytest.raises(ValueError, match="another network's"):
+        Snapshots(tmp_path).load(1, nn.Linear(3, 3))
+
+
+def test_a_nominal_divisor_is_the_measured_batchs_own_size(runs: Path, tmp_path: Path) -> None:
+    """The released Barlow Twins divides by the recipe's batch size: on smaller batches that would be another loss."""
+    run = shutil.copytree(runs / "ssl", tmp_path / "r")
+    head = json.loads((run / "run.json").read_text())
+    assert head["recipe"]["method"]["divisor"] is None
+    head["recipe"]["method"]["divisor"] = head["recipe"]["batch_size"]
+    (run / "run.json").write_text(json.dumps(head))
+    assert analyze(runs / "ssl", *SMALL).exit_code == analyze(run, *SMALL).exit_code == 0
+    assert read_analysis(run).sharpness == read_analysis(runs / "ssl").sharpness

@@ -122,3 +122,10 @@ def test_a_short_batch_that_cannot_be_shared_evenly_is_refused(world_size, chunk
     message = rf"last_batch: got short, allowed: carry, because the last 6 of 22 images do not divide by {parts} proc"
     with pytest.raises(ValueError, match=message):
         pipeline(source, world_size=world_size, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(("size", "world_size", "chunk_size"), [(17, 1, None), (18, 2, None), (18, 1, 4)])
+def test_a_short_batch_of_single_images_is_refused(size, world_size, chunk_size):
+    """Batch norm would raise at the end of the first epoch."""
+    with pytest.raises(ValueError, match=r"last_batch: got short, allowed: carry.*one at a time"):
+        pipeline(ResidentSource(*numbered(size)), world_size=world_size, chunk_size=chunk_size)
