@@ -148,14 +148,14 @@ def sensitivity(collection: Collection) -> Table:
             if not trials:
                 continue
             curve = best_of_k(trials)
-            share = share_near_best(trials, WITHIN)
+            best = arm.best
+            share = share_near_best(trials, WITHIN) if best else None  # where every rate failed none is near a best
             failed = sum(not cell.summary(arm.protocol).n for cell in arm.cells)
             lrs = [cell.lr for cell in arm.cells]
-            best = arm.best
             rows.append(
                 (
                     *(*_setting(setting), arm.name, f"{number(min(lrs))} – {number(max(lrs))}", str(len(trials))),
-                    *(f"{100 * share:.0f}", number(best.lr) if best else "–", str(failed)),
+                    *("–" if share is None else f"{100 * share:.0f}", number(best.lr) if best else "–", str(failed)),
                     " → ".join(f"{value:.1f}" for value in curve),
                 )
             )

@@ -1,5 +1,7 @@
 """The paper's figures, from the records of runs: light, printable, as SVG and PNG."""
 
+import hashlib
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +49,9 @@ _STYLE: dict[Any, Any] = {
 
 # Distinct in grey and to the colour-blind (Okabe and Ito 2008, without the yellow that paper swallows).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+
+LONGEST_NAME = 100  # characters of a file's name without its ending
+CHARACTER = 0.075  # inches of a legend's letter, on the safe side
 
 # First layer dark, last layer light; the palest part, which paper swallows, is left out.
 DEPTH = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
@@ -128,13 +133,21 @@ def note(axis: Any, text: str) -> None:
 def name_of(*parts: object) -> str:
     """A file name of plain characters."""
     text = "-".join(str(part) for part in parts)
-    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
+    text = "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
+    if len(text) <= LONGEST_NAME:
+        return text
+    # A variant of many keys; file systems end at 255 bytes, readers before.
+    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def legend_below(figure: Figure, axis: Any = None, handles: list[Line2D] | None = None) -> None:
-    """A legend below all panels, of these handles or of an axis's lines."""
+    """A legend below all panels, of these handles or of an axis's lines: as many columns as fit, long names wrapped."""
     entries = handles if handles is not None else axis.get_legend_handles_labels()[0]
-    figure.legend(handles=entries, loc="outside lower center", ncols=1 if len(entries) > 6 else min(3, len(entries)))
+    room = int((figure.get_figwidth() - 0.6) / CHARACTER)
+    labels = [textwrap.fill(str(entry.get_label()), max(20, room)) for entry in entries]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+    columns = max(1, min(3, len(entries), (room + 6) // (longest + 6)))
+    figure.legend(entries, labels, loc="outside lower center", ncols=1 if len(entries) > 6 else columns)
 
 
 def colors_of(names: Iterable[object]) -> list[str]:

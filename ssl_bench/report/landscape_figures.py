@@ -1,5 +1,6 @@
 """Figures of what `ssl-bench analyze` measured: sharpness along training, gradient noise against the batch size."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -92,7 +93,8 @@ def _gradient_noise(setting: Setting, curves: Sequence[NoiseCurve]) -> Iterator[
     axes[0, 0].set_xscale("log")
     axes[0, 0].set_yscale("log")
     for axis, arm in zip(axes[0], arms, strict=True):
-        axis.set_title("\n".join(arm.split(" (", 1)[:1] + [f"({rest}" for rest in arm.split(" (", 1)[1:]]))
+        optimizer, _, variant = arm.partition(" (")
+        axis.set_title(optimizer + (f"\n{textwrap.fill(f'({variant}', 34)}" if variant else ""))
     for axis in axes[-1]:
         axis.set_xlabel("batch size B (images)")
         axis.xaxis.set_major_locator(FixedLocator(sizes))

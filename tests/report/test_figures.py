@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from synthetic_runs import LAYERS, analysis_of, write_run
 
@@ -10,7 +11,7 @@ from ssl_bench.reading import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.curves import load_curves, short_names, thin
 from ssl_bench.report.figure_groups import write_figures
-from ssl_bench.report.figures import demo_figure
+from ssl_bench.report.figures import demo_figure, legend_below, name_of, save, style
 
 
 def test_curves_are_the_record(tmp_path: Path) -> None:
@@ -127,3 +128,20 @@ def test_sharpness_without_its_columns_is_noted(tmp_path: Path) -> None:
     write_figures(gather(*find_runs(tmp_path)), lambda result: load_curves(result.record), tmp_path)
     svg = (tmp_path / "sharpness-classification-cifar10-512.svg").read_text()
     assert svg.count("not measured") == 3
+
+
+def test_long_variants_have_short_file_names_and_legends_that_fit(tmp_path: Path) -> None:
+    """A variant may name many keys: a file's name must stay below 255 bytes, a legend inside its figure."""
+    long, other = (f"LARS ({'-'.join(f'key{index}={value}' for index in range(40))})" for value in (1, 2))
+    assert len({name_of("layers", long), name_of("layers", other), name_of("layers", long[:50])}) == 3
+    assert max(len(name_of("layers", name)) for name in (long, other)) == 100
+    with style():
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axis = figure.subplots()
+        for name in (long, other, "TVLARS"):
+            axis.plot([0, 1], [0, 1], label=name)
+        legend_below(figure, axis)
+        save(figure, tmp_path / "figure.png")  # a warning that nothing fits would be an error here
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width

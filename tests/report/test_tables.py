@@ -154,6 +154,16 @@ def test_sensitivity_counts_failures_as_chance(collection: Collection) -> None:
     assert len([r for r in records(table) if r["arm"] == "LAMB"]) == 3
 
 
+def test_where_every_rate_failed_none_is_near_the_best(tmp_path: Path) -> None:
+    for lr in (1.0, 2.0):
+        write_run(tmp_path / f"lamb{lr}", optimizer="lamb", lr=lr, status="diverged", telemetry=False)
+        write_run(tmp_path / f"lars{lr}", lr=lr, telemetry=False)
+    table = comparisons.sensitivity(gather(*find_runs(tmp_path)))
+    assert row(table, "classification", "LAMB")[6] == "–"
+    assert row(table, "classification", "LARS")[6] == "100"
+    assert {r["share_within_1"] for r in records(table) if r["arm"] == "LAMB"} == {""}
+
+
 def test_profiles_over_settings(collection: Collection) -> None:
     found = comparisons.profiles(collection)
     at = {name: [shares[comparisons.GAPS.index(gap)] for gap in (0.0, 1.0, 20.0)] for name, shares in found.items()}
