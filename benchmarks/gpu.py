@@ -136,7 +136,8 @@ def run_part(part: Part, left: float, log: Path, hide: Callable[[str], str]) -> 
 
 def ablation(tiny: bool, seconds: float) -> Iterator[list[dict[str, Any]]]:
     """The plain step against compiled and captured ones, their speed and share of the peak; after each track, all."""
-    from throughput import QUICK, Sizes, race
+    from steps import QUICK, Sizes
+    from throughput import race
 
     sizes = replace(QUICK if tiny else Sizes(), turns=1 if tiny else 3)
     rows: list[dict[str, Any]] = []
@@ -170,7 +171,7 @@ def ablation(tiny: bool, seconds: float) -> Iterator[list[dict[str, Any]]]:
 def variants(track: str, sizes: Any, tiny: bool) -> dict[str, Callable[[], Callable[[int], None]]]:
     """What the ablation compares. Without a GPU there are no graphs, and compilation stops before the compiler."""
     import torch
-    from throughput import bare, build_trainer, end_to_end
+    from steps import bare, build_trainer, end_to_end
 
     default: dict[str, Any] = {"backend": "aot_eager"} if tiny else {"mode": "default"}
 
@@ -205,7 +206,7 @@ def variants(track: str, sizes: Any, tiny: bool) -> dict[str, Callable[[], Calla
 def graphed(track: str, sizes: Any, *, whole: bool) -> Callable[[int], None]:
     """The bare step captured: what could be had if nothing had to be launched one by one. An experiment, not a mode."""
     import torch
-    from throughput import bare, build_task, build_trainer
+    from steps import bare, build_task, build_trainer
 
     trainer = build_trainer(track, sizes, every=0)
     views = tuple(view.clone() for view in next(iter(trainer.pipeline.batches(0, 1))).views(0))
@@ -246,7 +247,7 @@ def graphed(track: str, sizes: Any, *, whole: bool) -> Callable[[int], None]:
 
 def step_flops(track: str, sizes: Any) -> int:
     """Floating-point operations of a step's forward and backward, as torch counts them."""
-    from throughput import bare, build_trainer
+    from steps import bare, build_trainer
     from torch.utils.flop_counter import FlopCounterMode
 
     step = bare(build_trainer(track, sizes, every=0, plain=True))  # on a GPU all convolutions are torch's
@@ -258,7 +259,7 @@ def step_flops(track: str, sizes: Any) -> int:
 def memory(tiny: bool, _seconds: float) -> Iterator[list[dict[str, Any]]]:
     """Peak memory and time of a Barlow Twins step at B = 16,384, in chunks and whole; after each, all so far."""
     import torch
-    from throughput import QUICK, Sizes, build_trainer, end_to_end, synchronize
+    from steps import QUICK, Sizes, build_trainer, end_to_end, synchronize
 
     cuda = torch.cuda.is_available()
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from throughput import QUICK, Sizes, build_trainer, synchronize
+from steps import QUICK, Sizes, build_trainer, synchronize
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 

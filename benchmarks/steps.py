@@ -1,0 +1,163 @@
+"""The training steps that benchmarks time: the suite's loop end to end and the bare compute, at any sizes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ssl_bench.augment import PadCropFlipRotate, SSLView
+from ssl_bench.classifier import Classifier
+from ssl_bench.data import load_dataset
+from ssl_bench.gradient import accumulate, full_batch, grad_cache
+from ssl_bench.methods import BarlowTwins
+from ssl_bench.optim import LARS, Telemetry, build_groups
+from ssl_bench.pipeline import Pipeline
+from ssl_bench.sampling import VIEW1, VIEW2
+from ssl_bench.small_maps import SmallMapConv2d
+from ssl_bench.sources import ResidentSource
+from ssl_bench.train import Rhythm, Trainer
+
+STATS: dict[str, Any] = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
+Steps = Callable[[int], None]  # runs so many training steps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed; each field is an option of the command line."""
+
+    batch: int = 512  # images per step
+    pixels: int = 32  # side of an image
+    projector: tuple[int, ...] = (2048, 2048, 4096)  # widths
+    chunk: int | None = None  # images in memory at a time, for ours end to end; None = the whole batch
+    steps: int = 4 if not torch.cuda.is_available() else 50  # of a turn
+    turns: int = 5  # that count, after one to warm up
+    workers: int = 2  # the peers' loading processes
+    images: int = 10_000  # in the data set, at most
+    data_path: str | None = None  # CIFAR-10's folder of parquet files; None = random images
+    authors: str | None = None  # a checkout of github.com/KhoiDOO/tvlars (89c3291); None = leave their code out
+
+
+QUICK = Sizes(batch=8, projector=(16, 16), steps=1, turns=1, workers=0, images=32)
+
+
+class NoRecord:
+    """Takes what the loop hands over and forgets it."""
+
+    def log(self, row: dict[str, float]) -> None:
+        """One line of the metrics."""
+
+    def log_telemetry(self, columns: dict[str, Any]) -> None:
+        """One block of layer statistics."""
+
+
+def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> nn.Module:
+    """The network of a track: ResNet-18 with the ImageNet stem, and the projector or a classifier's head.
+
+    Args:
+        track: "pretrain" or "classify".
+        sizes: what is timed.
+        plain: with torch's convolutions everywhere, as everybody else has them (see `ssl_bench.small_maps`).
+    """
+    classifier = Classifier.create("resnet18", 10, stem="imagenet", init="torchvision", seed=0)
+    for module in classifier.modules():
+        if plain and type(module) is SmallMapConv2d:
+            module.__class__ = nn.Conv2d
+    if track == "classify":
+        return classifier
+    return BarlowTwins(classifier.backbone, 512, projector=sizes.projector)
+
+
+def load_images(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, 3, pixels, pixels) and their labels: random ones, or CIFAR-10's first."""
+    if sizes.data_path is None:
+        n = max(sizes.images, sizes.batch)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (n, 3, sizes.pixels, sizes.pixels), dtype=torch.uint8, generator=generator)
+        return images, torch.arange(n) % 10
+    train = load_dataset("cifar10", path=sizes.data_path, size=sizes.pixels).train
+    first = torch.arange(min(max(sizes.images, sizes.batch), len(train)))
+    return next(iter(train.batches([first]))), train.labels[first]
+
+
+def build_trainer(
+    track: str,
+    sizes: Sizes,
+    *,
+    telemetry: Callable[..., Telemetry] = Telemetry,
+    every: int = 10,
+    plain: bool = False,
+    compile_options: dict[str, Any] | None = None,
+) -> Trainer:
+    """The suite's loop as a run builds it, without a run's directory.
+
+    Args:
+        track: "pretrain" or "classify".
+        sizes: what is timed.
+        telemetry: makes the recorder of an optimizer.
+        every: steps between its records; 0 = off.
+        plain: see `build_task`.
+        compile_options: torch.compile's, for the network's parts (and, on a GPU, the views); None = not compiled.
+    """
+    pretraining = track == "pretrain"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
+    device = accelerator.device
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as a run sets it
+    task = build_task(track, sizes, plain=plain).to(device, memory_format=torch.channels_last)
+    optimizer = LARS(build_groups(task, lr=0.1, weight_decay=5e-4, lr_1d=1e-3), lr=0.1)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    options = {**STATS, "dtype": torch.bfloat16}
+    compiled = compile_options is not None and device.type == "cuda"
+    pipeline = Pipeline(
+        ResidentSource(*load_images(sizes)).to(device),
+        [SSLView(sizes.pixels, solarize_p=p, compile=compiled, **options) for p in (0.0, 0.2)]
+        if pretraining else [PadCropFlipRotate(**options)],
+        (VIEW1, VIEW2) if pretraining else (VIEW1,), seed=0, batch_size=sizes.batch, chunk_size=sizes.chunk,
+        rank=0, world_size=1, device=device, with_labels=not pretraining,
+    )  # fmt: skip
+    gradient = full_batch if pipeline.n_chunks == 1 else grad_cache if pretraining else accumulate
+    if compile_options is not None:
+        for part in task.children():
+            part.compile(**compile_options)
+    model, wrapped = accelerator.prepare(task, optimizer)
+    return Trainer(
+        model=model, optimizer=wrapped, schedule=lambda _step: 1.0,
+        gradient=partial(gradient, autocast=accelerator.autocast), pipeline=pipeline,
+        rhythm=Rhythm(0, log=10, checkpoint=0, check_equal=0), accelerator=accelerator, record=NoRecord(),
+        telemetry=telemetry(optimizer, every=every), save=lambda _step, _state: None, interrupted=lambda: False,
+        progress=lambda _step, _row: None,
+    )  # fmt: skip
+
+
+def end_to_end(trainer: Trainer) -> Steps:
+    """All that a run does in a step."""
+
+    def run(steps: int) -> None:
+        trainer.rhythm.total = trainer.step + steps
+        trainer.run()
+
+    return run
+
+
+def bare(trainer: Trainer) -> Steps:
+    """Forward, backward and optimizer step on one batch that is augmented and on the device already."""
+    views = next(iter(trainer.pipeline.batches(0, 1))).views(0)
+    model, optimizer = trainer.model, trainer.optimizer.optimizer
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            model(*views)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
