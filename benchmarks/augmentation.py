@@ -31,6 +31,7 @@ VIEWS: tuple[dict[str, Any], ...] = (
     {"blur_p": 1.0, "solarize_p": 0.0},
     {"blur_p": 0.1, "solarize_p": 0.2},
 )  # Barlow Twins
+TURN = 0.5  # seconds
 Pass = Callable[[], int]  # augments a number of images and returns it
 
 
@@ -133,16 +134,20 @@ def lightly(images: Tensor, batch: int, workers: int) -> Pass:
 
 
 def measure(
-    passes: dict[str, Pass], repeats: int, clock: Callable[[], float], synchronize: Callable[[], None]
+    passes: dict[str, Pass], repeats: int, clock: Callable[[], float], synchronize: Callable[[], None], seconds: float
 ) -> dict[str, list[float]]:
-    """Images a second of each library in each of the repeats, the libraries taking turns; the first turn is dropped."""
+    """Images a second of each library in each of the repeats, the libraries taking turns; the first turn is dropped.
+
+    A turn is as many passes as fill ``seconds``: one alone would be over before sleeping threads and caches are back.
+    """
     rates: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(repeats + 1):
         for name, run in passes.items():
             synchronize()
-            start = clock()
-            images = run()
-            synchronize()
+            start, images = clock(), 0
+            while images == 0 or clock() - start < seconds:
+                images += run()
+                synchronize()
             if turn > 0:
                 rates[name].append(images / (clock() - start))
     return rates
@@ -167,7 +172,7 @@ def case(size: int, batch: int, options: argparse.Namespace) -> list[dict]:
             rows.append({"library": name, "size": size, "batch": batch, "skipped": str(error)})
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    rates = measure(passes, options.repeats, clock, synchronize)
+    rates = measure(passes, options.repeats, clock, synchronize, 0.0 if options.quick else TURN)
     best = statistics.median(rates["ssl_bench bf16"])
     for name, values in rates.items():
         median = statistics.median(values)

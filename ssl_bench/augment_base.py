@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_bench.resample import Params
 
-BLOCK = 128 * 3 * 32 * 32  # values a CPU works on at a time: what its caches hold, and enough to hide the calls
+BLOCK = 128 * 3 * 32 * 32  # values a core works on at a time: what its caches hold, and enough to hide the calls
 
 
 def take(params: Mapping[str, Tensor], index: slice | Tensor) -> Params:
@@ -68,10 +68,10 @@ class Augmentation(ABC):
             self._check(value.device.type == "cpu", f"params[{name!r}]", got, "on the CPU")
 
     def _blocks(self, images: Tensor, size: int) -> list[slice]:
-        """The batch in pieces that the caches of a CPU hold; a GPU takes all at once."""
+        """The batch in pieces that the caches of a CPU's cores hold; a GPU takes all at once."""
         n = len(images)
         pixels = 3 * max(size * size, images.shape[2] * images.shape[3])
-        length = max(1, BLOCK // pixels) if images.device.type == "cpu" else n
+        length = max(1, torch.get_num_threads() * BLOCK // pixels) if images.device.type == "cpu" else n
         return [slice(start, min(start + length, n)) for start in range(0, n, length)]
 
     def _empty(self, images: Tensor, height: int, width: int) -> Tensor:
