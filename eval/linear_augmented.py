@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -267,4 +267,14 @@ RELEASED_PROBE = AugmentedProbe(
     augmented_test=True,
     partial_test=True,
     replicas=4,
+)
+
+# Each of the released probe's differences alone, in the sound probe: which of them explains which part of the gap.
+# They need no new run: `ssl-bench evaluate RUN` adds their numbers to one that has ended.
+SINGLE_FAULTS = (
+    replace(LINEAR_AUG, name="linear-aug-v1+weight-decay", weight_decay=RELEASED_PROBE.weight_decay),
+    replace(LINEAR_AUG, name="linear-aug-v1+schedule", schedule=RELEASED_PROBE.schedule),
+    replace(LINEAR_AUG, name="linear-aug-v1+train-mode", train_mode=True, replicas=RELEASED_PROBE.replicas),
+    replace(LINEAR_AUG, name="linear-aug-v1+augmented-test", augmented_test=True),
+    replace(LINEAR_AUG, name="linear-aug-v1+partial-test", partial_test=True, replicas=RELEASED_PROBE.replicas),
 )

@@ -13,10 +13,14 @@ from ssl_bench.eval.base import Augment, Evaluator, ImageDataset, Metrics, Progr
 from ssl_bench.eval.features import Precision, extract_features
 from ssl_bench.eval.knn import KNN
 from ssl_bench.eval.linear import LinearCached
-from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE
+from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, SINGLE_FAULTS
 from ssl_bench.eval.online import Online, subset
 
-_ALL: tuple[Evaluator, ...] = (KNN(), LinearCached(), LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, Online())
+_ALL: tuple[Evaluator, ...] = (
+    *(KNN(), LinearCached(), LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE),
+    *SINGLE_FAULTS,
+    Online(),
+)
 EVALUATORS: dict[str, Evaluator] = {evaluator.name: evaluator for evaluator in _ALL}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from ssl_bench.eval import EVALUATORS, AugmentedProbe, evaluate
 from ssl_bench.eval.linear import Heads
-from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, schedule_factor
+from ssl_bench.eval.linear_augmented import (
+    LINEAR_AUG,
+    PAPER_PROBE,
+    RELEASED_PROBE,
+    SINGLE_FAULTS,
+    schedule_factor,
+)
 
 EPOCHS, BATCH = 6, 20
 
@@ -152,6 +158,19 @@ def test_protocols_are_what_their_names_say() -> None:
     assert [getattr(LINEAR_AUG, key) for key in switches] == [0.0, "step", False, False, False, 1]
     assert [getattr(PAPER_PROBE, key) for key in switches] == [1e-6, "epoch", False, False, False, 1]
     assert [getattr(RELEASED_PROBE, key) for key in switches] == [5e-4, "released", True, True, True, 4]
+
+
+def test_every_difference_of_the_released_probe_stands_alone_once() -> None:
+    kinds = [field.name for field in fields(AugmentedProbe) if field.name not in ("name", "replicas")]
+    changed = []
+    for probe in SINGLE_FAULTS:
+        (one,) = [key for key in kinds if getattr(probe, key) != getattr(LINEAR_AUG, key)]
+        assert getattr(probe, one) == getattr(RELEASED_PROBE, one)
+        assert probe.name == f"linear-aug-v1+{one.replace('_', '-')}"
+        assert probe.replicas == (RELEASED_PROBE.replicas if one in ("train_mode", "partial_test") else 1)
+        assert EVALUATORS[probe.name] is probe
+        changed.append(one)
+    assert sorted(changed) == sorted(key for key in kinds if getattr(RELEASED_PROBE, key) != getattr(LINEAR_AUG, key))
 
 
 @pytest.mark.parametrize("probe", [LINEAR_AUG, RELEASED_PROBE], ids=lambda probe: probe.name)
