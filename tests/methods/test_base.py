@@ -81,7 +81,7 @@ def test_keywords_are_typed_and_documented(name):
     """The recipe checks ``method.<keyword>`` by the annotation and prints the entry of the ``Args:`` block."""
     hints = typing.get_type_hints(METHODS[name].__init__)
     for keyword, parameter in inspect.signature(METHODS[name]).parameters.items():
-        assert hints[keyword] in (nn.Module, int, float, tuple[int, ...])
+        assert hints[keyword] in (nn.Module, int, float, int | None, tuple[int, ...])
         assert re.search(rf"^    {keyword}: \w", inspect.getdoc(METHODS[name]), re.MULTILINE)
         assert keyword in ("backbone", "feature_dim") or parameter.kind is parameter.KEYWORD_ONLY
 
