@@ -95,7 +95,7 @@ def override(plain: dict[str, Any], words: Sequence[str], allowed: Sequence[str]
     plain = copy.deepcopy(plain)
     for word in words:
         key, value = _parse(word)
-        if key not in known_keys():
+        if key not in known_keys() and key.partition(".")[0] not in PLUGINS:  # whose keys are their own
             raise ValueError(unknown_key(key))
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise ValueError(f"{key} is fixed by the run's record (here may be set: {', '.join(allowed)})")

@@ -125,6 +125,7 @@ def test_the_loss_is_that_of_training_on_the_fixed_batch(runs: Path) -> None:
         (("--noise-batch-sizes", "4096"), "noise_batch_sizes: got 4096, allowed: 2 to 2048"),
         (("--images", "999999"), "images: got 999999, allowed: at most the 1442 images of the train set"),
         (("batch_size=4",), "batch_size is fixed by the run's record"),
+        (("optimizer.lr=3",), "optimizer.lr is fixed by the run's record"),
         (("device.path=3",), "unknown key"),
     ],
 )
