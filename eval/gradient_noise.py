@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ssl_bench.eval.sharpness import BatchNormMode, Loss, batch_norm_mode
+from ssl_bench.eval.sharpness import BatchNormMode, Loss, batch_norm_mode, inner_product
 
 
 class GradientNoise(NamedTuple):
@@ -51,13 +51,8 @@ def measure_gradient_noise(
             count += 1
             before = [g - m for g, m in zip(gradient, mean, strict=True)]
             torch._foreach_add_(mean, before, alpha=1 / count)
-            spread += _dot(before, [g - m for g, m in zip(gradient, mean, strict=True)])
+            spread += inner_product(before, [g - m for g, m in zip(gradient, mean, strict=True)])
     if count < 2:
         raise ValueError(f"gradient noise: got {count} batch, allowed: two or more")
     variance = spread / (count - 1)
-    return GradientNoise(variance, _dot(mean, mean) - variance / count, count)
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    """The inner product, summed in float64."""
-    return float(torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum())
+    return GradientNoise(variance, inner_product(mean, mean) - variance / count, count)

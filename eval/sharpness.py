@@ -103,7 +103,7 @@ class Hessian:
         return list(products)
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The inner product, summed in float64."""
     return float(torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum())
 
@@ -127,19 +127,19 @@ def top_eigenvalue(hessian: Hessian, *, iterations: int = 50, tolerance: float =
         raise ValueError(f"sharpness: iterations must be >= 1, got {iterations}")
     generator = torch.Generator().manual_seed(seed)
     v = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in hessian.params]
-    norm = math.sqrt(_dot(v, v))
+    norm = math.sqrt(inner_product(v, v))
     v, previous = [x / norm for x in v], [torch.zeros_like(x) for x in v]
     alphas: list[float] = []
     betas: list[float] = []
     beta, best = 0.0, Eigenvalue(math.nan, math.inf, 0)
     for step in range(1, iterations + 1):
         w = hessian(v)
-        alpha = _dot(w, v)
+        alpha = inner_product(w, v)
         if not math.isfinite(alpha):
             raise ValueError("sharpness: a product with the Hessian is not finite")
         w = [x - alpha * y - beta * z for x, y, z in zip(w, v, previous, strict=True)]
         alphas.append(alpha)
-        beta = math.sqrt(_dot(w, w))
+        beta = math.sqrt(inner_product(w, w))
         diagonal, off = torch.tensor(alphas, dtype=torch.float64), torch.tensor(betas, dtype=torch.float64)
         values, vectors = torch.linalg.eigh(diagonal.diag() + off.diag(1) + off.diag(-1))
         best = Eigenvalue(values[-1].item(), abs(beta * vectors[-1, -1].item()), step)
@@ -167,7 +167,7 @@ def trace(hessian: Hessian, *, samples: int = 30, seed: int = 0) -> Estimate:
     draws = []
     for _ in range(samples):
         v = [(2 * torch.randint(0, 2, p.shape, generator=generator) - 1).to(p) for p in hessian.params]
-        draws.append(_dot(v, hessian(v)))
+        draws.append(inner_product(v, hessian(v)))
     values = torch.tensor(draws, dtype=torch.float64)
     return Estimate(values.mean().item(), values.std().item() / math.sqrt(samples))
 
@@ -186,7 +186,7 @@ def sam_sharpness(loss: Loss, params: Sequence[Tensor], gradient: Sequence[Tenso
     """
     if rho <= 0:
         raise ValueError(f"sharpness: rho must be > 0, got {rho}")
-    norm = math.sqrt(_dot(gradient, gradient))
+    norm = math.sqrt(inner_product(gradient, gradient))
     if norm == 0:
         return 0.0
     saved = [parameter.detach().clone() for parameter in params]
@@ -236,7 +236,7 @@ def measure_sharpness(
         gradient = [g.detach() for g in hessian.gradient]
         return Sharpness(
             loss=hessian.loss,
-            gradient_norm=math.sqrt(_dot(gradient, gradient)),
+            gradient_norm=math.sqrt(inner_product(gradient, gradient)),
             top_eigenvalue=top_eigenvalue(hessian, iterations=iterations, seed=seed),
             trace=trace(hessian, samples=samples, seed=seed),
             sam=sam_sharpness(loss, params, gradient, rho),
