@@ -13,6 +13,7 @@ from ssl_bench.augment import PadCropFlipRotate, SSLView
 from ssl_bench.classifier import Classifier
 from ssl_bench.data import load_dataset
 from ssl_bench.gradient import accumulate, full_batch, grad_cache
+from ssl_bench.graphed_gradient import GraphedGradient
 from ssl_bench.methods import BarlowTwins
 from ssl_bench.optim import LARS, Telemetry, build_groups
 from ssl_bench.pipeline import Pipeline
@@ -42,6 +43,10 @@ class Sizes:
 
 
 QUICK = Sizes(batch=8, projector=(16, 16), steps=1, turns=1, workers=0, images=32)
+
+
+def _insist(reason: str) -> None:
+    raise RuntimeError(f"without CUDA graphs: {reason}")
 
 
 class NoRecord:
@@ -91,6 +96,7 @@ def build_trainer(
     every: int = 10,
     plain: bool = False,
     compile_options: dict[str, Any] | None = None,
+    graphs: bool = False,
 ) -> Trainer:
     """The suite's loop as a run builds it, without a run's directory.
 
@@ -101,6 +107,7 @@ def build_trainer(
         every: steps between its records; 0 = off.
         plain: see `build_task`.
         compile_options: torch.compile's, for the network's parts (and, on a GPU, the views); None = not compiled.
+        graphs: whether views and gradient are CUDA graphs, as in a run on one GPU.
     """
     pretraining = track == "pretrain"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
@@ -110,23 +117,26 @@ def build_trainer(
     optimizer = LARS(build_groups(task, lr=0.1, weight_decay=5e-4, lr_1d=1e-3), lr=0.1)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    options = {**STATS, "dtype": torch.bfloat16}
     compiled = compile_options is not None and device.type == "cuda"
+    options = {**STATS, "dtype": torch.bfloat16, "compile": compiled, "graph": graphs}
     pipeline = Pipeline(
         ResidentSource(*load_images(sizes)).to(device),
-        [SSLView(sizes.pixels, solarize_p=p, compile=compiled, **options) for p in (0.0, 0.2)]
+        [SSLView(sizes.pixels, solarize_p=p, **options) for p in (0.0, 0.2)]
         if pretraining else [PadCropFlipRotate(**options)],
         (VIEW1, VIEW2) if pretraining else (VIEW1,), seed=0, batch_size=sizes.batch, chunk_size=sizes.chunk,
         rank=0, world_size=1, device=device, with_labels=not pretraining,
     )  # fmt: skip
-    gradient = full_batch if pipeline.n_chunks == 1 else grad_cache if pretraining else accumulate
+    whole = full_batch if pipeline.n_chunks == 1 else grad_cache if pretraining else accumulate
+    gradient: Callable[..., Any] = partial(whole, autocast=accelerator.autocast)
+    if graphs:
+        gradient = GraphedGradient(gradient, task, _insist)
     if compile_options is not None:
         for part in task.children():
             part.compile(**compile_options)
     model, wrapped = accelerator.prepare(task, optimizer)
     return Trainer(
         model=model, optimizer=wrapped, schedule=lambda _step: 1.0,
-        gradient=partial(gradient, autocast=accelerator.autocast), pipeline=pipeline,
+        gradient=gradient, pipeline=pipeline,
         rhythm=Rhythm(0, log=10, checkpoint=0, check_equal=0), accelerator=accelerator, record=NoRecord(),
         telemetry=telemetry(optimizer, every=every), save=lambda _step, _state: None, interrupted=lambda: False,
         progress=lambda _step, _row: None,

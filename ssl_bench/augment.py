@@ -66,9 +66,8 @@ class SSLView(Augmentation):
         solarize_threshold: values at or above it are inverted, in [0, 1]. PIL inverts the values 128 ... 255, which
             are those that round up from 127.5 / 255 = 0.5.
         mean, std, dtype: see `Augmentation`.
-        compile: fuse the whole view by torch.compile, for GPUs, where starting kernels takes the time (on CPUs it is
-            slower). Every sample then passes through every operation, so that shapes depend on the batch's size alone;
-            results differ in the last bits of float32.
+        compile, graph: see `Augmentation`. Every sample then passes through every operation, so that shapes depend on
+            the batch's size alone; results differ in the last bits of float32.
     """
 
     def __init__(
@@ -90,8 +89,9 @@ class SSLView(Augmentation):
         std: Sequence[float],
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        graph: bool = False,
     ) -> None:
-        super().__init__(mean, std, dtype)
+        super().__init__(mean, std, dtype, compile=compile, graph=graph)
         self._check(size > 0, "size", size, "a number of pixels > 0")
         self._check_range("crop_scale", crop_scale, 1)
         self._check_range("crop_ratio", crop_ratio)
@@ -112,7 +112,6 @@ class SSLView(Augmentation):
         self.blur_p, self.blur_sigma, self.blur_kernel = blur_p, blur_sigma, blur_kernel
         self.solarize_p, self.solarize_threshold = solarize_p, solarize_threshold
         self._taps = tap_matrices(size, blur_kernel)
-        self._compiled = torch.compile(self._fixed, fullgraph=True, dynamic=False) if compile else None
 
     def draw(self, n: int, generator: torch.Generator) -> Params:
         params = draw_crops(n, self.crop_scale, self.crop_ratio, self.flip, generator)
@@ -122,26 +121,12 @@ class SSLView(Augmentation):
         params["sigma"] = uniform((n,), *self.blur_sigma, generator)
         return params
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        self._check_images(images, params)
-        if self._taps.device != images.device:
-            self._taps = self._taps.to(images.device)
-        table = self._table(params, images.shape[2], images.shape[3])
-        if self._compiled is None:
-            pixels = self._sorted(images, table, params)
-        else:
-            pixels = self._compiled(images, to_device(table, images.device))
-        return pixels.unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
+    def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
+        """(n, 29) float32: what a sample needs of its parameters; an operation that it skips is the identity.
 
-    def _table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
-        """(n, 24 + ...) float32: what a sample needs of its parameters; an operation that it skips is the identity.
-
-        Blends before the hue (9), hue, blends after it (9), grey (3), sigma, solarize, the crop's geometry.
+        Blends before the hue (9), hue, blends after it (9), grey (3), sigma, solarize, the crop's box (4), flip.
         """
         before, after = color.blend_coefficients(params)
-        boxes = crop_boxes(params, height, width, self.crop_ratio)
         columns = [
             before.flatten(1),
             (params["hue"] * params["jitter"])[:, None],
@@ -149,17 +134,19 @@ class SSLView(Augmentation):
             torch.where(params["gray"][:, None], torch.tensor(color.GREY), torch.tensor(color.IDENTITY)),
             torch.where(params["blur"], params["sigma"], NO_BLUR)[:, None],
             params["solarize"][:, None],
-            crop_geometry(boxes, params["flip"], height, width, self.size),
+            crop_boxes(params, height, width, self.crop_ratio),
+            params["flip"][:, None],
         ]
         return torch.cat(columns, 1)
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
-        before, hue, after, grey, sigma, solarize, geometry = table.tensor_split([9, 10, 19, 22, 23, 24], 1)
-        return before.unflatten(1, (3, 3)), hue, after.unflatten(1, (3, 3)), grey, sigma, solarize, geometry
+        before, hue, after, grey, sigma, solarize, boxes, flip = table.tensor_split([9, 10, 19, 22, 23, 24, 28], 1)
+        return before.unflatten(1, (3, 3)), hue, after.unflatten(1, (3, 3)), grey, sigma, solarize, boxes, flip
 
-    def _fixed(self, images: Tensor, table: Tensor) -> Tensor:
-        """All operations on all samples, for compilation: (n, 3, H, W) uint8 -> (n, size * size, 3)."""
-        before, hue, after, grey, sigma, solarize, geometry = self._split(table)
+    def program(self, images: Tensor, table: Tensor) -> Tensor:
+        self._move_taps(images.device)
+        before, hue, after, grey, sigma, solarize, boxes, flip = self._split(table)
+        geometry = crop_geometry(boxes, flip.squeeze(1), *images.shape[2:], self.size)
         square = crop_resize(images, geometry, self.size, "bicubic")
         planes = square.flatten(2)
         for step in range(3):
@@ -173,29 +160,37 @@ class SSLView(Augmentation):
             gaussian_blur(square, sigma, self._taps)
         if self.solarize_p:
             color.solarize(planes, self.solarize_threshold, solarize)
-        return self._normalize(planes)
+        return self._images(self._normalize(planes))
 
-    def _sorted(self, images: Tensor, table: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        """Each sample through its own operations only: (n, 3, H, W) uint8 -> (n, size * size, 3).
+    def _move_taps(self, device: torch.device) -> None:
+        if self._taps.device != device:
+            self._taps = self._taps.to(device)
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        return pixels.unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
+
+    def apply(self, images: Tensor, table: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """Each sample through its own operations only.
 
         Samples are sorted by how many colour operations come before the hue's, the only one that is not a blend: then
         each step is one operation on a run of neighbours.
         """
+        self._move_taps(images.device)
         position = color.hue_position(params)
         order = position.argsort(stable=True)
         position, table = position[order], table.index_select(0, order)
         chosen = torch.stack([params["gray"], params["blur"], params["solarize"]])[:, order]
         pixels = torch.empty((len(images), self.size**2, 3), dtype=self.dtype, device=images.device)
-        for block in self._blocks(images, self.size):
+        for block in self._blocks(images):
             lists = [order[block], *(mask.nonzero().squeeze(1) for mask in chosen[:, block])]
             rows, *lists = to_device(torch.cat(lists), images.device).split([len(rows) for rows in lists])
             ends = torch.searchsorted(position[block], torch.arange(1, 5)).tolist()
             block_table = to_device(table[block], images.device)
             pixels[block] = self._sorted_block(images.index_select(0, rows), block_table, ends, lists)
-        return pixels.index_select(0, to_device(order.argsort(), images.device))
+        return self._images(pixels.index_select(0, to_device(order.argsort(), images.device)))
 
     def _sorted_block(self, images: Tensor, table: Tensor, ends: list[int], lists: list[Tensor]) -> Tensor:
-        """As `_fixed`, for samples sorted by the hue's position.
+        """As `program`, for samples sorted by the hue's position: (n, size * size, 3).
 
         Args:
             images: (n, 3, H, W) uint8.
@@ -203,7 +198,8 @@ class SSLView(Augmentation):
             ends: how many samples have their hue at position 0, at most 1, ..., at most 3; the others no jitter.
             lists: the samples that become grey, blurred, solarized.
         """
-        before, hue, after, _, sigma, _, geometry = self._split(table)
+        before, hue, after, _, sigma, _, boxes, flip = self._split(table)
+        geometry = crop_geometry(boxes, flip.squeeze(1), *images.shape[2:], self.size)
         square = crop_resize(images, geometry, self.size, "bicubic")
         planes = square.flatten(2)
         jittered = ends[3]
@@ -255,19 +251,14 @@ class RandomResizedCropFlip(Augmentation):
     def draw(self, n: int, generator: torch.Generator) -> Params:
         return draw_crops(n, self.crop_scale, self.crop_ratio, self.flip, generator)
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        self._check_images(images, params)
-        height, width = images.shape[2:]
-        boxes = crop_boxes(params, height, width, self.crop_ratio)
-        geometry = to_device(crop_geometry(boxes, params["flip"], height, width, self.size), images.device)
-        output = self._empty(images, self.size, self.size)
-        flat = output.permute(0, 2, 3, 1).flatten(1, 2)
-        for block in self._blocks(images, self.size):
-            planes = crop_resize(images[block], geometry[block], self.size, "bilinear")
-            flat[block] = self._normalize(planes.flatten(2))
-        return output
+    def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
+        """(n, 5) float32: the crop's box (4), flip."""
+        return torch.cat([crop_boxes(params, height, width, self.crop_ratio), params["flip"][:, None]], 1)
+
+    def program(self, images: Tensor, table: Tensor) -> Tensor:
+        geometry = crop_geometry(table[:, :4], table[:, 4], *images.shape[2:], self.size)
+        planes = crop_resize(images, geometry, self.size, "bilinear")
+        return self._normalize(planes.flatten(2)).unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
 
 
 class PadCropFlipRotate(Augmentation):
@@ -277,7 +268,7 @@ class PadCropFlipRotate(Augmentation):
         pad: pixels of padding on each side, >= 0; 0 = off.
         flip: the probability of a horizontal flip.
         degrees: rotations are drawn from U(-degrees, degrees), in [0, 180]; 0 = off.
-        mean, std, dtype: see `Augmentation`.
+        mean, std, dtype, compile, graph: see `Augmentation`.
     """
 
     def __init__(
@@ -289,8 +280,10 @@ class PadCropFlipRotate(Augmentation):
         mean: Sequence[float],
         std: Sequence[float],
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        graph: bool = False,
     ) -> None:
-        super().__init__(mean, std, dtype)
+        super().__init__(mean, std, dtype, compile=compile, graph=graph)
         self._check(pad >= 0, "pad", pad, "a number of pixels >= 0")
         self._check_probability("flip", flip)
         self._check(0 <= degrees <= 180, "degrees", degrees, "in [0, 180]")
@@ -303,16 +296,13 @@ class PadCropFlipRotate(Augmentation):
             "angle": uniform((n,), -self.degrees, self.degrees, generator),  # degrees
         }
 
-    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        self._check_images(images, params)
-        table = torch.cat([params["shift"], params["flip"][:, None], params["angle"][:, None]], 1)
-        table = to_device(table, images.device)
-        output = self._empty(images, *images.shape[2:])
-        flat = output.permute(0, 2, 3, 1).flatten(1, 2)
-        for block in self._blocks(images, 0):
-            x = shifted_rotation(images[block], table[block, :2], table[block, 2], table[block, 3])
-            flat[block] = self._normalize(to_planes(x))
-        return output
+    def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:  # noqa: ARG002
+        """(n, 4) float32: shift (2), flip, angle."""
+        return torch.cat([params["shift"], params["flip"][:, None], params["angle"][:, None]], 1)
+
+    def program(self, images: Tensor, table: Tensor) -> Tensor:
+        x = shifted_rotation(images, table[:, :2], table[:, 2], table[:, 3])
+        return self._normalize(to_planes(x)).unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Normalize(Augmentation):
@@ -321,10 +311,9 @@ class Normalize(Augmentation):
     def draw(self, n: int, generator: torch.Generator) -> Params:  # noqa: ARG002
         return {}
 
-    def __call__(self, images: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        self._check_images(images, params or {})
-        output = self._empty(images, *images.shape[2:])
-        flat = output.permute(0, 2, 3, 1).flatten(1, 2)
-        for block in self._blocks(images, 0):
-            flat[block] = self._normalize(to_planes(images[block]))
-        return output
+    def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:  # noqa: ARG002
+        """Nothing is needed."""
+        return torch.empty(0, 0)
+
+    def program(self, images: Tensor, table: Tensor) -> Tensor:  # noqa: ARG002
+        return self._normalize(to_planes(images)).unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)

@@ -34,7 +34,14 @@ def run(recipe: Recipe) -> int:
 
         classifier = build(recipe, len(dataset.classes))
         pipeline = session.pipeline(
-            dataset, [views.classification_view(recipe, dataset)], (sampling.VIEW1,), with_labels=True
+            dataset,
+            [
+                views.classification_view(
+                    recipe, dataset, compiled=session.compiles_views, graphed=session.graphs
+                )
+            ],
+            (sampling.VIEW1,),
+            with_labels=True,
         )
 
         def test(_step: int) -> dict[str, float]:

@@ -90,13 +90,13 @@ def grad_cache(
     """
     method = _unwrap(model)
     device = next(method.parameters()).device
-    random_state = _random_state(device)
+    drawn = random_state(device)
     z1, z2 = _embed_without_graph(model, views, n_chunks, autocast)
     terms = method.global_loss(z1.requires_grad_(), z2.requires_grad_())
     backward(terms["loss"])
     terms = {name: term.detach() for name, term in terms.items()}  # frees the loss's graph
     gradients = list(zip(_grad(z1).chunk(n_chunks), _grad(z2).chunk(n_chunks), strict=True))
-    _set_random_state(device, random_state)
+    set_random_state(device, drawn)
     for chunk in range(n_chunks):
         with _reduce_gradients(model, last=chunk == n_chunks - 1):
             with autocast():
@@ -157,12 +157,14 @@ def _grad(z: Tensor) -> Tensor:
     return z.grad
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
+    """The state of torch's global generators, on the CPU and on this device."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+def set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    """Back to what `random_state` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -100,6 +100,7 @@ class Pipeline:
             _refuse_uneven(rest, len(source), self.n_chunks, world_size)
             lengths.add(rest)
         self._positions = {length: _positions(length, length // self.n_chunks, rank, world_size) for length in lengths}
+        self._whole = self.n_chunks * world_size == 1  # this process computes all of it, in order
 
     @property
     def steps_per_epoch(self) -> float:
@@ -120,16 +121,18 @@ class Pipeline:
 
     def _indices(self, step: int) -> Tensor:
         indices = sampling.batch_indices(self.seed, step, self.batch_size, len(self.source), self.last_batch)
-        return indices[self._positions[len(indices)]]
+        return indices if self._whole else indices[self._positions[len(indices)]]
 
     def _raw(self, start: int, stop: int) -> Iterator[Batch]:
         images = self.source.batches(self._indices(step) for step in range(start, stop))
         for step, batch in zip(range(start, stop), images, strict=True):
             length = len(self._span(step))
             params = [
-                take(augment.draw(length, sampling.generator(self.seed, stream, step)), self._positions[length])
+                augment.draw(length, sampling.generator(self.seed, stream, step))
                 for augment, stream in zip(self.augmentations, self.streams, strict=True)
             ]
+            if not self._whole:
+                params = [take(drawn, self._positions[length]) for drawn in params]
             labels = None
             if self.with_labels:
                 labels = self.source.labels[self._indices(step)].to(self.device, non_blocking=True)

@@ -25,7 +25,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 # What cannot change a result: two recipes that differ only here are the same experiment. `steps`-like durations and
 # the number of processes do not appear, because the first do change it and the second is not part of a recipe.
 IRRELEVANT = frozenset(
-    {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile"}
+    {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile", "cuda_graphs"}
     | {"data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
     | {"checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final"}
     | {"checkpoint.snapshots"}
@@ -239,7 +239,12 @@ class Recipe:
     seed: Count = key(0, "seed of the weights, the order of the samples and their augmentation")
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the forward pass; losses are always fp32")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to run; auto = the GPU if there is one")
-    compile: bool = key(False, "torch.compile the network; false = off")
+    compile: bool = key(False, "torch.compile the network and, on a GPU, the augmentation; false = off")
+    cuda_graphs: bool | None = key(
+        None,
+        "start a step's augmentation, forward and backward pass as CUDA graphs, checked against a plain step; null = on "
+        "one GPU with the whole batch in fp32 or bf16, else plain steps; true = refuse where that cannot be; false = off",
+    )
     deterministic: bool = key(False, "bitwise equal runs on the same machine and world size; false = faster kernels")
     run_dir: str | None = key(None, "folder of the run's record; null = runs/<what it is>-<identity>")
     resume: Literal["never", "auto"] = key("never", "auto = continue the run in run_dir from its last checkpoint")

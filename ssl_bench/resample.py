@@ -78,9 +78,9 @@ def _axis(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size:
     start, length = start[:, None], length[:, None]
     scale = length / size
     shrink = 1 / scale.clamp(min=1)  # the filter widens where the crop shrinks (antialias)
-    pixel = torch.arange(source) + 0.5 - start  # relative to the crop
+    pixel = torch.arange(source, device=start.device) + 0.5 - start  # relative to the crop
     inputs = (pixel * shrink).masked_fill_((pixel < 0) | (pixel > length), _OUTSIDE)
-    output = torch.arange(size) + 0.5
+    output = torch.arange(size, device=start.device) + 0.5
     if flip is not None:
         output = output + flip[:, None] * (size - 2 * output)
     return [inputs, output * (scale * shrink)]
@@ -90,8 +90,8 @@ def crop_geometry(boxes: Tensor, flip: Tensor, height: int, width: int, size: in
     """Where the pixels of crops and of their resized, perhaps flipped images lie, for `crop_resize`.
 
     Args:
-        boxes: (n, 4) top, left, height, width of each crop, as from `crop_boxes`.
-        flip: (n,) bool.
+        boxes: (n, 4) top, left, height, width of each crop, as from `crop_boxes`, on any device.
+        flip: (n,) float, 1 or 0.
         height, width: of the images, in pixels.
         size: pixels of the output's sides.
 

@@ -3,7 +3,8 @@
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ssl_bench.checkpoint import Checkpoints
 from ssl_bench.console import Progress
 from ssl_bench.data import Dataset
 from ssl_bench.distributed import broadcast_object, synchronize_batch_norm
+from ssl_bench.graphed_gradient import GraphedGradient
 from ssl_bench.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
@@ -66,6 +68,8 @@ class Session(Workplace):
         super().__init__(recipe)
         self.folder = Path(recipe.folder())
         self._refuse_indivisible()
+        if recipe.cuda_graphs and self.graph_obstacle:
+            raise ValueError(f"cuda_graphs: got true, allowed: null or false, because {self.graph_obstacle}")
         self._set_determinism()
         self.interrupt = Interrupt()
 
@@ -153,6 +157,8 @@ class Session(Workplace):
         if self.world_size > 1 and recipe.sync_batch_norm:
             task = synchronize_batch_norm(task)
         optimizer, schedule = self._optimizer(task, plan)
+        if self.graphs:
+            step_gradient = GraphedGradient(step_gradient, task, self._refuse_graph)
         if recipe.compile:
             for part in task.children():
                 part.compile()
@@ -184,12 +190,28 @@ class Session(Workplace):
             # Trackers' tables of hyper-parameters hold numbers and text only.
             plain = {key: v if isinstance(v, int | float | str) else str(v) for key, v in config.items()}
             self.accelerator.init_trackers("ssl_bench", config=plain)
-        with progress:
+        with progress, self._host_threads():
             outcome = trainer.run()
         if outcome.status == "finished":
             trainer.checkpoint()  # a run killed while it is evaluated goes on with the evaluation
         self._share_statistics(task)
         return outcome
+
+    def _refuse_graph(self, reason: str) -> None:
+        if self.recipe.cuda_graphs:
+            raise ValueError(f"cuda_graphs: got true, allowed: null or false, because {reason}")
+        self.say(f"without CUDA graphs: {reason}")
+
+    @contextmanager
+    def _host_threads(self) -> Iterator[None]:
+        """Beside a GPU the host draws small tables, for which other threads take longer to wake than one to compute."""
+        before = torch.get_num_threads()
+        if self.device.type == "cuda":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _share_statistics(self, task: nn.Module) -> None:
         """Gives every process the first one's running statistics; those of unsynchronised batch norms differ."""

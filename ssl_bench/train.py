@@ -144,7 +144,10 @@ class Trainer:
     def _seed_step(self) -> None:
         """Dropout and whatever else draws from torch's global generator is a function of (seed, step, rank) too."""
         rank = self.accelerator.process_index
-        torch.manual_seed(sampling.derive_seed(self.pipeline.seed + (rank << 32), sampling.LAYERS, self.step))
+        seed = sampling.derive_seed(self.pipeline.seed + (rank << 32), sampling.LAYERS, self.step)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed walks over every kind of device, each step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _line(self, multiplier: float) -> Scalars:
         """One line of the metrics: means since the last line. Waits for the device."""

@@ -26,13 +26,15 @@ def _size(dataset: Dataset) -> int:
     return dataset.train.image_shape[-1]
 
 
-def pretraining_views(recipe: Recipe, dataset: Dataset, *, compiled: bool = False) -> list[Augmentation]:
+def pretraining_views(
+    recipe: Recipe, dataset: Dataset, *, compiled: bool = False, graphed: bool = False
+) -> list[Augmentation]:
     """The two views of self-supervised pretraining, each with its own blur and solarisation.
 
     Args:
         recipe: see its ``augment``.
         dataset: whose images they are.
-        compiled: whether each view is one compiled program: fewer kernels on a GPU, slower on the CPU.
+        compiled, graphed: whether each view is one compiled program, one CUDA graph, or both; for GPUs.
     """
     options, size = recipe.augment, _size(dataset)
     factor = size / BLUR_REFERENCE if options.blur == "scaled" else 1.0
@@ -49,20 +51,25 @@ def pretraining_views(recipe: Recipe, dataset: Dataset, *, compiled: bool = Fals
             solarize_p=options.solarize_p[view],
             dtype=COMPUTE_DTYPE[recipe.precision],
             compile=compiled,
+            graph=graphed,
             **_stats(recipe, dataset),
         )
         for view in range(2)
     ]
 
 
-def classification_view(recipe: Recipe, dataset: Dataset) -> Augmentation:
-    """The one view of supervised training: padded crop, flip, rotation."""
+def classification_view(
+    recipe: Recipe, dataset: Dataset, *, compiled: bool = False, graphed: bool = False
+) -> Augmentation:
+    """The one view of supervised training: padded crop, flip, rotation; ``compiled`` and ``graphed`` as above."""
     options = recipe.augment
     return PadCropFlipRotate(
         pad=options.pad,
         flip=options.flip,
         degrees=options.rotation,
         dtype=COMPUTE_DTYPE[recipe.precision],
+        compile=compiled,
+        graph=graphed,
         **_stats(recipe, dataset),
     )
 

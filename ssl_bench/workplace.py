@@ -30,6 +30,23 @@ class Workplace:
         """Whether ``compile`` pays for the augmentation: on a GPU it saves kernels, on the CPU it costs."""
         return self.recipe.compile and self.device.type == "cuda"
 
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why steps cannot be CUDA graphs here; None where they can."""
+        recipe = self.recipe
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
+        if self.world_size > 1:
+            return f"there are {self.world_size} processes"
+        if recipe.chunk_size not in (None, recipe.batch_size):
+            return "chunk_size splits the batch"
+        return "fp16's gradient scaler waits for the device" if recipe.precision == "fp16" else None
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are CUDA graphs."""
+        return self.recipe.cuda_graphs is not False and self.graph_obstacle is None
+
     def say(self, message: str) -> None:
         """A line for the user, once and not per process."""
         if self.main:
