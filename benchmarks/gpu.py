@@ -151,7 +151,7 @@ def ablation(tiny: bool, seconds: float) -> Iterator[list[dict[str, Any]]]:
                 continue
             try:
                 run = make()
-                run(2)
+                run(2 if tiny else 10)  # compiles, records
             except Exception as error:  # an experiment may fail; that is its result
                 rows.append({"track": track, "what": name, "status": f"{type(error).__name__}: {error}"[:300]})
                 continue
@@ -190,41 +190,40 @@ def variants(track: str, sizes: Any, tiny: bool) -> dict[str, Callable[[], Calla
 
     made: dict[str, Callable[[], Callable[[int], None]]] = {
         "bare": lambda: bare(build_trainer(track, sizes, every=0)),
-        "end to end": lambda: end_to_end(build_trainer(track, sizes)),
+        "end to end, plain steps": lambda: end_to_end(build_trainer(track, sizes, graphs=False)),
         "bare, compiled": lambda: compiled(**default),
-        "end to end, compile=true": lambda: end_to_end(build_trainer(track, sizes, compile_options=default)),
+        "end to end, plain steps, compile=true": lambda: end_to_end(
+            build_trainer(track, sizes, compile_options=default, graphs=False)
+        ),
     }
     if torch.cuda.is_available():
-        made |= {
-            "bare, compiled with reduce-overhead": lambda: compiled(mode="reduce-overhead"),
-            "bare, forward and backward as CUDA graphs": lambda: graphed(track, sizes, whole=False),
+        made = {
+            "end to end": lambda: end_to_end(build_trainer(track, sizes)),
+            "end to end, compile=true": lambda: end_to_end(build_trainer(track, sizes, compile_options=default)),
+            **made,
+            "bare, forward and backward as one CUDA graph": lambda: graphed(track, sizes, whole=False),
             "bare, the whole step as one CUDA graph": lambda: graphed(track, sizes, whole=True),
+            "bare, compiled with reduce-overhead": lambda: compiled(mode="reduce-overhead"),
         }
     return made
 
 
 def graphed(track: str, sizes: Any, *, whole: bool) -> Callable[[int], None]:
-    """The bare step captured: what could be had if nothing had to be launched one by one. An experiment, not a mode."""
+    """The bare step replayed: the passes as a run replays them, or all of it, which is an experiment and not a mode."""
     import torch
-    from steps import bare, build_task, build_trainer
+    from steps import bare, build_trainer
 
     trainer = build_trainer(track, sizes, every=0)
     views = tuple(view.clone() for view in next(iter(trainer.pipeline.batches(0, 1))).views(0))
     if not whole:
-        # A task of its own: capture wants a forward that nobody has wrapped.
-        task = build_task(track, sizes).to("cuda", memory_format=torch.channels_last)
-        optimizer = type(trainer.optimizer.optimizer)(task.parameters(), lr=0.1)
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            model = torch.cuda.make_graphed_callables(task, views)
 
         def run(steps: int) -> None:
             for _ in range(steps):
-                with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                    loss = model(*views)["loss"]
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                trainer.gradient(trainer.model, lambda _: views, 1, trainer.accelerator.backward)
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad(set_to_none=True)
 
+        run(10)  # records
         return run
     side: Any = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -232,11 +231,10 @@ def graphed(track: str, sizes: Any, *, whole: bool) -> Callable[[int], None]:
         bare(trainer)(3)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            loss = trainer.model(*views)["loss"]
+    with torch.cuda.graph(graph, stream=side):
+        loss = trainer.model(*views)["loss"]
         loss.backward()
-        trainer.optimizer.optimizer.step()
+        trainer.optimizer.step()
 
     def replay(steps: int, _keep: Any = (loss, trainer)) -> None:
         for _ in range(steps):

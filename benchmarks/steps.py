@@ -96,7 +96,7 @@ def build_trainer(
     every: int = 10,
     plain: bool = False,
     compile_options: dict[str, Any] | None = None,
-    graphs: bool = False,
+    graphs: bool | None = None,
 ) -> Trainer:
     """The suite's loop as a run builds it, without a run's directory.
 
@@ -107,7 +107,7 @@ def build_trainer(
         every: steps between its records; 0 = off.
         plain: see `build_task`.
         compile_options: torch.compile's, for the network's parts (and, on a GPU, the views); None = not compiled.
-        graphs: whether views and gradient are CUDA graphs, as in a run on one GPU.
+        graphs: whether views and gradient are CUDA graphs; None = as a run decides.
     """
     pretraining = track == "pretrain"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
@@ -118,6 +118,8 @@ def build_trainer(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     compiled = compile_options is not None and device.type == "cuda"
+    if graphs is None:
+        graphs = device.type == "cuda"
     options = {**STATS, "dtype": torch.bfloat16, "compile": compiled, "graph": graphs}
     pipeline = Pipeline(
         ResidentSource(*load_images(sizes)).to(device),
@@ -128,7 +130,7 @@ def build_trainer(
     )  # fmt: skip
     whole = full_batch if pipeline.n_chunks == 1 else grad_cache if pretraining else accumulate
     gradient: Callable[..., Any] = partial(whole, autocast=accelerator.autocast)
-    if graphs:
+    if graphs and pipeline.n_chunks == 1:
         gradient = GraphedGradient(gradient, task, _insist)
     if compile_options is not None:
         for part in task.children():
@@ -156,7 +158,7 @@ def end_to_end(trainer: Trainer) -> Steps:
 def bare(trainer: Trainer) -> Steps:
     """Forward, backward and optimizer step on one batch that is augmented and on the device already."""
     views = next(iter(trainer.pipeline.batches(0, 1))).views(0)
-    model, optimizer = trainer.model, trainer.optimizer.optimizer
+    model, optimizer = trainer.model, trainer.optimizer
 
     def run(steps: int) -> None:
         for _ in range(steps):

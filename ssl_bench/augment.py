@@ -146,7 +146,7 @@ class SSLView(Augmentation):
     def program(self, images: Tensor, table: Tensor) -> Tensor:
         self._move_taps(images.device)
         before, hue, after, grey, sigma, solarize, boxes, flip = self._split(table)
-        geometry = crop_geometry(boxes, flip.squeeze(1), *images.shape[2:], self.size)
+        geometry = crop_geometry(boxes, flip.squeeze(1), images.shape[2], images.shape[3], self.size)
         square = crop_resize(images, geometry, self.size, "bicubic")
         planes = square.flatten(2)
         for step in range(3):
@@ -199,7 +199,7 @@ class SSLView(Augmentation):
             lists: the samples that become grey, blurred, solarized.
         """
         before, hue, after, _, sigma, _, boxes, flip = self._split(table)
-        geometry = crop_geometry(boxes, flip.squeeze(1), *images.shape[2:], self.size)
+        geometry = crop_geometry(boxes, flip.squeeze(1), images.shape[2], images.shape[3], self.size)
         square = crop_resize(images, geometry, self.size, "bicubic")
         planes = square.flatten(2)
         jittered = ends[3]
@@ -256,7 +256,7 @@ class RandomResizedCropFlip(Augmentation):
         return torch.cat([crop_boxes(params, height, width, self.crop_ratio), params["flip"][:, None]], 1)
 
     def program(self, images: Tensor, table: Tensor) -> Tensor:
-        geometry = crop_geometry(table[:, :4], table[:, 4], *images.shape[2:], self.size)
+        geometry = crop_geometry(table[:, :4], table[:, 4], images.shape[2], images.shape[3], self.size)
         planes = crop_resize(images, geometry, self.size, "bilinear")
         return self._normalize(planes.flatten(2)).unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
 

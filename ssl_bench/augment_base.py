@@ -112,9 +112,10 @@ class Augmentation(ABC):
         good = images.ndim == 4 and shape[1] == 3 and images.dtype == torch.uint8
         self._check(good, "images", f"{shape} {images.dtype}", "(n, 3, H, W) uint8")
         for name, value in params.items():
-            got = f"{len(value)} on {value.device}"
-            self._check(len(value) == len(images), f"params[{name!r}]", got, f"{len(images)} rows, one per image")
-            self._check(value.device.type == "cpu", f"params[{name!r}]", got, "on the CPU")
+            if value.shape[0] != shape[0] or value.device.type != "cpu":
+                got = f"{len(value)} on {value.device}"
+                self._check(len(value) == len(images), f"params[{name!r}]", got, f"{len(images)} rows, one per image")
+                self._check(value.device.type == "cpu", f"params[{name!r}]", got, "on the CPU")
 
     def _blocks(self, images: Tensor) -> list[slice]:
         """The batch in pieces that the caches of a CPU's cores hold; a GPU takes all at once."""

@@ -35,11 +35,7 @@ def run(recipe: Recipe) -> int:
         classifier = build(recipe, len(dataset.classes))
         pipeline = session.pipeline(
             dataset,
-            [
-                views.classification_view(
-                    recipe, dataset, compiled=session.compiles_views, graphed=session.graphs
-                )
-            ],
+            [views.classification_view(recipe, dataset, compiled=session.compiles_views, graphed=session.graphs_views)],
             (sampling.VIEW1,),
             with_labels=True,
         )

@@ -6,7 +6,8 @@ Python decides is decided at the recording.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,6 +18,10 @@ Replay = Callable[[], object]
 
 # Calls before the recording: libraries choose their algorithms and allocate, compilers compile.
 WARM_UP = 3
+
+# Largest relative distance between plain and replayed work. Both start the same kernels; those that add in an order of
+# their own differ by some 1e-3.
+TOLERANCE = 0.01
 
 
 class Recorder(Protocol):
@@ -36,6 +41,11 @@ class Recorder(Protocol):
         """
         ...
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Surrounds one replay with what fills its inputs and reads its results: after those of earlier turns, whatever
+        streams they were queued on."""
+        ...
+
 
 class GraphRecorder:
     """Records CUDA graphs, each recorder on a stream of its own: cuBLAS keeps one workspace for each stream, and two
@@ -44,6 +54,7 @@ class GraphRecorder:
     def __init__(self) -> None:
         self.waited = False
         self._stream: Any = None
+        self._turned: Any = None  # an event, after the last turn
 
     def run(self, work: Callable[[], T]) -> T:
         """See `Recorder`."""
@@ -73,9 +84,23 @@ class GraphRecorder:
             result = work()
         return result, graph.replay
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See `Recorder`."""
+        current = torch.cuda.current_stream()
+        if self._turned is None:
+            self._turned = torch.cuda.Event()
+        else:
+            current.wait_event(self._turned)
+        yield
+        self._turned.record(current)
+
 
 class Replayed:
     """A function of tensors without side effects, replayed for inputs of the shapes that it is called with first.
+
+    The call after the recording goes both ways; where the two differ, or nothing could be recorded, a warning says so
+    and the function is called plainly from then on.
 
     Args:
         function: maps tensors of one device to a tensor.
@@ -84,27 +109,47 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Tensor], recorder: Recorder | None = None) -> None:
         self._function, self._recorder = function, recorder or GraphRecorder()
-        self._signature: Any = None
+        self._shape: Any = None
         self._calls = 0
         self._inputs: list[Tensor] = []
         self._recorded: tuple[Tensor, Replay] | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the function returns, in memory of its own."""
-        if self._signature is None:
-            self._signature = signature(inputs)
-        if signature(inputs) != self._signature:
+        self._shape = self._shape or signature(inputs)
+        if signature(inputs) != self._shape:
             return self._function(*inputs)
         self._calls += 1
         if self._calls <= WARM_UP:
-            return self._recorder.run(lambda: self._function(*inputs))
+            output = self._recorder.run(lambda: self._function(*inputs))
+            if self._calls == WARM_UP:
+                self._record(inputs)
+            return output
         if self._recorded is None:
-            self._inputs = [x.clone() for x in inputs]
-            self._recorded = self._recorder.record(lambda: self._function(*self._inputs))
+            return self._function(*inputs)
         output, replay = self._recorded
-        copy_all(self._inputs, inputs)
-        replay()
-        return output.clone()
+        with self._recorder.turn():
+            copy_all(self._inputs, inputs)
+            replay()
+            output = output.clone()
+        if self._calls == WARM_UP + 1:
+            plain = self._recorder.run(lambda: self._function(*inputs))
+            if not (far := distance([plain], [output])) <= TOLERANCE:
+                self._give_up(f"its replay differs by {far:.1%}")
+            return plain
+        return output
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        self._inputs = [x.clone() for x in inputs]
+        try:
+            self._recorded = self._recorder.record(lambda: self._function(*self._inputs))
+        except RuntimeError as error:
+            self._give_up(first_line(error))
+
+    def _give_up(self, reason: str) -> None:
+        self._recorded, self._inputs = None, []
+        name = getattr(self._function, "__qualname__", type(self._function).__name__)
+        warnings.warn(f"{name}: without a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def signature(tensors: Sequence[Tensor]) -> Any:
@@ -117,3 +162,21 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+def distance(expected: Sequence[Tensor | None], got: Sequence[Tensor | None]) -> float:
+    """|expected - got| / |expected| over all tensors; infinite where one exists on one side only. Waits."""
+    squares, size = 0.0, 0.0
+    for a, b in zip(expected, got, strict=True):
+        if a is None or b is None:
+            if a is not b:
+                return float("inf")
+            continue
+        squares += float((a.double() - b.double()).square().sum())
+        size += float(a.double().square().sum())
+    return (squares / size) ** 0.5 if size else float(squares > 0)
+
+
+def first_line(error: RuntimeError) -> str:
+    """The first error's first line; leaving a recording that failed raises another."""
+    return str(error.__context__ or error).splitlines()[0]

@@ -5,12 +5,18 @@ from typing import Any
 
 from torch import Tensor, clear_autocast_cache, nn
 
-from ssl_bench.cuda_graph import WARM_UP, GraphRecorder, Recorder, Replay, copy_all, signature
+from ssl_bench.cuda_graph import (
+    TOLERANCE,
+    WARM_UP,
+    GraphRecorder,
+    Recorder,
+    Replay,
+    copy_all,
+    distance,
+    first_line,
+    signature,
+)
 from ssl_bench.gradient import Backward, Views, random_state, set_random_state
-
-# Largest relative distance between a plain and a replayed step. They start the same kernels; those that add in an order
-# of their own differ by some 1e-3.
-TOLERANCE = 0.01
 
 
 class GraphedGradient:
@@ -73,8 +79,8 @@ class GraphedGradient:
         try:
             self._recorded = self._recorder.record(lambda: (work(), self._take_gradients()))
             self._state = "recorded"
-        except RuntimeError as error:  # the first one; leaving the recording raises another
-            self._give_up(f"a step could not be recorded: {str(error.__context__ or error).splitlines()[0]}")
+        except RuntimeError as error:
+            self._give_up(f"a step could not be recorded: {first_line(error)}")
         clear_autocast_cache()
         self._give_gradients(gradients)
 
@@ -96,9 +102,17 @@ class GraphedGradient:
         random_after = random_state(device)
         set_random_state(device, random)
         again = self._replay(inputs)
-        expected = {"loss": [terms["loss"]], "gradient": gradients, "batch norm": after}
-        got = {"loss": [again["loss"]], "gradient": self._take_gradients(), "batch norm": self._buffers}
-        far = {name: _distance(expected[name], got[name]) for name in expected}
+        expected: dict[str, list[Tensor | None]] = {
+            "loss": [terms["loss"]],
+            "gradient": gradients,
+            "batch norm": [*after],
+        }
+        got: dict[str, list[Tensor | None]] = {
+            "loss": [again["loss"]],
+            "gradient": self._take_gradients(),
+            "batch norm": [*self._buffers],
+        }
+        far = {name: distance(expected[name], got[name]) for name in expected}
         copy_all(self._buffers, after)
         set_random_state(device, random_after)
         self._give_gradients(gradients)
@@ -121,16 +135,3 @@ class GraphedGradient:
     def _give_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-
-
-def _distance(expected: Sequence[Tensor | None], got: Sequence[Tensor | None]) -> float:
-    """|expected - got| / |expected| over all tensors; infinite where one exists on one side only."""
-    squares, size = 0.0, 0.0
-    for a, b in zip(expected, got, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                return float("inf")
-            continue
-        squares += float((a.double() - b.double()).square().sum())
-        size += float(a.double().square().sum())
-    return (squares / size) ** 0.5 if size else float(squares > 0)

@@ -40,7 +40,7 @@ def run(recipe: Recipe) -> int:
         plan = session.plan(len(dataset.train))
         pipeline = session.pipeline(
             dataset,
-            views.pretraining_views(recipe, dataset, compiled=session.compiles_views, graphed=session.graphs),
+            views.pretraining_views(recipe, dataset, compiled=session.compiles_views, graphed=session.graphs_views),
             (sampling.VIEW1, sampling.VIEW2),
         )
         online = Hook(plan.every(recipe.eval.online_every_epochs), online_monitor(session, dataset, backbone))

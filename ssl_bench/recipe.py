@@ -242,8 +242,8 @@ class Recipe:
     compile: bool = key(False, "torch.compile the network and, on a GPU, the augmentation; false = off")
     cuda_graphs: bool | None = key(
         None,
-        "start a step's augmentation, forward and backward pass as CUDA graphs, checked against a plain step; null = on "
-        "one GPU with the whole batch in fp32 or bf16, else plain steps; true = refuse where that cannot be; false = off",
+        "start a step's augmentation, and its forward and backward pass, as CUDA graphs, checked against plain steps; "
+        "null = where that can be (the passes: one GPU, the whole batch, not fp16); true = nothing else; false = off",
     )
     deterministic: bool = key(False, "bitwise equal runs on the same machine and world size; false = faster kernels")
     run_dir: str | None = key(None, "folder of the run's record; null = runs/<what it is>-<identity>")

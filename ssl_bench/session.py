@@ -157,7 +157,7 @@ class Session(Workplace):
         if self.world_size > 1 and recipe.sync_batch_norm:
             task = synchronize_batch_norm(task)
         optimizer, schedule = self._optimizer(task, plan)
-        if self.graphs:
+        if self.graphs_steps:
             step_gradient = GraphedGradient(step_gradient, task, self._refuse_graph)
         if recipe.compile:
             for part in task.children():
@@ -275,6 +275,7 @@ class Session(Workplace):
                     "optimizer": plan.optimizer,
                     "schedule": plan.schedule,
                 },
+                "cuda_graphs": self.graphs_steps,
                 "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
             },
             step=step,

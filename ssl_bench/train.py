@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from ssl_bench import sampling
@@ -82,6 +83,8 @@ class Trainer:
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.device: torch.device = self.accelerator.device
+        if self.accelerator.scaler is None and isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer = self.optimizer.optimizer  # the wrapper would only look for packages, at every step
         self.guard = FiniteGuard([name for name, _ in named], self.device, gradients=self.accelerator.scaler is None)
         self.meter = Meter()
         self.step = 0  # batches consumed

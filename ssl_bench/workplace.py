@@ -43,8 +43,13 @@ class Workplace:
         return "fp16's gradient scaler waits for the device" if recipe.precision == "fp16" else None
 
     @property
-    def graphs(self) -> bool:
-        """Whether steps are CUDA graphs."""
+    def graphs_views(self) -> bool:
+        """Whether augmentations are CUDA graphs: each process's own affair, whatever the steps are."""
+        return self.recipe.cuda_graphs is not False and self.device.type == "cuda"
+
+    @property
+    def graphs_steps(self) -> bool:
+        """Whether forward and backward passes are CUDA graphs."""
         return self.recipe.cuda_graphs is not False and self.graph_obstacle is None
 
     def say(self, message: str) -> None:

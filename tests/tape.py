@@ -5,6 +5,7 @@ inputs and results stay where they were. What a graph cannot record, it refuses 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,9 @@ class TapeRecorder:
 
     def run(self, work: Callable[[], T]) -> T:
         return work()
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         tape = Tape()

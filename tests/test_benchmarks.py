@@ -172,7 +172,7 @@ def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, ca
     assert len(results["throughput"]["rows"]) == 6
     assert {row["status"] for row in results["ablation"]} == {"measured"}
     assert [row["what"] for row in results["ablation"]] == 2 * [
-        "bare", "end to end", "bare, compiled", "end to end, compile=true",
+        "bare", "end to end, plain steps", "bare, compiled", "end to end, plain steps, compile=true",
     ]  # fmt: skip
     # 8 pairs of 32 x 32 images through ResNet-18's 37 MMAC, forward and twice that backward (less the first layer's).
     assert results["ablation"][0]["gflop_per_step"] == pytest.approx(3 * 2 * 16 * 0.0366, rel=0.05)

@@ -157,6 +157,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(here, capsys, monkey
         (["tracker=aim"], "tracker: got 'aim', which is not installed (pip install aim)"),
         (["precision=fp16"], "precision: got fp16, which needs a GPU"),
         (["device=cuda"], "device: got cuda, but torch sees no GPU"),
+        (["cuda_graphs=true"], "cuda_graphs: got true, allowed: null or false, because the device is cpu"),
         (["optimizer.lr=-1"], "lr"),
         (["schedule=warmup_cosine", "schedule.warmup_steps=9"], "warmup"),
     ],

@@ -1,4 +1,4 @@
-"""A replayed step is the plain step: on the CPU by a tape that stands in for the graph, on a GPU by the graph itself."""
+"""A replayed step is the plain step: on the CPU with a tape in the graph's place, on a GPU with the graph itself."""
 
 import math
 from collections.abc import Callable
@@ -114,8 +114,10 @@ def test_what_cannot_be_recorded_is_trained_plainly(how: str) -> None:
 
     plain = train("barlow_twins", lambda _task: full_batch)
     replayed = train("barlow_twins", lambda task: GraphedGradient(reads, task, reasons.append, recorder))
-    why = "step waits for the device, so it cannot be recorded"
-    assert reasons == [f"a {why}" if recorder.waited else "a step could not be recorded: operation not permitted while taping"]
+    if recorder.waited:
+        assert reasons == ["a step waits for the device, so it cannot be recorded"]
+    else:
+        assert reasons == ["a step could not be recorded: operation not permitted while taping"]
     assert recorder.replays == 0
     assert plain["losses"] == replayed["losses"]
     assert all(torch.equal(replayed["state"][key], value) for key, value in plain["state"].items())
@@ -160,6 +162,22 @@ def test_replayed_views_are_the_plain_ones(view: Augmentation) -> None:
         assert torch.equal(replayed, plain)
         assert replayed.stride() == plain.stride()
     assert recorder.replays == 3
+
+
+@pytest.mark.parametrize(("what", "reason"), [("drawn", "its replay differs by"), ("read", "operation not permitted")])
+def test_a_function_that_cannot_be_replayed_is_called_plainly(what: str, reason: str) -> None:
+    recorder, factors = TapeRecorder(), iter(range(1, 100))
+
+    def function(x: Tensor) -> Tensor:
+        return x * (next(factors) if what == "drawn" else float(x.sum()))
+
+    replayed = Replayed(function, recorder)
+    with pytest.warns(RuntimeWarning, match=f"function: without a CUDA graph: {reason}"):
+        results = [replayed(torch.full((3,), 2.0)) for _ in range(WARM_UP + 4)]
+    # The recording itself has used up one factor.
+    expected = [2, 4, 6, 10, 12, 14, 16] if what == "drawn" else [12] * 7
+    assert [result.tolist() for result in results] == [[value] * 3 for value in expected]
+    assert recorder.replays == (what == "drawn")
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

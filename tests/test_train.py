@@ -1,13 +1,17 @@
 """The loop itself: its clocks, its rhythm, and what a gradient scaler does to them."""
 
+from functools import partial
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from tape import TapeRecorder
 from torch import nn
 
 from ssl_bench.augment import Normalize
 from ssl_bench.gradient import full_batch
+from ssl_bench.graphed_gradient import GraphedGradient
 from ssl_bench.optim import TVLARS, Telemetry, build_groups
 from ssl_bench.pipeline import Pipeline
 from ssl_bench.sources import ResidentSource
@@ -79,6 +83,36 @@ def test_every_interval_has_a_line_and_the_end_too():
     assert [row["step"] for row in record.rows] == [4, 8, 10]
     assert [row["samples"] for row in record.rows] == [64, 128, 160]
     assert record.rows[0]["epochs"] == 1.0
+
+
+def seen(weight, _step):
+    return {"seen": float(weight.sum())}
+
+
+def test_replayed_steps_train_as_plain_ones_do_whatever_the_rhythm():
+    """The loop around a replay: schedule, telemetry, guard, hooks and checkpoints in between."""
+    runs = []
+    for graphed in (False, True):
+        loop, record, _ = trainer(
+            total=14, checkpoint=5, batch_size=24, last_batch="short", schedule=lambda k: 1 / (1 + k)
+        )
+        loop.hooks = [Hook(3, partial(seen, loop.module.linear.weight.detach()))]
+        recorder = TapeRecorder()
+        if graphed:
+            loop.gradient = GraphedGradient(full_batch, loop.module, pytest.fail, recorder)
+        loop.run()
+        assert recorder.replays == (7 if graphed else 0)  # of 10 whole batches 3 to warm up; short ones run plainly
+        runs.append((loop, record))
+    (plain, rows), (replayed, again) = runs
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in r.rows] for r in (rows, again)]
+    assert timeless[0] == timeless[1]
+    assert torch.equal(plain.module.linear.weight, replayed.module.linear.weight)
+    for ours, theirs in zip(again.columns, rows.columns, strict=True):
+        assert ours["layer"] == theirs["layer"]
+        torch.testing.assert_close(ours["ratio"], theirs["ratio"], rtol=0, atol=0, equal_nan=True)
+    assert len(rows.saved) == len(again.saved) == 2
+    for (_, state), (_, other) in zip(rows.saved, again.saved, strict=True):
+        assert torch.equal(state["model"]["linear.weight"], other["model"]["linear.weight"])
 
 
 def test_samples_are_counted_as_they_are_where_epochs_end_with_a_short_batch():
