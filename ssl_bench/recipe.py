@@ -71,7 +71,7 @@ class DataOptions:
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "share of each class of the train set to hold out and measure on instead of the test set; 0 = none"
     )
-    resident: Literal["auto", "true", "false"] = key(
+    resident: Literal["auto"] | bool = key(
         "auto",
         "keep all images as uint8 on the device (true), stream them through workers (false), or by memory (auto)",
     )

@@ -64,7 +64,7 @@ class Workplace:
             options.name,
             path=options.path,
             size=options.size,
-            resident=options.resident if options.resident == "auto" else options.resident == "true",
+            resident=options.resident,
             workers=options.workers,
             cache_dir=options.cache_dir,
         )
