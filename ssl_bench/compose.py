@@ -139,7 +139,8 @@ def unknown_key(name: str) -> str:
     """The one line for a key that does not exist."""
     known = [*known_keys(), *GROUPS]
     scope = name.rpartition(".")[0]
-    siblings = [one for one in known if one.rpartition(".")[0] == scope] or known
+    siblings = [one for one in known if one.rpartition(".")[0] == scope]
+    siblings = siblings or sorted({one.partition(".")[0] for one in known})  # a scope that is none itself
     return f"unknown key {name!r}{plugins.nearest(name, known)} (known here: {', '.join(siblings)})"
 
 

@@ -1,11 +1,10 @@
 """One run's surroundings: processes, device, precision, the run directory, and the way from a recipe to its trainer."""
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssl_bench import gradient, plugins, sampling
+from ssl_bench import gradient
 from ssl_bench.augment import Augmentation
 from ssl_bench.backbone import save_backbone
 from ssl_bench.checkpoint import Checkpoints
@@ -24,16 +23,15 @@ from ssl_bench.data import Dataset
 from ssl_bench.distributed import broadcast_object, synchronize_batch_norm
 from ssl_bench.graphed_gradient import GraphedGradient
 from ssl_bench.interrupt import REQUEUE_EXIT_CODE, Interrupt
-from ssl_bench.optim.groups import build_groups
-from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.pipeline import Pipeline
+from ssl_bench.plan import Plan, build_optimizer, make_plan, make_rhythm
 from ssl_bench.provenance import collect_provenance
 from ssl_bench.recipe import IRRELEVANT, Recipe, flatten
 from ssl_bench.record import Run
 from ssl_bench.snapshots import Snapshots
 from ssl_bench.storage import remove_atomically
-from ssl_bench.train import Hook, Outcome, Rhythm, Trainer
+from ssl_bench.train import Hook, Outcome, Trainer
 from ssl_bench.workplace import Workplace
 
 # Several processes agree on a signal by a collective call, which waits for the device; one step in so many.
@@ -41,20 +39,6 @@ AGREE_EVERY = 10
 
 # An accuracy this many standard errors of a guesser's above chance, or less, is no sign of learning.
 CHANCE_MARGIN = 3.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every duration of a run in steps, computed once."""
-
-    steps_per_epoch: float
-    total: int
-    optimizer: dict[str, Any]
-    schedule: dict[str, Any]
-
-    def every(self, epochs: float) -> int:
-        """A period given in epochs, in steps; 0 stays 0 = never."""
-        return max(1, round(epochs * self.steps_per_epoch)) if epochs else 0
 
 
 class Session(Workplace):
@@ -107,17 +91,7 @@ class Session(Workplace):
 
     def plan(self, train_size: int) -> Plan:
         """All durations in steps, from the number of train images."""
-        recipe = self.recipe
-        per_epoch = sampling.steps_per_epoch(recipe.batch_size, train_size, recipe.last_batch)
-        total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
-        return Plan(
-            per_epoch,
-            total,
-            *(
-                plugins.in_steps(plugins.resolve(kind, node.target), node.options, per_epoch, total)
-                for kind, node in (("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
-            ),
-        )
+        return make_plan(self.recipe, train_size)
 
     def pipeline(
         self,
@@ -156,7 +130,7 @@ class Session(Workplace):
         task = task.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.world_size > 1 and recipe.sync_batch_norm:
             task = synchronize_batch_norm(task)
-        optimizer, schedule = self._optimizer(task, plan)
+        optimizer, schedule = build_optimizer(self.recipe, task, plan)
         if self.graphs_steps:
             step_gradient = GraphedGradient(step_gradient, task, self._refuse_graph)
         if recipe.compile:
@@ -173,7 +147,7 @@ class Session(Workplace):
             schedule=schedule,
             gradient=step_gradient,
             pipeline=pipeline,
-            rhythm=self._rhythm(plan),
+            rhythm=make_rhythm(recipe, plan, several=self.world_size > 1),
             accelerator=self.accelerator,
             record=self,
             telemetry=Telemetry(optimizer, every=recipe.telemetry.every),
@@ -223,38 +197,6 @@ class Session(Workplace):
         """A hook's measurement, of one model: each process measures its share of the images."""
         self._share_statistics(task)
         return measure(step)
-
-    def _optimizer(self, task: nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
-        recipe = self.recipe
-        options = dict(plan.optimizer)
-        scale = batch_scale(recipe.scaling.rule, recipe.batch_size, recipe.scaling.base_batch)
-        options["lr"] = options["lr"] * scale
-        groups = recipe.param_groups
-        lr_1d = None if groups.lr_1d is None else groups.lr_1d * scale
-        built = build_groups(
-            task,
-            lr=options["lr"],
-            weight_decay=options.get("weight_decay", 0.0),
-            decay_1d=groups.decay_1d,
-            adapt_1d=groups.adapt_1d,
-            lr_1d=lr_1d,
-            exclude=tuple(groups.exclude),
-        )
-        optimizer = plugins.resolve("optimizer", recipe.optimizer.target)(built, **options)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        make = plugins.resolve("schedule", recipe.schedule.target)
-        length = {"total_steps": plan.total} if "total_steps" in inspect.signature(make).parameters else {}
-        return optimizer, make(**length, **plan.schedule)
-
-    def _rhythm(self, plan: Plan) -> Rhythm:
-        recipe, checkpoint = self.recipe, self.recipe.checkpoint
-        every = (
-            checkpoint.every_steps if checkpoint.every_steps is not None else plan.every(checkpoint.every_epochs or 0)
-        )
-        check_equal = plan.every(recipe.check_every_epochs) if self.world_size > 1 else 0
-        snapshots = frozenset(round(share * plan.total) for share in checkpoint.snapshots)
-        return Rhythm(plan.total, recipe.log_every, every, check_equal, snapshots)
 
     def _write_provenance(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
         recipe = self.recipe

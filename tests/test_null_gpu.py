@@ -24,7 +24,10 @@ def gpu(tmp_path_factory):
     sys.path.pop(0)
     if reason := build.obstacle():
         pytest.skip(f"no null GPU here: {reason}")
-    environment = build.build(tmp_path_factory.mktemp("null_gpu"))
+    try:
+        environment = build.build(tmp_path_factory.mktemp("null_gpu"))
+    except subprocess.CalledProcessError as error:  # headers of a release that the stand-in does not know
+        pytest.skip(f"no null GPU here: {error.stderr.decode().splitlines()[:1]}")
     seen = run(environment, "-c", "import torch; print(torch.cuda.get_device_name())")
     if seen.stdout.strip() != "null GPU":
         pytest.skip(f"this torch does not take the null GPU: {seen.stderr.strip().splitlines()[-1:]}")
