@@ -4,7 +4,6 @@ Every function also works in a single process without a process group, where it 
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -150,32 +149,20 @@ def assert_equal_parameters(module: nn.Module) -> None:
         raise RuntimeError(f"parameter {names[first]} differs between processes: ranks {ranks} from rank 0")
 
 
-def synchronize_batch_norm(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+def synchronize_batch_norm(module: nn.Module) -> nn.Module:
     """Replaces every batch norm by one over the batch of all processes; nothing changes in a single process.
 
     Args:
         module: the model, not yet wrapped in DistributedDataParallel. Its children are replaced in place; parameters,
             buffers and the state dict's keys stay the same.
-        device: where the model will run; None for where its first parameter is. The CPU gets ``SyncBatchNorm`` of
-            ``ssl_bench.sync_batchnorm``, other devices get torch's.
 
     Returns:
         the module; another one only if ``module`` itself is a batch norm.
     """
     if world_size() == 1:
         return module
-    if device is None:
-        device = next((tensor.device for tensor in chain(module.parameters(), module.buffers())), "cpu")
-    if torch.device(device).type != "cpu":
-        from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
-
-        return convert_sync_batchnorm(module)
-    return _synchronize_on_cpu(module)
-
-
-def _synchronize_on_cpu(module: nn.Module) -> nn.Module:
     if isinstance(module, _BatchNorm):
         return SyncBatchNorm.of(module)
     for name, child in module.named_children():
-        setattr(module, name, _synchronize_on_cpu(child))
+        setattr(module, name, synchronize_batch_norm(child))
     return module

@@ -1,4 +1,9 @@
-"""Batch norm over the batch of all processes: torch's own on GPUs, an equal one for the CPU, which torch's refuses."""
+"""Batch norm over the batch of all processes.
+
+On a GPU by the kernels of torch's own `nn.SyncBatchNorm`, which besides waits for the device in every layer, to leave
+out processes without samples; here every process has some, and the host runs ahead. On the CPU, which torch's refuses,
+by plain operations.
+"""
 
 from typing import Any
 
@@ -62,13 +67,69 @@ class _Normalize(torch.autograd.Function):
         )
 
 
+class _NormalizeByKernels(torch.autograd.Function):
+    """The same on CUDA; also updates the running statistics, unless they are None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x = _dense(x)
+        mean, inv_std = torch.batch_norm_stats(x, eps)
+        count = mean.new_full((1,), x.numel() // x.shape[1])  # filled on the device: no copy, no wait
+        own = torch.cat([mean, inv_std, count])
+        everyone = own.new_empty(dist.get_world_size(), len(own))
+        dist.all_gather(list(everyone.unbind()), own)
+        means, inv_stds, counts = everyone.tensor_split([len(mean), 2 * len(mean)], dim=1)
+        counts = counts.reshape(-1)
+        mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inv_stds, running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, inv_std, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inv_std, counts = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        grad = _dense(grad)
+        total, product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, inv_std, weight, *wanted
+        )
+        grad_x = None
+        if wanted[0]:
+            sums = torch.cat([total, product])
+            dist.all_reduce(sums)
+            total, product = sums.chunk(2)
+            grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inv_std, weight, total, product, counts)
+        affine = weight is not None
+        # This process's share, as above.
+        return grad_x, grad_weight if affine and wanted[1] else None, grad_bias if wanted[2] else None, *[None] * 4
+
+
+def _dense(x: Tensor) -> Tensor:
+    """In a layout that the kernels take."""
+    channels_last = (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
+        x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    )
+    return x if channels_last else x.contiguous()
+
+
 def _channels(values: Tensor, x: Tensor) -> Tensor:
     """(C,) shaped to broadcast over x, (n, C, ...)."""
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of all processes' samples together; for the CPU.
+    """Batch norm whose training statistics are those of all processes' samples together, of which each has some.
 
     The same parameters, buffers and state dict as ``nn.BatchNorm1d/2d/3d``. Statistics are taken in float32 at least,
     the running variance is unbiased, and evaluation mode is torch's. Processes may hold different numbers of samples.
@@ -85,20 +146,37 @@ class SyncBatchNorm(_BatchNorm):
             out = super().forward(x)
         else:
             self._check_input_dim(x)
-            out, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
-            if self.track_running_stats:
-                self._record(mean, var, count)
+            out = self._by_kernels(x) if x.is_cuda else self._by_operations(x)
         for after in self.children():
             out = after(out)
         return out
+
+    def _by_kernels(self, x: Tensor) -> Tensor:
+        tracked = self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        momentum = self._count_batch() if tracked else 0.0
+        result: Tensor = _NormalizeByKernels.apply(x, self.weight, self.bias, mean, var, momentum, self.eps)
+        return result
+
+    def _by_operations(self, x: Tensor) -> Tensor:
+        out, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            self._record(mean, var, count)
+        result: Tensor = out
+        return result
+
+    @torch.no_grad()
+    def _count_batch(self) -> float:
+        """Counts one batch, and returns its weight in the running statistics."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     @torch.no_grad()
     def _record(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = self._count_batch()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), momentum)
 

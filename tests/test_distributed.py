@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import batch_norm_kernels
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
@@ -52,8 +53,11 @@ NORMS = {
 }
 
 
-def normalise(case: str, rows: slice) -> dict[str, Any]:
-    """Two training passes and an evaluation pass of one layer over some rows of the batch, and the gradients."""
+def normalise(case: str, rows: slice, *, by_kernels: bool = False) -> dict[str, Any]:
+    """Two training passes and an evaluation pass of one layer over some rows of the batch, and the gradients.
+
+    ``by_kernels``: the way of a GPU, with formulas in the kernels' place.
+    """
     build, shape = NORMS[case]
     layer = build().double()
     if layer.affine:
@@ -61,6 +65,8 @@ def normalise(case: str, rows: slice) -> dict[str, Any]:
             layer.weight.copy_(torch.linspace(0.5, 2, 6))
             layer.bias.copy_(torch.linspace(-1, 1, 6)).requires_grad_(case != "frozen bias")
     layer = synchronize_batch_norm(layer)
+    if by_kernels:
+        layer._by_operations = layer._by_kernels
     results: dict[str, Any] = {}
     for step in range(2):
         x = batch(shape, step)[rows]
@@ -132,6 +138,8 @@ def worker() -> dict[str, Any]:
     results = {case: normalise(case, rows) for case in NORMS}
     results["half"] = half_precision(rows)
     if world_size() > 1:
+        with batch_norm_kernels.on_the_cpu():
+            results |= {f"{case} by kernels": normalise(case, rows, by_kernels=True) for case in NORMS}
         results |= {"gathering": gathering(), "checking": checking(), "place": [rank(), world_size()]}
     return results
 
@@ -146,10 +154,12 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return torchrun(worker, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.parametrize("way", ["", " by kernels"])
 @pytest.mark.parametrize("case", NORMS)
-def test_batch_norm_is_that_of_the_whole_batch(single, several, case):
+def test_batch_norm_is_that_of_the_whole_batch(single, several, case, way):
+    assert several[0][case + way].keys() == single[case].keys()
     for key, expected in single[case].items():
-        parts = [result[case][key] for result in several]
+        parts = [result[case + way][key] for result in several]
         if key.startswith("buffer"):  # the same on every process
             for part in parts:
                 torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-12, msg=key)
@@ -171,7 +181,8 @@ def test_batch_norm_keeps_half_precision_and_takes_statistics_in_float32(single,
 
 def test_the_converted_layer_shares_parameters_buffers_and_names(monkeypatch):
     monkeypatch.setattr("ssl_bench.distributed.world_size", lambda: 2)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4, affine=False)))
+    inner = nn.Sequential(nn.BatchNorm2d(4, affine=False))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), inner, BatchNormAct2d(4))
     model[2].eval()
     before, weight = {k: v.data_ptr() for k, v in model.state_dict().items()}, model[1].weight
     model = synchronize_batch_norm(model)
@@ -179,9 +190,7 @@ def test_the_converted_layer_shares_parameters_buffers_and_names(monkeypatch):
     assert model[1].weight is weight
     assert type(model[1]) is type(model[2][0]) is SyncBatchNorm
     assert [model[1].training, model[2][0].training] == [True, False]
-    on_gpu = synchronize_batch_norm(nn.Sequential(nn.BatchNorm2d(4), BatchNormAct2d(4)), "cuda")
-    assert all(isinstance(layer, nn.SyncBatchNorm) for layer in on_gpu)
-    assert isinstance(on_gpu[1].act, nn.ReLU)
+    assert isinstance(model[3].act, nn.ReLU)
 
 
 def test_nothing_changes_in_a_single_process():
@@ -231,26 +240,32 @@ def test_a_parameter_that_differs_by_one_bit_is_named_on_every_process(several):
 
 
 def against_torchs() -> dict[str, Any]:
-    """The same two training passes by ours on the CPU and by torch's on the GPU, which these processes share."""
+    """The same two training passes by ours on both devices and by torch's on the GPU, which these processes share."""
     rows = slice(sum(ROWS[: rank()]), sum(ROWS[: rank() + 1]))
-    sides = {"cpu": SyncBatchNorm.of(nn.BatchNorm2d(6)).double(), "cuda": nn.SyncBatchNorm(6).double().cuda()}
+    sides = {
+        "ours on the CPU": SyncBatchNorm.of(nn.BatchNorm2d(6)).double(),
+        "ours": SyncBatchNorm.of(nn.BatchNorm2d(6)).double().cuda(),
+        "torch's": nn.SyncBatchNorm(6).double().cuda(),
+    }
     results: dict[str, Any] = {}
-    for device, layer in sides.items():
+    for side, layer in sides.items():
+        device = layer.weight.device
         with torch.no_grad():
             layer.weight.copy_(torch.linspace(0.5, 2, 6))
             layer.bias.copy_(torch.linspace(-1, 1, 6))
         for step in range(2):
-            x = batch((4, 3), step)[rows].to(device).requires_grad_()
+            x = batch((4, 3), step)[rows].to(device, memory_format=torch.channels_last).requires_grad_()
             out = layer(x)
             out.backward(batch((4, 3), 9)[rows].sin().to(device))
         found = {"out": out.detach(), "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
         found |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
-        results[device] = {name: value.cpu() for name, value in found.items()}
+        results[side] = {name: value.cpu() for name, value in found.items()}
     return results
 
 
 @pytest.mark.gpu
 def test_ours_equals_torchs_synchronised_batch_norm_on_the_gpu(tmp_path):
     for result in torchrun(against_torchs, WORLD, tmp_path, gpu=True):
-        for name, expected in result["cuda"].items():
-            torch.testing.assert_close(result["cpu"][name], expected, rtol=1e-9, atol=1e-9, msg=name)
+        for name, expected in result.pop("torch's").items():
+            for ours in result.values():
+                torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-9, msg=name)

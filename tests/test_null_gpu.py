@@ -85,3 +85,33 @@ def test_what_cannot_be_a_graph_is_refused_in_one_line(gpu, tmp_path):
         ended = run(gpu, ROOT / "ssl_bench/pretrain.py", *TINY, "cuda_graphs=true", *words, cwd=tmp_path)
         assert ended.returncode == 2
         assert ended.stderr.strip() == f"error: cuda_graphs: got true, allowed: null or false, {why}"
+
+
+SYNCHRONISED = """
+import ctypes, torch, torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ssl_bench.distributed import synchronize_batch_norm
+
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())  # collectives do nothing either
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4), nn.BatchNorm1d(4))
+model = synchronize_batch_norm(model).cuda().to(memory_format=torch.channels_last)
+x = torch.zeros(5, 3, 8, 8, device="cuda")
+counts = (ctypes.c_long * 6)()
+for step in range(3):
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(x).sum()
+    loss.backward()
+    ctypes.CDLL(None).null_gpu_counts(counts)
+    print(counts[0], counts[1], [tuple(p.grad.shape) for p in model[1].parameters()])
+"""
+
+
+def test_synchronised_batch_norm_never_waits(gpu):
+    ended = run(gpu, "-W", "ignore", "-c", SYNCHRONISED)
+    assert ended.returncode == 0, ended.stderr
+    first, *_, last = [line.split(" ", 2) for line in ended.stdout.splitlines()]
+    assert int(last[0]) > int(first[0]) > 0
+    assert last[1] == first[1]  # torch's own waits in every layer
+    assert last[2] == "[(8,), (8,)]"

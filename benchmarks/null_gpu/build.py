@@ -91,7 +91,7 @@ def _torch() -> Path:
 
 
 def _headers() -> list[Path]:
-    """Where the packages keep the headers; Triton's, of another release, have what the runtime's own ask for besides."""
+    """Where the packages keep the headers; Triton's, of another release, are there for what the others include."""
     packages = Path(sysconfig.get_path("purelib"))
     runtime = sorted(packages.glob("nvidia/cu1*/include")) or [packages / "nvidia/cuda_runtime/include"]
     return [runtime[-1], packages / "nvidia/cudnn/include", packages / "triton/backends/nvidia/include"]
