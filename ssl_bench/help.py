@@ -74,7 +74,8 @@ def _text(owner: type, field: dataclasses.Field[Any]) -> str:
     text = re.sub(r"^(pretraining|classification): ", "", field.metadata.get("help", ""))
     hint = get_type_hints(owner)[field.name]
     words = re.search(r"Literal\[(.*?)\]", str(hint))
-    return f"{text} ({words[1]})" if words else text
+    also = ", true, false" if words and "bool" in str(hint) else ""
+    return f"{text} ({words[1]}{also})" if words else text
 
 
 def _plugin_rows(kind: str, plugin: Plugin) -> list[tuple[str, Any, str]]:
