@@ -211,7 +211,7 @@ function chartGroups(groups) {
 /** A run's curve on a clock: steps are stored, the other clocks follow from them. */
 function onClock(run, curve, clock) {
   if (clock === "seconds") return curve.seconds;
-  const factor = clock === "samples" ? run.batch_size : clock === "epochs" ? 1 / run.steps_per_epoch : 1;
+  const factor = clock === "samples" ? run.images_per_step : clock === "epochs" ? 1 / run.steps_per_epoch : 1;
   return curve.step.map((step) => step * factor);
 }
 

@@ -168,13 +168,19 @@ def _run(result: Result, cell: Cell, curves: Curves) -> dict[str, Any]:
     metrics = [name for name in curves.metrics if name not in _UNSHOWN]
     return {
         "seed": result.seed,
-        "batch_size": cell.batch_size,
+        "images_per_step": _images_per_step(curves, cell.batch_size),
         "steps_per_epoch": plan.get("steps_per_epoch") or 1,
         "provenance": {**provenance, "param_groups": groups, "results": result.record.results},
         "metrics": {name: _metric(curves, name) for name in sorted(metrics, key=_rank)},
         "layers": {q.column: _layers(curves, q.column) for q in QUANTITIES if curves.has(q.column)},
         "analysis": tables_of(result),
     }
+
+
+def _images_per_step(curves: Curves, batch_size: int) -> float:
+    """On average: fewer than the batch size where epochs end with a short batch."""
+    steps, seen = curves.metric("samples")
+    return float(seen[-1] / steps[-1]) if len(steps) else float(batch_size)
 
 
 def _rank(name: str) -> tuple[int, str]:

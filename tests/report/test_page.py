@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic_runs import analysis_of, write_run
 
@@ -15,7 +16,8 @@ from ssl_bench.reading import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.build import Loader, all_tables
 from ssl_bench.report.claims import check_claims
-from ssl_bench.report.page import write_page
+from ssl_bench.report.curves import Curves
+from ssl_bench.report.page import _images_per_step, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
@@ -78,6 +80,7 @@ def test_the_page_holds_what_the_tables_say(page: Path, collection: Collection) 
     lars = next(cell for cell in data["cells"].values() if cell["title"].startswith("LARS: classification"))
     run = lars["runs"][0]
     assert run["metrics"]["test_top1"]["step"] == [10, 20, 30]
+    assert run["images_per_step"] == 512
     assert run["layers"]["weight_norm"]["low"][0] == 8
     assert run["layers"]["weight_norm"]["high"][0] == 16
     assert run["provenance"]["code"]["commit"] == "0123abc"
@@ -86,6 +89,14 @@ def test_the_page_holds_what_the_tables_say(page: Path, collection: Collection) 
     lost = next(cell for cell in data["cells"].values() if cell["title"].startswith("LAMB") and "lr 3" in cell["title"])
     assert lost["runs_table"]["rows"][0][1] == "diverged at step 15, first in backbone.conv1.weight"
     assert len(data["skipped"]) == 2
+
+
+def test_samples_are_counted_as_the_run_counted_them() -> None:
+    """24, 24 and 16 of 64 images, again and again: 21.3 a step."""
+    steps = np.array([2.0, 3.0, 6.0])
+    short = Curves({"step": steps, "samples": np.array([48.0, 64.0, 128.0])}, (), np.empty(0), {})
+    assert _images_per_step(short, 24) == 128 / 6
+    assert _images_per_step(Curves({}, (), np.empty(0), {}), 24) == 24
 
 
 def test_a_record_cannot_break_out_of_the_page(tmp_path: Path) -> None:
