@@ -110,7 +110,8 @@ class LAMB(LayerwiseOptimizer):
             raw, r, hit = trust_ratio(w_norm, u_norm, group["norm_bounds"], group["ratio_bounds"])
         else:
             raw, r, hit = nan_like(w_norm), torch.ones_like(w_norm), torch.zeros_like(w_norm, dtype=torch.bool)
-        scales = -lr * r
+        lrs = r * lr  # the number times a tensor before anything else: torch 2.11 compiles anew for each -lr
+        scales = -lrs
         if isinstance(u, Tensor):
             blocked.scaled_add_(chunk.params, u, scales.tolist())
         else:
@@ -118,7 +119,6 @@ class LAMB(LayerwiseOptimizer):
         if not self.recording:
             return None
         ratio = r if adapt else nan_like(r)
-        lrs = r * lr
         return LayerStats(
             chunk.params, w_norm, g_norm, u_norm, raw, ratio, nan_like(r), lrs, lrs * u_norm, hit
         )  # fmt: skip
