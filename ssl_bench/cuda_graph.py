@@ -78,10 +78,13 @@ class GraphRecorder:
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
         """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (those that pin memory) may go on; "global" would call that an error.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads (those that pin memory) may go on; "global" would call that an error.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                result = work()
+        finally:
+            torch.cuda.set_stream(current)  # which a capture that fails leaves undone
         return result, graph.replay
 
     @contextmanager

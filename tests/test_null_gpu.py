@@ -88,7 +88,7 @@ def test_what_cannot_be_a_graph_is_refused_in_one_line(gpu, tmp_path):
 
 
 SYNCHRONISED = """
-import ctypes, torch, torch.distributed as dist
+import ctypes, os, sys, torch, torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -104,7 +104,8 @@ for step in range(3):
         loss = model(x).sum()
     loss.backward()
     ctypes.CDLL(None).null_gpu_counts(counts)
-    print(counts[0], counts[1], [tuple(p.grad.shape) for p in model[1].parameters()])
+    print(counts[0], counts[1], [tuple(p.grad.shape) for p in model[1].parameters()], flush=True)
+os._exit(0)  # an ordinary exit with a process group aborts now and then
 """
 
 
@@ -115,3 +116,29 @@ def test_synchronised_batch_norm_never_waits(gpu):
     assert int(last[0]) > int(first[0]) > 0
     assert last[1] == first[1]  # torch's own waits in every layer
     assert last[2] == "[(8,), (8,)]"
+
+
+REFUSED = """
+import torch, warnings
+from ssl_bench.cuda_graph import Replayed
+
+torch.cuda.set_stream(torch.cuda.Stream())
+stream = torch.cuda.current_stream()
+program = Replayed(lambda x: x * x.sum().item())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    shapes = [tuple(program(torch.zeros(2, 3, device="cuda")).shape) for _ in range(6)]
+print([str(warning.message) for warning in caught])
+print(shapes == [(2, 3)] * 6, torch.cuda.current_stream() == stream, torch.cuda.is_current_stream_capturing())
+torch.manual_seed(1)
+torch.rand(3, device="cuda")
+"""
+
+
+def test_after_a_capture_that_fails_everything_goes_on(gpu):
+    ended = run(gpu, "-c", REFUSED)
+    assert ended.returncode == 0, ended.stderr
+    warned, rest = ended.stdout.splitlines()
+    assert "without a CUDA graph" in warned
+    assert "capturing" in warned
+    assert rest == "True True False"

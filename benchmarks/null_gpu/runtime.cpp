@@ -22,7 +22,7 @@
 // Counters, read by host_time.py through null_gpu_counts() ----------------------------------------------------------
 
 static std::atomic<long> launches{0}, waits{0}, copies{0}, replays{0}, captured{0}, illegal{0};
-static bool capturing = false;
+static bool capturing = false, broken = false;  // broken: the capture has asked for what it may not
 static cudaStream_t capture_stream = nullptr;
 static unsigned long long capture_id = 0;
 
@@ -33,6 +33,7 @@ API void null_gpu_counts(long* out) {
 
 static void refuse(const char* what) {
     illegal++;
+    broken = true;
     fprintf(stderr, "[null gpu] not allowed in a capture: %s\n", what);
 }
 
@@ -178,7 +179,9 @@ API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 0, c
 API cudaError_t cudaDeviceSynchronize() { return wait("cudaDeviceSynchronize"); }
 API const char* cudaGetErrorName(cudaError_t) { return "null GPU"; }
 API const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing" : "null GPU";
+    return error == cudaErrorStreamCaptureUnsupported   ? "operation not permitted when stream is capturing"
+           : error == cudaErrorStreamCaptureInvalidated ? "operation failed due to a previous error during capture"
+                                                        : "null GPU";
 }
 static CUresult driver_text(CUresult, const char** text) { return *text = "null GPU", CUDA_SUCCESS; }
 static CUresult driver_attribute(int* value, CUdevice_attribute, CUdevice) { return *value = 1, CUDA_SUCCESS; }
@@ -209,6 +212,7 @@ API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { retu
 
 static cudaError_t begin(cudaStream_t stream) {
     capturing = true;
+    broken = false;
     capture_stream = stream;
     capture_id++;
     return cudaSuccess;
@@ -223,6 +227,7 @@ API cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t, 
 }
 API cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
     capturing = false;
+    if (broken) return *graph = nullptr, cudaErrorStreamCaptureInvalidated;
     return make(graph), cudaSuccess;
 }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* out) {
