@@ -226,6 +226,14 @@ def test_compiled_view_equals_the_plain_one() -> None:
         torch.testing.assert_close(compiled(x, params), plain(x, params), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
+def test_compiled_classification_view_equals_the_plain_one() -> None:
+    plain, compiled = PadCropFlipRotate(**COLOR), PadCropFlipRotate(compile=True, **COLOR)
+    x = images(40, 20, 24)
+    params = plain.draw(len(x), generator())
+    torch.testing.assert_close(compiled(x, params), plain(x, params), rtol=0, atol=1e-6)
+
+
 def test_probabilities_are_those_asked_for() -> None:
     n = 20000
     view = SSLView(8, flip=0.3, jitter_p=0.6, gray_p=0.1, blur_p=0.7, solarize_p=0.4, **COLOR)
