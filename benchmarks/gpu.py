@@ -236,7 +236,7 @@ def graphed(track: str, sizes: Any, *, whole: bool) -> Callable[[int], None]:
         loss.backward()
         trainer.optimizer.step()
 
-    def replay(steps: int, _keep: Any = (loss, trainer)) -> None:
+    def replay(steps: int, _keep: Any = (loss, trainer, views)) -> None:
         for _ in range(steps):
             graph.replay()
 

@@ -112,37 +112,47 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Tensor], recorder: Recorder | None = None) -> None:
         self._function, self._recorder = function, recorder or GraphRecorder()
-        self._shape: Any = None
-        self._calls = 0
+        self._calls: dict[Any, int] = {}
+        self._shape: Any = None  # of the inputs that were recorded; once there is one, no other is
         self._inputs: list[Tensor] = []
         self._recorded: tuple[Tensor, Replay] | None = None
+        self._checked = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the function returns, in memory of its own."""
-        self._shape = self._shape or signature(inputs)
-        if signature(inputs) != self._shape:
-            return self._function(*inputs)
-        self._calls += 1
-        if self._calls <= WARM_UP:
-            output = self._recorder.run(lambda: self._function(*inputs))
-            if self._calls == WARM_UP:
+        shape = signature(inputs)
+        if self._shape is None:
+            self._calls[shape] = self._calls.get(shape, 0) + 1
+            output = self._run(inputs)
+            if self._calls[shape] == WARM_UP:
+                self._shape = shape
                 self._record(inputs)
             return output
-        if self._recorded is None:
+        if self._recorded is None or shape != self._shape:
             return self._function(*inputs)
         output, replay = self._recorded
         with self._recorder.turn():
             copy_all(self._inputs, inputs)
             replay()
             output = output.clone()
-        if self._calls == WARM_UP + 1:
-            plain = self._recorder.run(lambda: self._function(*inputs))
+        if not self._checked:
+            self._checked = True
+            plain = self._run(inputs)
             if not (far := distance([plain], [output])) <= TOLERANCE:
                 self._give_up(f"its replay differs by {far:.1%}")
             return plain
         return output
 
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        output = self._recorder.run(lambda: self._function(*inputs))
+        if output.is_cuda:  # made on the recorder's stream, used on the caller's
+            output.record_stream(torch.cuda.current_stream())
+        return output
+
     def _record(self, inputs: Sequence[Tensor]) -> None:
+        if self._recorder.waited:  # known before a recording, which would break off in the middle
+            self._give_up("it waits for the device")
+            return
         self._inputs = [x.clone() for x in inputs]
         try:
             self._recorded = self._recorder.record(lambda: self._function(*self._inputs))

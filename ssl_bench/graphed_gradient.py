@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, clear_autocast_cache, nn
+from torch import OutOfMemoryError, Tensor, clear_autocast_cache, cuda, nn
 
 from ssl_bench.cuda_graph import (
     TOLERANCE,
@@ -66,8 +66,29 @@ class GraphedGradient:
                 self._recorded_shape = shape
             return terms
         if shape != self._recorded_shape:
-            return plainly()
+            return self._beside_the_recording(plainly, inputs)
         return self._check(plainly, inputs) if self._state == "recorded" else self._replay(inputs)
+
+    def release(self) -> None:
+        """Gives the recording's memory back; what follows runs plainly."""
+        self._state, self._recorded, self._inputs = "plain", None, []
+
+    def _beside_the_recording(
+        self, plainly: Callable[[], dict[str, Tensor]], inputs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """A plain step, for which the recording is given up if it leaves too little memory."""
+        before, random = [b.clone() for b in self._buffers], random_state(inputs[0].device)
+        try:
+            return plainly()
+        except OutOfMemoryError:
+            pass  # and out of here, so that the error lets go of the step's tensors
+        self._take_gradients()
+        self._give_up("the recorded step leaves too little memory for a plain one")
+        if inputs[0].is_cuda:
+            cuda.empty_cache()
+        copy_all(self._buffers, before)
+        set_random_state(inputs[0].device, random)
+        return plainly()
 
     def _record(self, work: Callable[[], dict[str, Tensor]], inputs: Sequence[Tensor]) -> None:
         if self._recorder.waited:  # known before a recording, which would break off in the middle
@@ -96,7 +117,9 @@ class GraphedGradient:
         """Both ways, of which the plain one counts; waits for the device."""
         device = inputs[0].device
         before, random = [b.clone() for b in self._buffers], random_state(device)
-        terms = plainly()
+        terms = self._beside_the_recording(plainly, inputs)
+        if self._recorded is None:
+            return terms
         after, gradients = [b.clone() for b in self._buffers], self._take_gradients()
         copy_all(self._buffers, before)
         random_after = random_state(device)
@@ -124,7 +147,7 @@ class GraphedGradient:
         return terms
 
     def _give_up(self, reason: str) -> None:
-        self._state, self._recorded, self._inputs = "plain", None, []
+        self.release()
         self._refuse(reason)
 
     def _take_gradients(self) -> list[Tensor | None]:

@@ -166,6 +166,8 @@ class Session(Workplace):
             self.accelerator.init_trackers("ssl_bench", config=plain)
         with progress, self._host_threads():
             outcome = trainer.run()
+        if isinstance(step_gradient, GraphedGradient):
+            step_gradient.release()  # evaluations want the memory
         if outcome.status == "finished":
             trainer.checkpoint()  # a run killed while it is evaluated goes on with the evaluation
         self._share_statistics(task)

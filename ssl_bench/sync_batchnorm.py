@@ -81,14 +81,16 @@ class _NormalizeByKernels(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        x = _dense(x)
+        x = x.contiguous(memory_format=_layout(x))
         mean, inv_std = torch.batch_norm_stats(x, eps)
         count = mean.new_full((1,), x.numel() // x.shape[1])  # filled on the device: no copy, no wait
         own = torch.cat([mean, inv_std, count])
         everyone = own.new_empty(dist.get_world_size(), len(own))
         dist.all_gather(list(everyone.unbind()), own)
         means, inv_stds, counts = everyone.tensor_split([len(mean), 2 * len(mean)], dim=1)
-        counts = counts.reshape(-1)
+        if running_mean is None:  # without any, the kernel takes x's own type for the counts
+            running_mean, running_var = torch.zeros_like(mean), torch.ones_like(mean)
+        counts = counts.reshape(-1).to(running_mean.dtype)
         mean, inv_std = torch.batch_norm_gather_stats_with_counts(
             x, means, inv_stds, running_mean, running_var, momentum, eps, counts
         )
@@ -100,7 +102,7 @@ class _NormalizeByKernels(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inv_std, counts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        grad = _dense(grad)
+        grad = grad.contiguous(memory_format=_layout(x))  # the kernels read x as grad is laid out
         total, product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean, inv_std, weight, *wanted
         )
@@ -115,12 +117,13 @@ class _NormalizeByKernels(torch.autograd.Function):
         return grad_x, grad_weight if affine and wanted[1] else None, grad_bias if wanted[2] else None, *[None] * 4
 
 
-def _dense(x: Tensor) -> Tensor:
-    """In a layout that the kernels take."""
-    channels_last = (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
-        x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
-    )
-    return x if channels_last else x.contiguous()
+def _layout(x: Tensor) -> torch.memory_format:
+    """The one that x has, or should have for the kernels."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _count_batch(self) -> float:
-        """Counts one batch, and returns its weight in the running statistics."""
+        """Counts one batch, and returns its weight in the running statistics; with ``momentum=None`` this waits."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

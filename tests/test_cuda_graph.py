@@ -139,6 +139,25 @@ def test_a_diverged_step_says_nothing_and_the_next_one_is_compared() -> None:
     assert recorder.replays == 4  # two of them comparisons
 
 
+@pytest.mark.parametrize(("failing", "replays"), [(5, 0), (6, 4)], ids=["the compared step", "a short batch"])
+def test_a_recording_that_leaves_no_memory_for_a_plain_step_is_given_up(failing: int, replays: int) -> None:
+    """Three passes to warm up and the recording come before; where a step needs more than half of the memory."""
+    plain = train("dropout", lambda _task: full_batch)
+    recorder, reasons, passes = TapeRecorder(), [], iter(range(1, 100))
+
+    def tight(*arguments: Any) -> dict[str, Tensor]:
+        terms = full_batch(*arguments)
+        if next(passes) == failing:
+            raise torch.OutOfMemoryError("out of memory")
+        return terms
+
+    run = train("dropout", lambda task: GraphedGradient(tight, task, reasons.append, recorder))
+    assert reasons == ["the recorded step leaves too little memory for a plain one"]
+    assert recorder.replays == replays
+    assert run["losses"] == plain["losses"]
+    assert all(torch.equal(run["state"][key], value) for key, value in plain["state"].items())
+
+
 VIEWS = [SSLView(16, blur_p=0.5, solarize_p=0.2, **STATS), PadCropFlipRotate(**STATS)]
 
 
