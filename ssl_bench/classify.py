@@ -22,6 +22,7 @@ def build(recipe: Recipe, num_classes: int) -> "Classifier":
 def run(recipe: Recipe) -> int:
     """Trains a classifier and measures it on the whole test set; returns the exit code."""
     from ssl_bench import views
+    from ssl_bench.plan import make_plan
     from ssl_bench.probes import evaluate_classifier
     from ssl_bench.session import Session, step_gradient
     from ssl_bench.train import Hook
@@ -30,7 +31,7 @@ def run(recipe: Recipe) -> int:
         if session.run.results is not None:
             return session.already_finished()
         dataset = session.dataset()
-        plan = session.plan(len(dataset.train))
+        plan = make_plan(recipe, len(dataset.train))
 
         classifier = build(recipe, len(dataset.classes))
         pipeline = session.pipeline(

@@ -28,6 +28,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, int, nn.Module]:
 def run(recipe: Recipe) -> int:
     """Pretrains and evaluates; returns the exit code."""
     from ssl_bench import views
+    from ssl_bench.plan import make_plan
     from ssl_bench.probes import evaluate_backbone, online_monitor
     from ssl_bench.session import Session, step_gradient
     from ssl_bench.train import Hook
@@ -37,7 +38,7 @@ def run(recipe: Recipe) -> int:
             return session.already_finished()
         backbone, _, method = build(recipe)
         dataset = session.dataset()
-        plan = session.plan(len(dataset.train))
+        plan = make_plan(recipe, len(dataset.train))
         pipeline = session.pipeline(
             dataset,
             views.pretraining_views(recipe, dataset, compiled=session.compiles_views, graphed=session.graphs_views),

@@ -243,7 +243,8 @@ class Recipe:
     cuda_graphs: bool | None = key(
         None,
         "start a step's augmentation, and its forward and backward pass, as CUDA graphs, checked against plain steps; "
-        "null = where that can be (the passes: one GPU, the whole batch, not fp16); true = nothing else; false = off",
+        "null = where that can be (the passes: one GPU, the whole batch, not fp16); true = refuse to run the passes "
+        "otherwise; false = off",
     )
     deterministic: bool = key(False, "bitwise equal runs on the same machine and world size; false = faster kernels")
     run_dir: str | None = key(None, "folder of the run's record; null = runs/<what it is>-<identity>")

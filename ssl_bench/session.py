@@ -25,7 +25,7 @@ from ssl_bench.graphed_gradient import GraphedGradient
 from ssl_bench.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.pipeline import Pipeline
-from ssl_bench.plan import Plan, build_optimizer, make_plan, make_rhythm
+from ssl_bench.plan import Plan, build_optimizer, make_rhythm
 from ssl_bench.provenance import collect_provenance
 from ssl_bench.recipe import IRRELEVANT, Recipe, flatten
 from ssl_bench.record import Run
@@ -89,10 +89,6 @@ class Session(Workplace):
         else:
             torch.backends.cudnn.benchmark = self.device.type == "cuda"
 
-    def plan(self, train_size: int) -> Plan:
-        """All durations in steps, from the number of train images."""
-        return make_plan(self.recipe, train_size)
-
     def pipeline(
         self,
         dataset: Dataset,
@@ -130,7 +126,7 @@ class Session(Workplace):
         task = task.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.world_size > 1 and recipe.sync_batch_norm:
             task = synchronize_batch_norm(task)
-        optimizer, schedule = build_optimizer(self.recipe, task, plan)
+        optimizer, schedule = build_optimizer(recipe, task, plan)
         if self.graphs_steps:
             step_gradient = GraphedGradient(step_gradient, task, self._refuse_graph)
         if recipe.compile:
