@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_bench.augment import SSLView
+from ssl_bench.augment.views import SSLView
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VIEWS: tuple[dict[str, Any], ...] = (

@@ -45,12 +45,12 @@ def stepper(sizes: Sizes) -> Callable[[int, int], float]:
     """Builds images, network and optimizer; returns step(batch, chunk), which takes one step and gives its loss."""
     import torch
 
-    from ssl_bench import sampling
-    from ssl_bench.augment import SSLView, take
-    from ssl_bench.backbone import create_backbone
-    from ssl_bench.gradient import full_batch, grad_cache
+    from ssl_bench.augment.views import SSLView, take
     from ssl_bench.methods import BarlowTwins
+    from ssl_bench.models.backbone import create_backbone
     from ssl_bench.optim import LARS
+    from ssl_bench.runtime import seeds
+    from ssl_bench.training.gradient import full_batch, grad_cache
 
     torch.manual_seed(0)
     images = torch.randint(0, 256, (sizes.batch, 3, sizes.pixels, sizes.pixels), dtype=torch.uint8)
@@ -62,8 +62,8 @@ def stepper(sizes: Sizes) -> Callable[[int, int], float]:
 
     def step(batch: int, chunk: int) -> float:
         params = [
-            view.draw(batch, sampling.generator(0, stream))
-            for view, stream in zip(augmentations, (sampling.VIEW1, sampling.VIEW2), strict=True)
+            view.draw(batch, seeds.generator(0, stream))
+            for view, stream in zip(augmentations, (seeds.VIEW1, seeds.VIEW2), strict=True)
         ]
 
         def views(index: int) -> tuple[torch.Tensor, ...]:
@@ -155,7 +155,7 @@ def main() -> None:
         return
     results = report(QUICK, measure) if arguments.quick else report(Sizes(), measure_in_own_process)
     if arguments.json:
-        from ssl_bench.provenance import code_version, hardware, package_versions, torch_settings
+        from ssl_bench.records.provenance import code_version, hardware, package_versions, torch_settings
 
         about = {"hardware": hardware(), "packages": package_versions(), "torch": torch_settings()}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.backbone import create_backbone
 from ssl_bench.eval import KNN, LinearCached, extract_features, knn_predict
 from ssl_bench.eval.linear import fit
 from ssl_bench.methods import METHODS
+from ssl_bench.models.backbone import create_backbone
 
 DIM = 512
 Row = dict[str, object]

@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All parts, and what they ran on."""
-    from ssl_bench.provenance import code_version, hardware, now, package_versions
+    from ssl_bench.records.provenance import code_version, hardware, now, package_versions
 
     started = time.monotonic()
     record: dict[str, Any] = {"started": now(), "hardware": hardware(), "packages": package_versions()}

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         return []
     if reason := build.obstacle():
         parser.error(f"the null GPU cannot be built here: {reason}")
-    from ssl_bench.provenance import code_version, hardware, package_versions
+    from ssl_bench.records.provenance import code_version, hardware, package_versions
 
     with tempfile.TemporaryDirectory() as folder:
         rows_file = Path(folder) / "rows.json"

@@ -25,8 +25,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ssl_bench.optim import Telemetry
-from ssl_bench.provenance import code_version, hardware, package_versions
-from ssl_bench.train import Trainer
+from ssl_bench.records.provenance import code_version, hardware, package_versions
+from ssl_bench.training.loop import Trainer
 
 PARTS = ("data", "augmentation", "forward", "loss", "backward", "optimizer", "telemetry", "watching")
 PREFIX = "step: "  # of the parts' names among the profiler's events

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_bench.backbone import create_backbone
 from ssl_bench.methods import BarlowTwins
-from ssl_bench.provenance import code_version, hardware, package_versions
+from ssl_bench.models.backbone import create_backbone
+from ssl_bench.records.provenance import code_version, hardware, package_versions
 
 
 def network(activation: Callable[[], nn.Module], projector: tuple[int, ...]) -> BarlowTwins:

@@ -9,18 +9,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssl_bench.augment import PadCropFlipRotate, SSLView
-from ssl_bench.classifier import Classifier
-from ssl_bench.data import load_dataset
-from ssl_bench.gradient import accumulate, full_batch, grad_cache
-from ssl_bench.graphed_gradient import GraphedGradient
+from ssl_bench.augment.views import PadCropFlipRotate, SSLView
+from ssl_bench.data.dataset import load_dataset
+from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.data.sources import ResidentSource
 from ssl_bench.methods import BarlowTwins
+from ssl_bench.models.classifier import Classifier
+from ssl_bench.models.small_maps import SmallMapConv2d
 from ssl_bench.optim import LARS, Telemetry, build_groups
-from ssl_bench.pipeline import Pipeline
-from ssl_bench.sampling import VIEW1, VIEW2
-from ssl_bench.small_maps import SmallMapConv2d
-from ssl_bench.sources import ResidentSource
-from ssl_bench.train import Rhythm, Trainer
+from ssl_bench.runtime.seeds import VIEW1, VIEW2
+from ssl_bench.training.gradient import accumulate, full_batch, grad_cache
+from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.loop import Rhythm, Trainer
 
 STATS: dict[str, Any] = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 Steps = Callable[[int], None]  # runs so many training steps
@@ -65,7 +65,7 @@ def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> nn.Module:
     Args:
         track: "pretrain" or "classify".
         sizes: what is timed.
-        plain: with torch's convolutions everywhere, as everybody else has them (see `ssl_bench.small_maps`).
+        plain: with torch's convolutions everywhere, as everybody else has them (see `ssl_bench.models.small_maps`).
     """
     classifier = Classifier.create("resnet18", 10, stem="imagenet", init="torchvision", seed=0)
     for module in classifier.modules():

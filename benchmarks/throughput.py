@@ -27,8 +27,8 @@ import torch
 from steps import QUICK, Sizes, Steps, bare, build_trainer, end_to_end, synchronize
 from throughput_peers import authors_twins, lightly_twins, torchvision_classifier
 
-from ssl_bench.command import leave
-from ssl_bench.provenance import code_version, hardware, package_versions
+from ssl_bench.recipe.command import leave
+from ssl_bench.records.provenance import code_version, hardware, package_versions
 
 # As work grows. 16,384 images of 32 x 32 take some 14 GiB as one batch.
 SWEEPS: dict[str, tuple[int, ...]] = {

@@ -12,7 +12,7 @@ Transform = Callable[[Tensor], Tensor]  # uint8 (n, 3, H, W) -> normalised (n, 3
 
 
 class ImageSource(Protocol):
-    """One split of a data set, as `ssl_bench.data.Source` gives it."""
+    """One split of a data set, as `ssl_bench.data.dataset.Source` gives it."""
 
     @property
     def labels(self) -> Tensor:

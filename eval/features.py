@@ -100,7 +100,7 @@ def extract_features(
     Args:
         backbone: uint8-free images (n, 3, H, W) to features (n, D); not a DistributedDataParallel wrapper.
         source: the split; it must already be on the device.
-        transform: the test transform (`ssl_bench.augment.Normalize`).
+        transform: the test transform (`ssl_bench.augment.views.Normalize`).
         batch_size: images in one pass on one process, >= 1.
         device: where the backbone is.
         precision: "fp32", or "bf16" for autocast. Features are float32 either way.

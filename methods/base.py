@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.distributed import gather
+from ssl_bench.runtime.distributed import gather
 
 
 def build_projector(
@@ -112,7 +112,7 @@ class Method(nn.Module):
         Args:
             x1: (n, 3, H, W) this process's first views.
             x2: (n, 3, H, W) the second views of the same images.
-            embed_only: return this process's embeddings instead of the loss (for ``ssl_bench.gradient.grad_cache``).
+            embed_only: return this process's embeddings instead of the loss (for ``grad_cache``).
 
         Returns:
             what ``global_loss`` returns, or (z1, z2), each (n, D).

@@ -3,29 +3,29 @@
 import sys
 from typing import TYPE_CHECKING, cast
 
-from ssl_bench import sampling
-from ssl_bench.command import leave, run_command
-from ssl_bench.recipe import Recipe
+from ssl_bench.recipe.command import leave, run_command
+from ssl_bench.recipe.schema import Recipe
+from ssl_bench.runtime import seeds
 
 if TYPE_CHECKING:
-    from ssl_bench.classifier import Classifier
+    from ssl_bench.models.classifier import Classifier
 
 
 def build(recipe: Recipe, num_classes: int) -> "Classifier":
     """The untrained classifier; the same for equal seeds."""
-    from ssl_bench.classifier import Classifier
+    from ssl_bench.models.classifier import Classifier
 
-    model, seed = recipe.model, sampling.derive_seed(recipe.seed, sampling.INIT)
+    model, seed = recipe.model, seeds.derive_seed(recipe.seed, seeds.INIT)
     return Classifier.create(model.name, num_classes, stem=model.stem, init=model.init, seed=seed)
 
 
 def run(recipe: Recipe) -> int:
     """Trains a classifier and measures it on the whole test set; returns the exit code."""
-    from ssl_bench import views
-    from ssl_bench.plan import make_plan
-    from ssl_bench.probes import evaluate_classifier
-    from ssl_bench.session import Session, step_gradient
-    from ssl_bench.train import Hook
+    from ssl_bench.training import build as views
+    from ssl_bench.training.evaluation import evaluate_classifier
+    from ssl_bench.training.loop import Hook
+    from ssl_bench.training.plan import make_plan
+    from ssl_bench.training.session import Session, step_gradient
 
     with Session(recipe) as session:
         if session.run.results is not None:
@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> int:
         pipeline = session.pipeline(
             dataset,
             [views.classification_view(recipe, dataset, compiled=session.compiles_views, graphed=session.graphs_views)],
-            (sampling.VIEW1,),
+            (seeds.VIEW1,),
             with_labels=True,
         )
 

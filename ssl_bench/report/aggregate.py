@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ssl_bench.reading import RunRecord, Skipped
-from ssl_bench.recipe import IRRELEVANT, flatten, without_additions
+from ssl_bench.recipe.schema import IRRELEVANT, flatten, without_additions
+from ssl_bench.records.reader import RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize
 
 # The first that a report's runs have is the one that its comparisons use; `online` is a monitor and never a result.

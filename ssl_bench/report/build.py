@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ssl_bench.grid import Study, load_study
-from ssl_bench.reading import RunRecord, find_runs
+from ssl_bench.records.reader import RunRecord, find_runs
 from ssl_bench.report import comparisons, results
 from ssl_bench.report.aggregate import Collection, Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
@@ -18,6 +17,7 @@ from ssl_bench.report.membership import coverage, members
 from ssl_bench.report.page import counts, write_page
 from ssl_bench.report.scope import scope
 from ssl_bench.report.tables import Table
+from ssl_bench.study.grid import Study, load_study
 
 # Runs whose layers are in memory at a time.
 _KEPT_RUNS = 48

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_bench.reading import RunRecord, read_run
-from ssl_bench.telemetry_store import read_telemetry
+from ssl_bench.records.reader import RunRecord, read_run
+from ssl_bench.records.telemetry import read_telemetry
 
 Array = np.ndarray
 

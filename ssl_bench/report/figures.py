@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ssl_bench.reading import RunRecord
+from ssl_bench.records.reader import RunRecord
 from ssl_bench.report.curves import RATIO, Array, Curves, Quantity, load_curves, thin
 
 # Enough for every bend that a page shows, few enough for an SVG of a long run.

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from ssl_bench.grid import Study
-from ssl_bench.reading import RunRecord
+from ssl_bench.records.reader import RunRecord
 from ssl_bench.report.aggregate import Collection, cell_key
 from ssl_bench.report.tables import Table, Value
+from ssl_bench.study.grid import Study
 
 # A study's run at fewer epochs, or in another arithmetic, is still its run; the tables say how long each one was.
 RELAXED = frozenset({"epochs", "steps", "precision", "chunk_size", "deterministic"})

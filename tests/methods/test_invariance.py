@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchrun import torchrun
 
-from ssl_bench.distributed import assert_equal_parameters, rank, synchronize_batch_norm, world_size
-from ssl_bench.gradient import accumulate, full_batch, grad_cache
+from ssl_bench.data.sampler import local_positions
 from ssl_bench.methods import METHODS, BarlowTwins, Method
-from ssl_bench.sampling import local_positions
+from ssl_bench.runtime.distributed import assert_equal_parameters, rank, synchronize_batch_norm, world_size
+from ssl_bench.training.gradient import accumulate, full_batch, grad_cache
 
 N = 24  # divisible by 1, 2, 3, 4, and so is half of it
 CHUNK = 12

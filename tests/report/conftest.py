@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run
 
-from ssl_bench.reading import find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 
 # Top-1 by (optimizer, learning rate) of the classification cells; three seeds add -0.5, 0 and 0.5.

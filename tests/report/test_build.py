@@ -11,10 +11,10 @@ import typer
 from synthetic_runs import write_run
 from typer.testing import CliRunner
 
-from ssl_bench.grid import load_study
+from ssl_bench.cli.report import register
 from ssl_bench.report.build import all_tables, read_collection, write_report
 from ssl_bench.report.membership import coverage
-from ssl_bench.report_cli import register
+from ssl_bench.study.grid import load_study
 
 runner = CliRunner()
 
@@ -148,7 +148,7 @@ def test_nothing_to_report_is_one_line(tmp_path: Path, command: str, prepare: ob
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import sys, typer; from ssl_bench.report_cli import register; register(typer.Typer()); "
+        "import sys, typer; from ssl_bench.cli.report import register; register(typer.Typer()); "
         "assert not {'numpy', 'matplotlib', 'torch', 'ssl_bench.report.build'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run
 
-from ssl_bench.reading import find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from synthetic_runs import LAYERS, analysis_of, write_run
 
-from ssl_bench.reading import find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.curves import load_curves, short_names, thin
 from ssl_bench.report.figure_groups import write_figures

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from synthetic_runs import analysis_of, write_run
 
-from ssl_bench.reading import find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import gather
 from ssl_bench.report.analysis import read_analysis, uncertain
 from ssl_bench.report.evidence import Claim

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from synthetic_runs import analysis_of, write_run
 
-from ssl_bench.reading import find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.build import Loader, all_tables
 from ssl_bench.report.claims import check_claims

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run
 
-from ssl_bench.reading import find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report import comparisons, paper, results
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.scope import scope

@@ -1,0 +1,116 @@
+"""``ssl-bench ...``: thin commands, each importing what it needs only when it runs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ssl_bench.cli import report, study
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Which optimizer for this method, data set and batch size, and how sure are we?",
+)
+
+# The tracks parse their own words (key=value, --help, --debug), the same as under accelerate launch.
+_VERBATIM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command(context_settings=_VERBATIM)
+def pretrain(context: typer.Context) -> None:
+    """Pretrain a backbone, then evaluate it."""
+    from ssl_bench.pretrain import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(context_settings=_VERBATIM)
+def classify(context: typer.Context) -> None:
+    """Train a classifier, supervised."""
+    from ssl_bench.classify import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A finished run's folder.")],
+    words: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. eval.protocols=[linear-aug-v1]")] = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a saved run, add to its record."""
+    from ssl_bench.cli.evaluate import main
+    from ssl_bench.recipe.command import guarded
+
+    raise typer.Exit(guarded(lambda: main(run, words or []), debug=debug))
+
+
+@app.command()
+def analyze(
+    run: Annotated[str, typer.Argument(help="The folder of a run that had checkpoint.snapshots.")],
+    words: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.path=FOLDER device=cpu")] = None,
+    images: Annotated[int, typer.Option(help="Images of the fixed augmented batch.")] = 512,
+    batch_norm: Annotated[str, typer.Option(help="train = by the batch, eval = by the running statistics.")] = "train",
+    iterations: Annotated[int, typer.Option(help="Lanczos steps for the top eigenvalue, at most.")] = 20,
+    samples: Annotated[int, typer.Option(help="Random vectors for the trace.")] = 10,
+    rho: Annotated[float, typer.Option(help="Length of SAM's step.")] = 0.05,
+    noise_batch_sizes: Annotated[
+        str, typer.Option(help="Batch sizes for the gradient's noise, with commas; '' = leave it out.")
+    ] = "64,256,1024",
+    noise_images: Annotated[int, typer.Option(help="Images for each of these, in batches.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the images, their augmentation and the random vectors.", min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Measure sharpness and gradient noise along a run.
+
+    At every snapshot of the run: the Hessian's top eigenvalue and trace, SAM's sharpness, and E|g_B - E g_B|^2 for
+    several batch sizes. They go to the run's analysis.json, where the report finds them.
+    """
+    from ssl_bench.recipe.command import guarded
+
+    def command() -> int:
+        from ssl_bench.cli.analyze import Settings, main
+
+        return main(
+            run,
+            Settings(images, batch_norm, iterations, samples, rho, _sizes(noise_batch_sizes), noise_images, seed),
+            words or [],
+        )
+
+    raise typer.Exit(guarded(command, debug=debug))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--noise-batch-sizes: got {text!r}, allowed: whole numbers with commas, e.g. 64,256")
+    return tuple(map(int, parts))
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Option("--output", "-o", help="Folder for the runs and the plot.")] = "runs/demo",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=1)] = 40,
+    debug: Debug = False,
+) -> None:
+    """See it work: three optimizers on digits.
+
+    Barlow Twins under LARS, LAMB and TVLARS on embedded data: no download, no GPU, under three minutes on two cores.
+    """
+    from ssl_bench.cli.demo import main
+    from ssl_bench.recipe.command import guarded
+
+    raise typer.Exit(guarded(lambda: main(folder, steps), debug=debug))
+
+
+study.register(app)
+report.register(app)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(app())

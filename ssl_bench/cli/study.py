@@ -1,0 +1,153 @@
+"""``ssl-bench study ...`` and ``ssl-bench tune ...``: their command lines."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+Name = Annotated[str, typer.Argument(help="A shipped study's name, or a YAML file's path.")]
+Words = Annotated[list[str] | None, typer.Argument(help="key=value, for every cell.")]
+Runs = Annotated[str, typer.Option(help="Folder of all runs.")]
+Seeds = Annotated[str | None, typer.Option(help="Instead of the study's, e.g. 0,1,2.")]
+DataPath = Annotated[
+    list[str] | None, typer.Option(help="DATASET=FOLDER: read that data set there; give it once for each data set.")
+]
+Launcher = Annotated[str, typer.Option(help="local or slurm.")]
+Workers = Annotated[int | None, typer.Option(help="Cells at a time; left out: what the machine carries.")]
+PerGpu = Annotated[int, typer.Option(help="Cells that may share a GPU, as far as its memory allows.")]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE: timeout_min, gpus_per_node, cpus_per_task, mem_gb, or any of sbatch's parameters."),
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells with an estimate of the time; run nothing.")]
+PrintCommands = Annotated[bool, typer.Option("--print-commands", help="Print the missing cells' shell lines instead.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class _RunByDefault(TyperGroup):
+    """A group whose first command is meant where none is named: ``study table1`` is ``study run table1``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+study_app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, rich_markup_mode=None)
+
+
+@study_app.command()
+def run(
+    name: Name,
+    words: Words = None,
+    runs: Runs = "runs",
+    seeds: Seeds = None,
+    data_path: DataPath = None,
+    launcher: Launcher = "local",
+    workers: Workers = None,
+    per_gpu: PerGpu = 1,
+    slurm: Slurm = None,
+    dry_run: DryRun = False,
+    print_commands: PrintCommands = False,
+    retry_failed: RetryFailed = False,
+    debug: Debug = False,
+) -> None:
+    """Run what is missing of a study; the word run may be left out."""
+
+    def command() -> int:
+        from ssl_bench.study.run import study_main
+
+        return study_main(
+            name,
+            runs=runs,
+            overrides=words or [],
+            seeds=_seeds(seeds),
+            data_paths=_pairs("--data-path", data_path),
+            launcher=launcher,
+            workers=workers,
+            per_gpu=per_gpu,
+            slurm=_pairs("--slurm", slurm),
+            dry_run=dry_run,
+            print_commands=print_commands,
+            retry_failed=retry_failed,
+        )
+
+    _exit(command, debug)
+
+
+@study_app.command()
+def status(
+    name: Name,
+    words: Words = None,
+    runs: Runs = "runs",
+    seeds: Seeds = None,
+    data_path: DataPath = None,
+    debug: Debug = False,
+) -> None:
+    """Say what is done, running, failed, diverged and missing of a study."""
+
+    def command() -> int:
+        from ssl_bench.study.run import status_main
+
+        paths = _pairs("--data-path", data_path)
+        return status_main(name, runs=runs, overrides=words or [], seeds=_seeds(seeds), data_paths=paths)
+
+    _exit(command, debug)
+
+
+def tune(
+    name: Annotated[str, typer.Argument(help="A shipped search's name, or a YAML file's path.")],
+    words: Words = None,
+    runs: Runs = "runs",
+    data_path: DataPath = None,
+    workers: Workers = None,
+    per_gpu: PerGpu = 1,
+    retry_failed: RetryFailed = False,
+    debug: Debug = False,
+) -> None:
+    """Tune every optimizer with the same number of trials on held-out train images, then test once."""
+
+    def command() -> int:
+        from ssl_bench.study.tune import tune_main
+
+        return tune_main(
+            name,
+            runs=runs,
+            overrides=words or [],
+            data_paths=_pairs("--data-path", data_path),
+            workers=workers,
+            per_gpu=per_gpu,
+            retry_failed=retry_failed,
+        )
+
+    _exit(command, debug)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to ``ssl-bench``."""
+    app.add_typer(study_app, name="study", help="Run a grid of recipes, or say what is done of it.")
+    app.command()(tune)
+
+
+def _exit(command: Callable[[], int], debug: bool) -> None:
+    from ssl_bench.recipe.command import guarded
+
+    raise typer.Exit(guarded(command, debug=debug))
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--seeds: got {text!r}, allowed: whole numbers with commas, e.g. 0,1,2")
+    return [int(part) for part in parts]
+
+
+def _pairs(option: str, given: Sequence[str] | None) -> dict[str, str]:
+    for text in given or ():
+        if not all(text.partition("=")):
+            raise ValueError(f"{option}: got {text!r}, allowed: KEY=VALUE")
+    return dict(text.split("=", 1) for text in given or ())

@@ -1,0 +1,124 @@
+"""Data sets that a library brings: torchvision's downloads, and scikit-learn's handwritten digits."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_bench.data.decode import RawSplit
+from ssl_bench.data.folders import Located, RawDataset, scan
+
+DIGITS_SIZE = 32
+DIGITS_TEST_EVERY = 5
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """Where torchvision keeps a data set, and how its class tells the splits apart.
+
+    Args:
+        class_name: the class in torchvision.datasets.
+        folder: what it makes below its root.
+        labels: the attribute that holds the labels.
+        train, test: the keywords that select a split.
+    """
+
+    class_name: str
+    folder: str
+    labels: str
+    train: Mapping[str, Any]
+    test: Mapping[str, Any]
+
+
+_BY_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
+
+TORCHVISION = {
+    "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", "targets", **_BY_FLAG),
+    "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", "targets", **_BY_FLAG),
+    "fashion_mnist": TorchvisionSet("FashionMNIST", "FashionMNIST/raw", "targets", **_BY_FLAG),
+    # The 100,000 unlabelled images are no part of it: every evaluator needs the labels of the train split.
+    "stl10": TorchvisionSet("STL10", "stl10_binary", "labels", {"split": "train"}, {"split": "test"}),
+}
+
+
+def locate_torchvision(name: str, root: Path, download: bool) -> Located | None:
+    """Finds a data set where torchvision's class of that name keeps it, below `root`.
+
+    Args:
+        name: a key of TORCHVISION.
+        root: torchvision's root folder.
+        download: downloads what is missing; False only looks, and gives None where there is nothing.
+
+    Raises:
+        OSError: the download failed, or `root` cannot be written.
+    """
+    folder = root / TORCHVISION[name].folder
+    if not folder.is_dir():
+        if not download:
+            return None
+        _read_torchvision(name, root, download=True)
+    return Located(tuple(sorted(scan(folder))), partial(_read_torchvision, name, root, download))
+
+
+def _read_torchvision(name: str, root: Path, download: bool) -> RawDataset:
+    import torchvision.datasets  # a second to import, not needed where a decoded copy is cached
+
+    source = TORCHVISION[name]
+    create: Callable[..., Any] = getattr(torchvision.datasets, source.class_name)
+    try:
+        train, test = (create(str(root), download=download, **split) for split in (source.train, source.test))
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"data {name}: {root / source.folder} is missing, damaged or cannot be downloaded ({reason}); without a "
+            "network, give data.path= a folder of Hugging Face parquet files or torchvision's own files"
+        ) from error
+    classes = getattr(train, "classes", None)
+    return RawDataset(
+        _array_split(train.data, getattr(train, source.labels), f"{name} train"),
+        _array_split(test.data, getattr(test, source.labels), f"{name} test"),
+        tuple(classes) if classes else None,
+    )
+
+
+def _array_split(images: Any, labels: Any, where: str) -> RawSplit:
+    """A split of pixels (N, H, W), (N, H, W, 3) or (N, 3, H, W)."""
+    pixels = np.asarray(images)
+    if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
+        pixels = pixels.transpose(0, 2, 3, 1)
+
+    def iterate() -> Iterator[np.ndarray]:
+        return (np.ascontiguousarray(image) for image in pixels)
+
+    return RawSplit(np.asarray(labels, dtype=np.int64), iterate, lambda index: f"{where} row {index}")
+
+
+def _read_digits() -> RawDataset:
+    import torch
+    from sklearn.datasets import load_digits
+    from torch.nn.functional import interpolate
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).reshape(-1, 1, 8, 8).float() * (255 / 16)
+    pixels = interpolate(pixels, (DIGITS_SIZE, DIGITS_SIZE), mode="bilinear", align_corners=False)
+    rows = pixels[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
+    is_test = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        is_test[np.flatnonzero(labels == label)[DIGITS_TEST_EVERY - 1 :: DIGITS_TEST_EVERY]] = True
+    return RawDataset(
+        _array_split(rows[~is_test], labels[~is_test], "digits train"),
+        _array_split(rows[is_test], labels[is_test], "digits test"),
+        tuple(str(label) for label in range(10)),
+    )
+
+
+def locate_digits() -> Located:
+    """scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels), upscaled bilinearly to 32x32, as three channels.
+
+    The split is fixed and stratified: of each class, in the data set's order, every fifth image is a test image (1,442
+    train, 355 test).
+    """
+    return Located((), _read_digits)

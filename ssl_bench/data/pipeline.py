@@ -1,0 +1,184 @@
+"""From images to augmented views: what a step feeds the network, as a pure function of (seed, step).
+
+The samples and the parameters of their augmentation are drawn for the global batch and then sliced by rank. Views are
+made on demand, chunk by chunk, so that exact large batches need the memory of one chunk; on CUDA the next batch's views
+are made on a side stream while the network works on this one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_bench.augment.views import Augmentation, Params, take
+from ssl_bench.data import sampler
+from ssl_bench.data.dataset import Source
+from ssl_bench.runtime import seeds
+
+
+@dataclass
+class Batch:
+    """One process's share of a step's global batch.
+
+    Attributes:
+        images: (n, 3, H, W) uint8 on the device; chunk after chunk.
+        params: for each view, the parameters of its augmentation, of length n.
+        labels: (n,) int64 on the device, or None where the task has no use for them.
+        share: how many of the n belong to one chunk.
+    """
+
+    images: Tensor
+    params: list[Params]
+    labels: Tensor | None
+    share: int
+    augmentations: Sequence[Augmentation]
+    _ready: dict[int, tuple[Tensor, ...]] | None = None
+
+    def views(self, chunk: int) -> tuple[Tensor, ...]:
+        """The network's inputs for one chunk, the same at every call: each view (share, 3, h, w), then the labels."""
+        if self._ready is not None and chunk in self._ready:
+            return self._ready[chunk]
+        rows = slice(chunk * self.share, (chunk + 1) * self.share)
+        views = [
+            augment(self.images[rows], take(params, rows))
+            for augment, params in zip(self.augmentations, self.params, strict=True)
+        ]
+        return (*views, self.labels[rows]) if self.labels is not None else tuple(views)
+
+    def prepare(self, chunk: int) -> None:
+        """Makes one chunk's views now and keeps them."""
+        self._ready = {chunk: self.views(chunk)}
+
+
+class Pipeline:
+    """The batches of a run.
+
+    Args:
+        source: the train images, on the device.
+        augmentations: one for each view.
+        streams: the stream of randomness of each view (constants of `ssl_bench.runtime.seeds`).
+        seed: the run's seed.
+        batch_size: the global batch, in images; divisible by ``chunk_size`` and the latter by ``world_size``.
+        chunk_size: the part of the global batch in memory at a time; None = all of it.
+        rank, world_size: which share of every chunk this process computes.
+        last_batch: "carry": always exactly ``batch_size`` images. "short": an epoch's last batch has what is left, in
+            as many chunks as the others.
+        with_labels: whether the network wants the labels too.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augmentations: Sequence[Augmentation],
+        streams: Sequence[int],
+        *,
+        seed: int,
+        batch_size: int,
+        chunk_size: int | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        last_batch: sampler.LastBatch = "carry",
+        with_labels: bool = False,
+    ):
+        chunk_size = chunk_size or batch_size
+        if batch_size > len(source):
+            raise ValueError(
+                f"batch_size: got {batch_size}, allowed: at most the {len(source)} images of the train set"
+            )
+        if batch_size % chunk_size:
+            raise ValueError(f"chunk_size: got {chunk_size}, allowed: a divisor of batch_size={batch_size}")
+        if chunk_size % world_size:
+            what = "batch_size" if chunk_size == batch_size else "chunk_size"
+            raise ValueError(f"{what}: got {chunk_size}, allowed: a multiple of the {world_size} processes")
+        self.source, self.augmentations, self.streams = source, augmentations, streams
+        self.seed, self.batch_size, self.device, self.with_labels = seed, batch_size, device, with_labels
+        self.last_batch, self.n_chunks = last_batch, batch_size // chunk_size
+        lengths = {batch_size}
+        if last_batch == "short" and (rest := len(source) % batch_size):
+            _refuse_uneven(rest, len(source), self.n_chunks, world_size)
+            lengths.add(rest)
+        self._positions = {length: _positions(length, length // self.n_chunks, rank, world_size) for length in lengths}
+        self._whole = self.n_chunks * world_size == 1  # this process computes all of it, in order
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Images in the train set over the batch size; not a whole number in general, unless last batches are short."""
+        return sampler.steps_per_epoch(self.batch_size, len(self.source), self.last_batch)
+
+    def samples(self, steps: int) -> int:
+        """How many images the first ``steps`` steps see, over all processes."""
+        return self._span(steps).start
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """This process's batches of the steps [start, stop)."""
+        batches = self._raw(start, stop)
+        return self._ahead(batches) if self.device.type == "cuda" else batches
+
+    def _span(self, step: int) -> range:
+        return sampler.span(step, self.batch_size, len(self.source), self.last_batch)
+
+    def _indices(self, step: int) -> Tensor:
+        indices = sampler.batch_indices(self.seed, step, self.batch_size, len(self.source), self.last_batch)
+        return indices if self._whole else indices[self._positions[len(indices)]]
+
+    def _raw(self, start: int, stop: int) -> Iterator[Batch]:
+        images = self.source.batches(self._indices(step) for step in range(start, stop))
+        for step, batch in zip(range(start, stop), images, strict=True):
+            length = len(self._span(step))
+            params = [
+                augment.draw(length, seeds.generator(self.seed, stream, step))
+                for augment, stream in zip(self.augmentations, self.streams, strict=True)
+            ]
+            if not self._whole:
+                params = [take(drawn, self._positions[length]) for drawn in params]
+            labels = None
+            if self.with_labels:
+                labels = self.source.labels[self._indices(step)].to(self.device, non_blocking=True)
+            yield Batch(batch, params, labels, len(batch) // self.n_chunks, self.augmentations)
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """One batch ahead: its first chunk's views are made on a side stream."""
+        side: Any = torch.cuda.Stream(self.device)
+
+        def prepared() -> tuple[Batch, Any] | None:
+            with torch.cuda.stream(side):
+                batch = next(batches, None)
+                if batch is None:
+                    return None
+                batch.prepare(0)
+                return batch, side.record_event()
+
+        side.wait_stream(torch.cuda.current_stream(self.device))  # the images are on their way to the device
+        following = prepared()
+        while following is not None:
+            batch, event = following
+            # Queued before the caller queues this batch's step, so that the two run side by side.
+            following = prepared()
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            for tensor in (batch.images, *batch.views(0)):
+                tensor.record_stream(current)
+            yield batch
+
+
+def _positions(batch_size: int, chunk_size: int, rank: int, world_size: int) -> Tensor:
+    """The positions in the global batch of what one process computes, chunk after chunk."""
+    slices = sampler.local_positions(batch_size, chunk_size, rank, world_size)
+    return torch.cat([torch.arange(part.start, part.stop) for part in slices])
+
+
+def _refuse_uneven(rest: int, size: int, n_chunks: int, world_size: int) -> None:
+    """A short batch that the processes or the chunks cannot share alike would need weights in every mean."""
+    if rest % (n_chunks * world_size):
+        raise ValueError(
+            f"last_batch: got short, allowed: carry, because the last {rest} of {size} images do not divide by "
+            f"{n_chunks} chunks x {world_size} processes"
+        )
+    if rest == n_chunks * world_size:
+        raise ValueError(
+            f"last_batch: got short, allowed: carry, because the last {rest} of {size} images would come one at a time "
+            f"({n_chunks} chunks x {world_size} processes), of which batch norm has no variance"
+        )

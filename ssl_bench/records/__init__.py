@@ -1,0 +1,1 @@
+"""What a run leaves on disk, in files that are whole or absent."""

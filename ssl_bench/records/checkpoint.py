@@ -1,0 +1,256 @@
+"""Checkpoints that a crash at any moment cannot damage, with a checksum of every file and the last few kept."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ssl_bench.records.storage import TEMPORARY, jsonable, naming, remove_atomically, sync_folder
+
+FORMAT = 1  # of a checkpoint folder; another number is refused by name
+
+_LOG = logging.getLogger(__name__)
+
+_STATE, _META, _SUMS = "state.pt", "meta.json", "SHA256SUMS"
+_NAME = re.compile(r"step-(\d{8,})")
+
+# What torch.load(weights_only=True) gives back exactly as it was.
+_PRIMITIVES = (int, float, str, bool, bytes, torch.dtype, torch.device, type(None))
+_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written or read; one line that names the file and the reason."""
+
+
+class Checkpoints:
+    """A run's checkpoints: ``step-00000100/`` with state.pt, meta.json and SHA256SUMS (for ``sha256sum -c``) each.
+
+    One process saves; any number may load. What a killed save leaves behind is hidden under a temporary name and goes
+    when the run is opened again.
+
+    Args:
+        folder: where they are; made on the first save.
+        keep: how many to keep, >= 1. A new one is complete before an old one goes, so the disk holds ``keep + 1``.
+        warn: takes a one-line message when a damaged checkpoint is passed over; logged by default.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, *, warn: Callable[[str], None] = _LOG.warning) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint: keep is {keep}, allowed is an integer >= 1")
+        self.folder = Path(folder)
+        self.keep = keep
+        self._warn = warn
+        self._damaged: set[int] = set()
+        self._current: set[int] = set()
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, damaged or not, in ascending order."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+        """Writes one checkpoint, whole or not at all, then deletes those beyond the last ``keep``.
+
+        A step that this object has saved, or loaded as the latest, is not written again. Checkpoints of later steps,
+        and those that ``load_latest`` found damaged, are deleted: they belong to a course that the run has left.
+
+        Args:
+            step: the number of steps completed, >= 0.
+            state: nested dicts (str or int keys), lists and tuples of tensors, numbers, strings, bytes and None.
+            meta: what is worth reading without torch (identity, world size, ...); "format" and "step" are added.
+
+        Returns:
+            the checkpoint's folder.
+
+        Raises:
+            CheckpointError: the disk is full or not writable. Nothing is left of this one; the earlier ones stay.
+            ValueError: something in ``state`` could be saved but not be loaded safely; its place is named.
+        """
+        target = self._path(step)
+        if step in self._current:
+            return target
+        _check(state, "state")
+        text = json.dumps(jsonable({"format": FORMAT, "step": step, **meta}), indent=2, allow_nan=False) + "\n"
+        temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{target.name}"
+        with naming(f"checkpoint {target}: not written, earlier checkpoints are untouched", CheckpointError):
+            try:
+                if not self.folder.is_dir():
+                    self.folder.mkdir(parents=True)
+                    sync_folder(self.folder.parent)
+                shutil.rmtree(temporary, ignore_errors=True)  # in a container every writer's process id may be the same
+                temporary.mkdir()
+                sums = {_STATE: _write_state(temporary / _STATE, state), _META: _write(temporary / _META, text)}
+                _write(temporary / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+                sync_folder(temporary)
+                if target.exists():  # it is damaged or beyond what was loaded: nobody could want it any more
+                    remove_atomically(target)
+                os.rename(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            sync_folder(self.folder)
+        self._current.add(step)
+        self._damaged.discard(step)
+        self._prune(step)
+        return target
+
+    def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The newest undamaged checkpoint, or None where there is none at all.
+
+        A damaged one is passed over with a warning that names it and the reason. Nothing is unpickled blindly: files
+        are compared with their checksums first, and only tensors and primitives are accepted then.
+
+        Returns:
+            (step, state with all tensors on the CPU, meta).
+
+        Raises:
+            CheckpointError: all are damaged, or one is of another format version.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                state, meta = self.load(step)
+            except _DamagedError as error:
+                self._damaged.add(step)
+                reasons.append(str(error))
+                self._warn(f"checkpoint passed over: {error}")
+            else:
+                self._current.add(step)
+                return step, state, meta
+        if reasons:
+            raise CheckpointError(f"checkpoint {self.folder}: every one is damaged: {'; '.join(reasons)}")
+        return None
+
+    def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One step's (state, meta), checked as in ``load_latest``.
+
+        Raises:
+            CheckpointError: it is absent, damaged, or of another format version.
+        """
+        folder = self._path(step)
+        _verify(folder)
+        try:
+            meta = json.loads((folder / _META).read_text())
+            version = meta["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _DamagedError(f"{folder / _META}: {_line(error)}") from error
+        if version != FORMAT:
+            raise CheckpointError(f"checkpoint {folder}: its format is {version}, this version reads {FORMAT}")
+        try:
+            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for bytes that are no checkpoint, or a harmful one
+            raise _DamagedError(f"{folder / _STATE}: refused by torch.load: {_line(error)}") from error
+        return state, meta
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _prune(self, newest: int) -> None:
+        """Deletes all but the last ``keep`` sound checkpoints up to ``newest``."""
+        kept = [step for step in self.steps() if step <= newest and step not in self._damaged][-self.keep :]
+        for step in self.steps():
+            if step not in kept:
+                with naming(f"checkpoint {self._path(step)}: deleting", CheckpointError):
+                    remove_atomically(self._path(step))
+
+
+class _DamagedError(CheckpointError):
+    """The checkpoint's files are not what was written."""
+
+
+class _HashingFile:
+    """A file that computes the SHA-256 of what passes through, so that a checkpoint's bytes are touched once.
+
+    torch's writer, told of a failed write, raises a RuntimeError about file positions in its place. So a failure is
+    kept in ``error`` for the caller to raise, and what follows is swallowed.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            self.sha256.update(data)
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[self._file.write(view) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> str:
+    """Saves the state, waits for the disk, and returns the file's SHA-256."""
+    with open(path, "wb", buffering=0) as file:
+        hashing = _HashingFile(file)
+        torch.save(dict(state), hashing)  # type: ignore[arg-type]
+        if hashing.error is not None:
+            raise hashing.error
+        os.fsync(file.fileno())
+    return hashing.sha256.hexdigest()
+
+
+def _write(path: Path, text: str) -> str:
+    """Writes a small file, waits for the disk, and returns its SHA-256."""
+    with open(path, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _verify(folder: Path) -> None:
+    """Compares the files with their checksums."""
+    try:
+        lines = (folder / _SUMS).read_text().splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in (_META, _STATE):
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sums.get(name):
+                    raise _DamagedError(f"{folder / name}: does not match its checksum in {_SUMS}")
+    except _DamagedError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _DamagedError(f"{folder}: {_line(error)}") from error
+
+
+def _check(value: Any, where: str) -> None:
+    """Refuses what could be pickled but not be read back safely, before anything is written."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter) or type(value) in _PRIMITIVES:
+        return
+    if type(value) not in _CONTAINERS:
+        raise ValueError(
+            f"checkpoint: {where} is a {type(value).__module__}.{type(value).__name__}; allowed are tensors, numbers, "
+            f"strings, bytes, None, and dicts, lists and tuples of them"
+        )
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise ValueError(f"checkpoint: {where} has the key {key!r}; allowed are strings and integers")
+            _check(item, f"{where}.{key}")
+    else:
+        for index, item in enumerate(value):
+            _check(item, f"{where}[{index}]")
+
+
+def _line(error: BaseException) -> str:
+    """An error's first words, on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."

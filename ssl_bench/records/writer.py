@@ -1,0 +1,361 @@
+"""The record of a run: what ran, what it measured, and what came out, in one directory that survives any crash.
+
+    run.json            written before step 0 and never changed: recipe, code, packages, hardware, parameter groups
+    sessions.jsonl      one line for each start: when, from which step, on how many processes
+    metrics.jsonl       one line for each logging interval, by ascending step
+    telemetry.parquet   layer statistics (``telemetry/part-*.parquet`` while the run goes on)
+    results.json        the end: status and evaluations
+    checkpoints/        see ``ssl_bench.records.checkpoint``
+
+A ``step`` is the number of steps completed, in checkpoints, metrics and telemetry alike. NaN and infinity are the
+strings "nan", "inf" and "-inf".
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+from ssl_bench.records.lock import Claim, InUseError
+from ssl_bench.records.reader import (
+    FORMAT,
+    METRICS,
+    RESULTS,
+    RUN,
+    SESSIONS,
+    Ending,
+    RecordError,
+    RunRecord,
+    Skipped,
+    find_runs,
+    metric_rows,
+    read_head,
+    read_results,
+    read_run,
+)
+from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming, remove_temporaries, sync_folder
+from ssl_bench.records.telemetry import TelemetryStore, read_telemetry
+
+__all__ = [
+    "IGNORED_KEYS",
+    "InUseError",
+    "RecordError",
+    "Run",
+    "RunRecord",
+    "Skipped",
+    "add_evaluations",
+    "find_runs",
+    "read_run",
+    "read_telemetry",
+]
+
+Resume = Literal["never", "auto"]
+
+# Keys of a recipe, with all below them, that cannot change a run's result: a run continues under another value.
+IGNORED_KEYS = frozenset({"run_dir", "resume", "workers", "data.workers", "data.cache_dir", "debug", "tracker", "log"})
+
+
+class Run:
+    """The writing side of a run directory; made by ``Run.open``, used as a context or closed by ``close``.
+
+    On all but the main process every method does nothing.
+
+    Attributes:
+        folder: the run directory.
+        resumed: whether the directory held this run already (always False on other than the main process).
+        results: what ``results.json`` holds if the run has ended already, else None; known on every process.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], identity: str, claim: Claim | None) -> None:
+        self.folder = folder
+        self.resumed = claim is not None and (folder / RUN).exists()
+        self.results = read_results(folder)
+        self._recipe = recipe
+        self._identity = identity
+        self._claim = claim
+        self._telemetry = TelemetryStore(folder)
+        self._metrics: int | None = None  # file descriptor, opened with the first row
+        self._last_step = -1
+        self._positioned = not self.resumed
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str | Path,
+        recipe: Mapping[str, Any],
+        identity: str,
+        *,
+        resume: Resume,
+        main_process: bool,
+        ignore: Collection[str] = IGNORED_KEYS,
+    ) -> "Run":
+        """Claims a run directory, made if need be, for a new run or to continue the one it holds.
+
+        Args:
+            run_dir: the directory.
+            recipe: the resolved recipe, nested.
+            identity: the hash of what in the recipe can change the result; equal identities are the same experiment.
+            resume: "never" refuses a directory that holds a run; "auto" continues it if it has the same identity.
+            main_process: whether this process writes; exactly one does.
+            ignore: dotted keys of the recipe that are left out when a difference is listed.
+
+        Raises:
+            InUseError: a live process holds the directory.
+            RecordError: it holds a run that must not be continued, or files that are no run's.
+            OSError: it cannot be made or written.
+        """
+        if resume not in get_args(Resume):
+            raise ValueError(f"resume is {resume!r}, allowed are {', '.join(get_args(Resume))}")
+        folder = Path(run_dir)
+        if not main_process:
+            return cls(folder, recipe, identity, None)
+        with naming(f"run_dir {folder}: making the directory"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(folder)
+        claim = Claim(folder)
+        try:
+            with naming(f"run_dir {folder}: removing temporary files"):
+                for part in (folder, *(folder / name for name in ("telemetry", "checkpoints", "snapshots"))):
+                    remove_temporaries(part)
+            if (folder / RUN).exists():
+                _check_same(folder, recipe, identity, resume, ignore)
+            return cls(folder, recipe, identity, claim)
+        except BaseException:
+            claim.release()
+            raise
+
+    def write_provenance(self, provenance: Mapping[str, Any], *, step: int = 0) -> None:
+        """Writes ``run.json``, unless the run has one, and adds this start to ``sessions.jsonl``.
+
+        Args:
+            provenance: see ``ssl_bench.records.provenance.collect_provenance``.
+            step: the steps completed before this start.
+        """
+        if self._claim is None:
+            return
+        if not self.resumed:
+            head = {"format": FORMAT, "identity": self._identity, "recipe": self._recipe}
+            atomic_json(self.folder / RUN, {**head, **provenance})
+        session = {key: provenance[key] for key in ("started", "world_size", "code", "hardware") if key in provenance}
+        descriptor = self._open(SESSIONS)
+        try:
+            self._append(descriptor, SESSIONS, {"step": step, **session})
+        finally:
+            os.close(descriptor)
+
+    def truncate_to(self, step: int | None) -> None:
+        """Drops what was recorded beyond a checkpoint, so that continuing leaves no gap and no double line.
+
+        A resumed run must call it once before it logs.
+
+        Args:
+            step: the steps that the checkpoint has completed; None without a checkpoint: everything is dropped.
+
+        Raises:
+            RecordError: the metrics are damaged before their last line.
+        """
+        if self._claim is None:
+            return
+        step = -1 if step is None else step
+        self._close_metrics()
+        kept = [(line, row) for line, row in metric_rows(self.folder) if row["step"] <= step]
+        if (self.folder / METRICS).exists():
+            with atomic_file(self.folder / METRICS) as file:
+                file.writelines(line for line, _ in kept)
+        self._last_step = kept[-1][1]["step"] if kept else -1
+        with naming(f"{self.folder}: dropping telemetry beyond step {step}"):
+            self._telemetry.truncate_to(step)
+        self._positioned = True
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends one row to ``metrics.jsonl``, whole, before it returns.
+
+        Args:
+            row: numbers and strings; "step" (the steps completed) is one of them and larger than in the row before.
+
+        Raises:
+            ValueError: the step does not grow, or a value is nothing that JSON can hold.
+            OSError: the disk is full or not writable. The file then ends with the row before.
+        """
+        if self._claim is None:
+            return
+        step = int(row["step"])
+        if not self._positioned:
+            raise RuntimeError("record: a resumed run must call truncate_to before it logs")
+        if step <= self._last_step:
+            raise ValueError(f"record: a row of step {step} after one of step {self._last_step}; steps must grow")
+        if self._metrics is None:
+            self._metrics = self._open(METRICS)
+        self._append(self._metrics, METRICS, {**row, "step": step})
+        self._last_step = step
+
+    def log_telemetry(self, columns: Mapping[str, Any]) -> None:
+        """Writes one block of layer statistics as a parquet part (see ``TelemetryStore.append``)."""
+        if self._claim is None:
+            return
+        if not self._positioned:
+            raise RuntimeError("record: a resumed run must call truncate_to before it logs")
+        self._telemetry.append(columns)
+
+    def sync(self) -> None:
+        """Makes all rows so far survive a power failure; call it before saving a checkpoint, which relies on them."""
+        if self._claim is None:
+            return
+        with naming(f"{self.folder}: waiting for the disk"):
+            if self._metrics is not None:
+                os.fsync(self._metrics)
+            self._telemetry.sync()
+            sync_folder(self.folder)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Writes ``results.json`` atomically; with it the run has ended.
+
+        Args:
+            results: "status" (finished, diverged or collapsed), "evaluations" (a list of dicts that each name their
+                "protocol") and whatever else came out.
+
+        Raises:
+            ValueError: no such status, or an evaluation without a protocol.
+        """
+        if self._claim is None:
+            return
+        if results.get("status") not in get_args(Ending):
+            raise ValueError(f"results: status is {results.get('status')!r}, allowed are {', '.join(get_args(Ending))}")
+        evaluations = list(results.get("evaluations", []))
+        _check_evaluations(evaluations)
+        atomic_json(self.folder / RESULTS, {"format": FORMAT, **results, "evaluations": evaluations})
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Ends the run: joins the telemetry's parts, then writes the results, then closes."""
+        if self._claim is None:
+            return
+        self.sync()
+        with naming(f"{self.folder}: joining the telemetry"):
+            self._telemetry.consolidate()
+        self.write_results(results)
+        self.close()
+
+    def close(self) -> None:
+        """Gives the directory back; a second call does nothing."""
+        self._close_metrics()
+        if self._claim is not None:
+            self._claim.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, name: str) -> int:
+        with naming(f"{self.folder / name}: opening"):
+            return os.open(self.folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _append(self, descriptor: int, name: str, row: Mapping[str, Any]) -> None:
+        """Appends one line to a file; if the disk takes only a part of it, takes that back and raises."""
+        data = (json.dumps(jsonable(row), allow_nan=False) + "\n").encode()
+        size = os.fstat(descriptor).st_size
+        with naming(f"{self.folder / name}: writing"):
+            try:
+                written = os.write(descriptor, data)
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            os.close(self._metrics)
+            self._metrics = None
+
+
+def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]]) -> None:
+    """Adds evaluations to the results of a run that has ended; one of the same protocol, model and seed is replaced.
+
+    Args:
+        run_dir: the run directory.
+        evaluations: dicts that each name their "protocol" and, if there is one, "model" and "seed".
+
+    Raises:
+        InUseError: the run is going on.
+        RecordError: it has not ended, or cannot be read.
+        ValueError: an evaluation names no protocol.
+    """
+    folder = Path(run_dir)
+    added = list(evaluations)
+    _check_evaluations(added)
+    read_head(folder)
+    claim = Claim(folder, patience=10.0)  # another evaluation may be writing just now
+    try:
+        results = read_results(folder)
+        if results is None:
+            raise RecordError(f"{folder}: the run has not ended, there is no {RESULTS} to add to")
+        both = [*results["evaluations"], *added]
+        merged = {(entry["protocol"], entry.get("model"), entry.get("seed")): entry for entry in both}
+        atomic_json(folder / RESULTS, {**results, "evaluations": list(merged.values())})
+    finally:
+        claim.release()
+
+
+def differences(
+    recorded: Mapping[str, Any], asked: Mapping[str, Any], ignore: Collection[str] = IGNORED_KEYS
+) -> list[str]:
+    """The differences of two nested recipes, e.g. ``optimizer.lr: run has 1.0, asked for 2.0``, by key.
+
+    Args:
+        recorded: the recipe of the run on disk.
+        asked: the recipe given now.
+        ignore: dotted keys that are left out, with all below them.
+    """
+    left, right = _flattened(jsonable(recorded)), _flattened(jsonable(asked))
+    lines = []
+    for key in sorted(left.keys() | right.keys()):
+        if any(key == name or key.startswith(f"{name}.") for name in ignore):
+            continue
+        has, wants = (json.dumps(side[key]) if key in side else "nothing" for side in (left, right))
+        if has != wants and not (key in left and key in right and left[key] == right[key]):
+            lines.append(f"{key}: run has {has}, asked for {wants}")
+    return lines
+
+
+def _flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuses a directory that has files but no run; hidden files do not count."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if names and RUN not in names:
+        raise RecordError(
+            f"run_dir {folder}: it holds {names[0]!r} and no {RUN}, so it is no run's; choose an empty or new directory"
+        )
+
+
+def _check_same(
+    folder: Path, recipe: Mapping[str, Any], identity: str, resume: Resume, ignore: Collection[str]
+) -> None:
+    """Refuses to continue the directory's run unless that is asked for and it is the same experiment."""
+    if resume == "never":
+        raise RecordError(f"run_dir {folder}: it holds a run; continue it with resume=auto or choose another run_dir")
+    head = read_head(folder)
+    if head["identity"] != identity:
+        lines = differences(head["recipe"], recipe, ignore)
+        reason = "; ".join(lines) or f"identity: run has {head['identity']}, asked for {identity}"
+        raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
+
+
+def _check_evaluations(evaluations: Iterable[Mapping[str, Any]]) -> None:
+    for entry in evaluations:
+        if not isinstance(entry.get("protocol"), str):
+            raise ValueError(f"results: an evaluation names no protocol; it has {', '.join(entry) or 'nothing'}")

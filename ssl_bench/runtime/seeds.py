@@ -1,0 +1,40 @@
+"""The streams of randomness of a run, each a pure function of (seed, stream, step)."""
+
+import torch
+
+# Streams of randomness that must not overlap. A new stream takes a new number; a used number is never reassigned,
+# because recorded runs depend on it.
+PERMUTATION = 0
+VIEW1 = 1
+VIEW2 = 2
+INIT = 3
+ONLINE = 4
+LAYERS = 5
+PROJECTOR = 6
+ANALYSIS = 7
+
+_MASK = (1 << 62) - 1  # torch takes 63 bits; one is left for callers that count up from a seed
+
+
+def _mix(value: int) -> int:
+    """One round of splitmix64: neighbouring inputs give unrelated outputs (seeds 0, 1, 2 are what users choose)."""
+    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
+
+
+def derive_seed(seed: int, stream: int, index: int = 0) -> int:
+    """A 62-bit seed for one stream of randomness at one index (a step, an epoch), unrelated to its neighbours."""
+    return _mix(_mix(_mix(seed) ^ stream) ^ index) & _MASK
+
+
+def generator(seed: int, stream: int, index: int = 0) -> torch.Generator:
+    """A CPU generator for one stream at one index.
+
+    Args:
+        seed: the run's seed, >= 0.
+        stream: one of this module's constants.
+        index: the step (augmentation) or epoch (permutation) it serves, >= 0.
+    """
+    return torch.Generator().manual_seed(derive_seed(seed, stream, index))

@@ -1,0 +1,182 @@
+"""Where a study's cells live, and what each has come to.
+
+    RUNS/STUDY/NAME/            the cell's run directory; NAME ends in the recipe's identity
+    RUNS/.cells/NAME.log        what its processes printed
+    RUNS/.cells/NAME.failed.json    why the last attempt failed
+    RUNS/.cells/NAME.claim-N    who is working on it
+
+A run that another study below RUNS made of the same recipe is the same experiment, and is not done twice.
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ssl_bench.records.lock import is_claimed
+from ssl_bench.records.reader import RUN, RecordError, read_head, read_results
+from ssl_bench.records.storage import atomic_json, jsonable
+from ssl_bench.study.claims import CellClaim, holder
+from ssl_bench.study.grid import Cell
+
+Status = Literal["finished", "diverged", "collapsed", "failed", "running", "interrupted", "missing"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+ENDED: frozenset[Status] = frozenset(("finished", "diverged", "collapsed"))
+LOG_LINES = 30  # of a failed run's output, kept with the error
+
+
+@dataclass(frozen=True)
+class State:
+    """What a cell has come to.
+
+    Attributes:
+        status: see `STATUSES`. An interrupted run has a record and no end; diverged and collapsed ones are done.
+        detail: the error of a failed one, the holder of a running one; else empty.
+    """
+
+    status: Status
+    detail: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+
+class CellStore:
+    """The folder of all runs, seen by one study's worker.
+
+    Args:
+        runs: the folder, shared by all workers; need not exist.
+        owner: of the claims, if it outlives a process (a batch job's name).
+    """
+
+    def __init__(self, runs: str | Path, *, owner: str = "") -> None:
+        self.runs, self.owner = Path(runs), owner
+        self.notes = self.runs / ".cells"
+
+    def folder(self, cell: Cell) -> Path:
+        """The run directory: the study's own, unless the run is already in another study's."""
+        own = self.runs / cell.study / cell.name
+        if own.is_dir() or not self.runs.is_dir():
+            return own
+        others = (path / cell.name for path in sorted(self.runs.iterdir()) if not path.name.startswith("."))
+        return next((path for path in others if (path / RUN).is_file()), own)
+
+    def log(self, cell: Cell) -> Path:
+        """The file that takes what its processes print."""
+        return self.notes / f"{cell.name}.log"
+
+    def state(self, cell: Cell) -> State:
+        """What the cell has come to; never fails for a damaged record."""
+        folder = self.folder(cell)
+        claimed = is_claimed(folder)  # asked first: a run that ends meanwhile then shows its results
+        status, damage = self.ending(cell)
+        if status is not None:
+            return State(status)
+        if damage:
+            return State("failed", damage)
+        if claimed or (who := holder(self.notes, cell.name)):
+            return State("running", "" if claimed else str(who))
+        failure = self.failure(cell)
+        if failure is not None:
+            return State("failed", str(failure.get("error", "")))
+        return State("interrupted" if (folder / RUN).exists() else "missing")
+
+    def claim(self, cell: Cell) -> CellClaim | None:
+        """Claims the cell for this worker; None if another has it."""
+        return CellClaim.acquire(self.notes, cell.name, owner=self.owner)
+
+    def failure(self, cell: Cell) -> dict[str, Any] | None:
+        """Why the last attempt failed, as `fail` wrote it."""
+        path = self._failure_path(cell)
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return {"error": f"{path}: damaged: {error}"}
+        return found if isinstance(found, dict) else {"error": f"{path}: damaged"}
+
+    def failed_at(self, cell: Cell) -> float:
+        """When it failed by the file system's clock; 0 if it has not."""
+        try:
+            return self._failure_path(cell).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def fail(self, cell: Cell, *, code: int, command: Sequence[str], reason: str = "") -> str:
+        """Keeps why an attempt failed.
+
+        Args:
+            cell: the cell.
+            code: the process's exit code; negative for a signal.
+            command: what was started.
+            reason: if it is known otherwise than from the output.
+
+        Returns:
+            the error in one line.
+        """
+        lines = _tail(self.log(cell))
+        error = reason or _error_line(lines, code)
+        note = {
+            "error": error,
+            "exit_code": code,
+            "command": shlex.join(command),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "log": lines,
+        }
+        self.notes.mkdir(parents=True, exist_ok=True)
+        atomic_json(self._failure_path(cell), jsonable(note))
+        return error
+
+    def forget_failure(self, cell: Cell) -> None:
+        """Before another attempt, and after one that succeeded."""
+        self._failure_path(cell).unlink(missing_ok=True)
+
+    def ending(self, cell: Cell) -> tuple[Status | None, str]:
+        """How the cell's run ended.
+
+        Returns:
+            its status, or None where it has not ended; then also what is wrong with its record, or "".
+        """
+        folder = self.folder(cell)
+        try:
+            results = read_results(folder)
+            if results is None:
+                return None, ""
+            identity = read_head(folder)["identity"]
+        except (RecordError, OSError) as error:
+            return None, str(error)
+        if identity != cell.identity:
+            return None, f"{folder}: its run has the identity {identity}, the cell {cell.identity}"
+        return results["status"], ""
+
+    def _failure_path(self, cell: Cell) -> Path:
+        return self.notes / f"{cell.name}.failed.json"
+
+
+def count(states: Mapping[Any, State]) -> dict[Status, int]:
+    """How many cells have each status; only those that occur, in the order of `STATUSES`."""
+    found = [state.status for state in states.values()]
+    return {status: found.count(status) for status in STATUSES if status in found}
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 20_000))
+            return file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+    except FileNotFoundError:
+        return []
+
+
+def _error_line(lines: Sequence[str], code: int) -> str:
+    """The line that says what went wrong: ours begins with "error:", a traceback ends with the exception."""
+    if code < 0:
+        return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+    ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    last = [line for line in lines if line.strip() and not line.startswith(" ")]
+    return (ours or last or [f"exit code {code}"])[-1]

@@ -1,0 +1,175 @@
+"""How long a study will take, from a measured step: of its own runs where there are any, else of a few steps now."""
+
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssl_bench.recipe.cells import merge
+from ssl_bench.recipe.command import leave
+from ssl_bench.recipe.schema import Recipe
+from ssl_bench.records.reader import RecordError, RunRecord, read_run
+from ssl_bench.study.cells import CellStore
+from ssl_bench.study.grid import Cell
+
+STEPS = 5  # of a measurement; the first warms up and is left out
+BATCH = 256  # images of its steps, at most
+TIMEOUT = 900.0  # seconds
+
+# A short run of the same network on the same images, without what comes before and after the steps.
+SHORT = {
+    "steps": str(STEPS),
+    "seed": "0",
+    "chunk_size": "null",
+    "log_every": "1",
+    "telemetry.every": "0",
+    "eval.protocols": "[]",
+    "eval.baseline": "false",
+    "eval.test_every_epochs": "0",
+    "eval.online_every_epochs": "0",
+    "checkpoint.every_epochs": "0",
+    "tracker": "null",
+}
+
+Workload = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a workload was measured to do.
+
+    Attributes:
+        images_per_second: of training alone.
+        train_size: the number of train images.
+    """
+
+    images_per_second: float
+    train_size: float
+
+    def seconds(self, recipe: Recipe) -> float:
+        """The training time of a recipe at this speed."""
+        epochs = recipe.epochs or 0.0
+        images = recipe.steps * recipe.batch_size if recipe.steps else epochs * self.train_size
+        return images / self.images_per_second
+
+
+def workload(recipe: Recipe) -> Workload:
+    """What decides the time per image; batch size and optimizer come on top, and are left out."""
+    data, model = recipe.data, recipe.model
+    parts = (recipe.track, data.name, data.size, model.name, model.stem, recipe.method.target, recipe.precision)
+    return tuple(map(str, parts))
+
+
+def speeds(cells: Sequence[Cell], store: CellStore, *, measure: bool = True) -> dict[Workload, Speed | str]:
+    """The speed of every workload in a study, or why it is not known.
+
+    Args:
+        cells: of the study.
+        store: its runs.
+        measure: whether a workload without runs is measured now, by a short run of its own.
+    """
+    found: dict[Workload, Speed | str] = {}
+    for kind, members in _by_workload(cells).items():
+        recorded = _recorded(members, store)
+        found[kind] = recorded or (_measured(members[0]) if measure else "no run of it yet")
+    return found
+
+
+def total_seconds(cells: Iterable[Cell], known: Mapping[Workload, Speed | str]) -> tuple[float, int]:
+    """The training time of the cells one after another, and how many of them have no known speed."""
+    seconds, unknown = 0.0, 0
+    for cell in cells:
+        speed = known[workload(cell.recipe)]
+        if isinstance(speed, str):
+            unknown += 1
+        else:
+            seconds += speed.seconds(cell.recipe)
+    return seconds, unknown
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says it: 40 s, 12 min, 3.5 h, 12 days."""
+    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _by_workload(cells: Sequence[Cell]) -> dict[Workload, list[Cell]]:
+    groups: dict[Workload, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(workload(cell.recipe), []).append(cell)
+    return groups
+
+
+def _recorded(cells: Sequence[Cell], store: CellStore) -> Speed | None:
+    """The median of the runs that these cells have left so far."""
+    found = []
+    for cell in cells:
+        try:
+            speed = _speed(read_run(store.folder(cell)))
+        except (RecordError, OSError):
+            continue
+        found += [speed] if speed else []
+    if not found:
+        return None
+    return Speed(statistics.median(speed.images_per_second for speed in found), found[0].train_size)
+
+
+def _speed(record: RunRecord) -> Speed | None:
+    rates = [row["images_per_second"] for row in record.metrics[1:] if "images_per_second" in row]
+    per_epoch = record.provenance.get("plan", {}).get("steps_per_epoch")
+    if not rates or not per_epoch:
+        return None
+    return Speed(statistics.median(rates), per_epoch * record.recipe["batch_size"])
+
+
+def _measured(cell: Cell) -> Speed | str:
+    """Runs a few steps in a process of its own."""
+    batch_size = min(cell.recipe.batch_size, BATCH)
+    with tempfile.TemporaryDirectory(prefix="ssl-bench-estimate-") as folder:
+        run = Path(folder) / "run"
+        words = merge(cell.words, {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)})
+        try:
+            done = _bound_run([cell.track, *(f"{key}={value}" for key, value in words.items())])
+        except subprocess.TimeoutExpired:
+            return f"{STEPS} steps took more than {TIMEOUT:.0f} s"
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            return lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
+        try:
+            return _speed(read_run(run)) or "the short run left no speed"
+        except RecordError as error:
+            return str(error)
+
+
+def _bound_run(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs `_measuring_process`, bound to this one: the pipe that it reads breaks when this process dies, however."""
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "ssl_bench.study.estimate", *argv]
+    try:
+        return subprocess.run(command, stdin=read, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def _measuring_process(track: str, *words: str) -> int:
+    """A track's command, in a process that ends at once when the one that started it has gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return importlib.import_module(f"ssl_bench.{track}").main(list(words))
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)  # nobody writes: it returns when the other end is closed
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    leave(_measuring_process(*sys.argv[1:]))

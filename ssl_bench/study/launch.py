@@ -1,0 +1,334 @@
+"""Runs cells on this machine: one process each, side by side on GPUs or cores, each with its own log.
+
+A cell that crashes takes nothing with it: its error is kept and the others go on. Several such launchers, here or on
+other machines, may work on the same runs folder at once; a cell's claim says who has it.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from ssl_bench.runtime.console import say
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
+from ssl_bench.study.cells import CellStore, State
+from ssl_bench.study.claims import BEAT_EVERY, CellClaim
+from ssl_bench.study.grid import Cell
+
+POLL = 0.1  # seconds between looks at the processes
+LOOK_EVERY = 2.0  # seconds between looks for room and for cells, unless one of ours has ended
+CORES_PER_CELL = 4  # of a CPU run, where the number of workers is not given
+BYTES_PER_CELL = 4 << 30  # of main memory, likewise
+SETTLE = 60.0  # seconds until a run on a GPU shows the memory that it needs
+HEADROOM = 1.2  # of that memory, for another run like it
+
+Command = Callable[[Cell, Path], list[str]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one process.
+
+    Attributes:
+        number: from 0.
+        environment: added to the process's.
+        gpu: the device's id, None on the CPU.
+    """
+
+    number: int
+    environment: dict[str, str]
+    gpu: str | None = None
+
+
+def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
+    """The places for processes on this machine.
+
+    Args:
+        workers: how many cells run at a time; None = what the machine carries: `per_gpu` on each GPU, or on the CPU
+            one for each `CORES_PER_CELL` cores and `BYTES_PER_CELL` of free memory.
+        per_gpu: how many cells may share a GPU; as many do as its memory has room for.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    for name, value in (("workers", workers), ("per_gpu", per_gpu)):
+        if value is not None and value < 1:
+            raise ValueError(f"study: {name}: got {value}, allowed: >= 1")
+    cores, gpus = _cores(), _gpus()
+    if gpus:
+        # Rank by rank over the GPUs, so that fewer workers than places are spread out.
+        places = [(gpu, {"CUDA_VISIBLE_DEVICES": gpu}) for _ in range(per_gpu) for gpu in gpus]
+        count = min(workers or len(places), len(places))
+    else:
+        from ssl_bench.runtime.memory import available_memory
+
+        count = workers or max(1, min(cores // CORES_PER_CELL, available_memory() // BYTES_PER_CELL))
+        places = [(None, {})] * count  # type: ignore[list-item]
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    return [Slot(number, {**places[number][1], **threads}, places[number][0]) for number in range(count)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(index) for index in range(count)]
+
+
+def local_command(cell: Cell, run_dir: Path) -> list[str]:
+    """The cell as one process of this Python."""
+    return [sys.executable, "-m", f"ssl_bench.{cell.track}", *_arguments(cell, run_dir)]
+
+
+def print_commands(cells: Sequence[Cell], store: CellStore) -> list[str]:
+    """Shell lines that run the cells on any cluster; accelerate's own configuration gives the number of processes."""
+    return [
+        shlex.join(["accelerate", "launch", "-m", f"ssl_bench.{cell.track}", *_arguments(cell, store.folder(cell))])
+        for cell in cells
+    ]
+
+
+def _arguments(cell: Cell, run_dir: Path) -> list[str]:
+    return [*cell.arguments(), f"run_dir={run_dir}", "resume=auto"]
+
+
+@dataclass
+class CellProcess:
+    """A cell that runs, with its claim.
+
+    Attributes:
+        cell: which.
+        claim: held until `end`.
+        command: what was started.
+        process: the child.
+    """
+
+    cell: Cell
+    claim: CellClaim
+    command: list[str]
+    process: subprocess.Popen[bytes]
+    started: float = field(default_factory=time.monotonic)
+    last_beat: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(
+        cls,
+        cell: Cell,
+        claim: CellClaim,
+        store: CellStore,
+        environment: Mapping[str, str],
+        command: Command = local_command,
+    ) -> "CellProcess":
+        """Starts the cell's process, its output going to the cell's log."""
+        store.forget_failure(cell)
+        words = command(cell, store.folder(cell))
+        with open(store.log(cell), "ab") as log:
+            return cls(cell, claim, words, _spawn(words, environment, log))
+
+    def beat(self) -> None:
+        """Keeps the claim alive; cheap enough to call at every look."""
+        if time.monotonic() - self.last_beat > BEAT_EVERY:
+            self.last_beat = time.monotonic()
+            self.claim.beat()
+
+    def end(self, store: CellStore, code: int) -> State:
+        """After the process's end: keeps its error if it has one, gives the claim back, and says what came out."""
+        try:
+            if code == REQUEUE_EXIT_CODE:
+                return State("interrupted")
+            status, reason = store.ending(self.cell) if code == 0 else (None, "")
+            if code == 0 and status is None and not reason:
+                reason = f"the process reported success and left no results in {store.folder(self.cell)}"
+            if status is None:
+                return State("failed", store.fail(self.cell, code=code, command=self.command, reason=reason))
+            store.forget_failure(self.cell)
+            return State(status)
+        finally:
+            self.claim.release()
+
+    def stop(self) -> None:
+        """Asks the process to save and end; safe to call again."""
+        if self.process.poll() is None:
+            self.process.terminate()
+
+
+def _spawn(words: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    log.write(f"$ {shlex.join(words)}\n".encode())
+    log.flush()
+    # A batch system may signal every process of a job; what is meant for its launcher must not kill the run.
+    # Its own session: a Ctrl-C in the terminal reaches the launcher alone, which then asks each run once to stop.
+    return subprocess.Popen(
+        words,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_ignore_usr2,
+    )
+
+
+def _ignore_usr2() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+class LocalLauncher:
+    """Works through cells until none is left that is missing, also counting what other workers do.
+
+    Args:
+        store: the runs.
+        places: see `slots`.
+        retry_failed: whether cells that had failed before are tried again, once.
+        command: what runs a cell.
+    """
+
+    def __init__(
+        self, store: CellStore, places: Sequence[Slot], *, retry_failed: bool = False, command: Command = local_command
+    ) -> None:
+        self.store, self.places, self.retry_failed, self.command = store, places, retry_failed, command
+        self.running: dict[int, CellProcess] = {}
+        self.failed_before: dict[str, float] = {}
+        self.done = self.total = 0
+        self._next_look, self._waits = 0.0, False
+
+    def run(self, cells: Sequence[Cell]) -> int:
+        """Runs what is missing.
+
+        Returns:
+            0 when every cell is done, 1 when some failed, `REQUEUE_EXIT_CODE` after a signal.
+        """
+        self.total = len(cells)
+        if self.retry_failed:
+            self.failed_before = {cell.name: self.store.failed_at(cell) for cell in cells}
+        waiting = list(cells)
+        with Interrupt() as interrupt:
+            try:
+                while (waiting or self.running) and not interrupt.requested:
+                    waiting = self._fill(waiting)
+                    self._reap(waiting)
+                    time.sleep(POLL)
+            finally:
+                self._stop_all()
+        if interrupt.requested:
+            return REQUEUE_EXIT_CODE
+        return int(any(self.store.state(cell).status == "failed" for cell in cells))
+
+    def _fill(self, waiting: list[Cell]) -> list[Cell]:
+        """Starts cells where there is room; returns those that are neither started nor known to have ended."""
+        if time.monotonic() < self._next_look:
+            return waiting
+        self._next_look = time.monotonic() + LOOK_EVERY
+        free = [slot for slot in self.places if slot.number not in self.running and self._has_room(slot)]
+        left: list[Cell] = []
+        for index, cell in enumerate(waiting):
+            if not free:
+                return left + waiting[index:]
+            state = self.store.state(cell)
+            if state.status == "running":
+                left.append(cell)
+            elif not self._startable(cell, state):
+                self.done += 1
+            elif (claim := self.store.claim(cell)) is None:
+                left.append(cell)
+            else:
+                self._start(free.pop(0), cell, claim)
+        if left and not self.running and not self._waits:
+            # Theirs fall to this worker if they die.
+            self._waits = True
+            say(f"waiting for {len(left)} cells that other workers have")
+        return left
+
+    def _startable(self, cell: Cell, state: State) -> bool:
+        if state.status == "failed":
+            return self.retry_failed and self.failed_before[cell.name] == self.store.failed_at(cell)
+        return not state.ended
+
+    def _start(self, slot: Slot, cell: Cell, claim: CellClaim) -> None:
+        # Between the look and the claim another worker may have finished it.
+        if not self._startable(cell, self._unclaimed_state(cell)):
+            claim.release()
+            self.done += 1
+            return
+        self.running[slot.number] = CellProcess.start(cell, claim, self.store, slot.environment, self.command)
+
+    def _unclaimed_state(self, cell: Cell) -> State:
+        """The state of a cell that this worker has claimed."""
+        status, _ = self.store.ending(cell)
+        if status is not None:
+            return State(status)
+        return State("failed" if self.store.failed_at(cell) else "missing")
+
+    def _reap(self, waiting: list[Cell]) -> None:
+        """Notes the processes that have ended; one that was asked to stop by somebody else goes on."""
+        for number, child in list(self.running.items()):
+            child.beat()
+            code = child.process.poll()
+            if code is None:
+                continue
+            del self.running[number]
+            self._next_look = 0.0
+            state = child.end(self.store, code)
+            if state.status == "interrupted":
+                say(f"requeued: {child.cell.label}")
+                waiting.insert(0, child.cell)
+                continue
+            self.done += 1
+            seconds = time.monotonic() - child.started
+            detail = f": {state.detail} (log: {self.store.log(child.cell)})" if state.status == "failed" else ""
+            say(f"[{self.done}/{self.total}] {state.status} in {seconds:.0f} s: {child.cell.label}{detail}")
+
+    def _stop_all(self) -> None:
+        """Asks all processes to save and end, and waits for them; a second Ctrl-C kills them."""
+        for child in self.running.values():
+            child.stop()
+        try:
+            for child in self.running.values():
+                while child.process.poll() is None:
+                    child.beat()
+                    time.sleep(POLL)
+        finally:
+            for child in self.running.values():
+                if child.process.poll() is None:
+                    child.process.kill()
+                    child.process.wait()
+                if child.process.returncode < 0:
+                    child.claim.release()  # killed by us, or asked to stop before it could answer: no failure
+                else:
+                    child.end(self.store, child.process.returncode)
+            self.running.clear()
+
+    def _has_room(self, slot: Slot) -> bool:
+        """Whether the slot's GPU has the memory for another run like those that are on it."""
+        neighbours = [
+            self.running[other.number]
+            for other in self.places
+            if other.gpu == slot.gpu and other.number in self.running
+        ]
+        if slot.gpu is None or not neighbours:
+            return True
+        if time.monotonic() - max(child.started for child in neighbours) < SETTLE:
+            return False
+        try:
+            used, total = gpu_memory(slot.gpu)
+        except (OSError, subprocess.SubprocessError):
+            return False  # without nvidia-smi nobody knows
+        return total - used > HEADROOM * used / len(neighbours)
+
+
+def gpu_memory(gpu: str) -> tuple[float, float]:
+    """A GPU's used and total memory in MiB, by nvidia-smi, which needs no CUDA context of its own."""
+    query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    used, total = done.stdout.strip().splitlines()[0].split(",")
+    return float(used), float(total)

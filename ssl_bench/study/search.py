@@ -1,0 +1,184 @@
+"""A search's file: for every optimizer a declared space, and the same number of quasi-random trials in each.
+
+# What it costs, and what to expect.
+track: classify
+base: {protocol: fair, data: cifar10, epochs: 10}   # keys of every run
+holdout: 0.1      # share of each class of the train set that selects
+trials: 16        # for each optimizer
+select: test-v1   # the protocol whose top-1 on the held-out images decides
+seed: 0           # of the trials' runs and of the points
+seeds: [0, 1, 2]  # of the final runs, on all of train
+arms:
+  - set: {optimizer: lars}
+    space:
+      optimizer.lr: {low: 0.1, high: 10, log: true}
+      optimizer.nesterov: {choices: [false, true]}
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+
+from ssl_bench.recipe.compose import CONFIGS
+from ssl_bench.recipe.registry import explain, nearest
+from ssl_bench.study.files import Words, about, as_word, find_file, parse_file, read_text
+
+SEARCHES = CONFIGS / "tune"
+DIGITS = 4  # significant ones of a point's numbers, as they stand on the command line
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The interval of a number; whole numbers where both ends are."""
+
+    __pydantic_config__ = _STRICT
+    low: int | float
+    high: int | float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A set of values."""
+
+    __pydantic_config__ = _STRICT
+    choices: Annotated[list[bool | int | float | str | None], Field(min_length=1)]
+
+
+def _kind(values: Any) -> str:
+    return "choices" if isinstance(values, Choices) or (isinstance(values, dict) and "choices" in values) else "range"
+
+
+Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_kind)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One optimizer with what is tuned of it."""
+
+    __pydantic_config__ = _STRICT
+    set: dict[str, Any]
+    space: Annotated[dict[str, Space], Field(min_length=1)]
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={as_word(key, value)}" for key, value in self.set.items())
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as its file has it; see the module."""
+
+    __pydantic_config__ = _STRICT
+    track: Literal["pretrain", "classify"]
+    trials: Annotated[int, Field(gt=0)]
+    select: str
+    arms: Annotated[list[Arm], Field(min_length=1)]
+    base: dict[str, Any] = field(default_factory=dict)
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = field(default_factory=lambda: [0, 1, 2])
+
+
+def load_search(source: str | Path) -> tuple[str, str, Search]:
+    """Reads a search.
+
+    Args:
+        source: a shipped search's name, or the path of a YAML file.
+
+    Returns:
+        its name, its head comment and its contents.
+
+    Raises:
+        ValueError: one line that names the key, what was given and what is allowed.
+    """
+    path = find_file(source, SEARCHES, "search")
+    text = read_text(path)
+    where = f"search {path.stem}"
+    content = parse_file(where, text)
+    try:
+        search = TypeAdapter(Search).validate_python(content)
+    except ValidationError as error:
+        # A misspelt key also makes the right one missing; it is the better thing to name.
+        unknown = [one["loc"] for one in error.errors() if one["type"] == "unexpected_keyword_argument"]
+        if unknown:
+            raise ValueError(f"{where}: {_unknown(unknown[0])}") from None
+        raise ValueError(f"{where}: {explain(error)}") from None
+    _check(where, search)
+    return path.stem, about(text), search
+
+
+def points(arm: Arm, trials: int, seed: int) -> list[Words]:
+    """The trials of an arm: Optuna's scrambled Sobol sequence over its space, the same for equal arguments.
+
+    Args:
+        arm: whose space.
+        trials: how many.
+        seed: of the scrambling.
+    """
+    import warnings
+
+    import optuna
+
+    distributions = {key: _distribution(values) for key, values in arm.space.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(sampler=sampler)
+        # The sampler learns its space from the first completed trial, and would draw that one at random.
+        known = {
+            key: values.choices[0] if isinstance(values, Choices) else values.low for key, values in arm.space.items()
+        }
+        study.add_trial(optuna.trial.create_trial(params=known, distributions=distributions, value=0.0))
+        found = []
+        for _ in range(trials):
+            trial = study.ask(distributions)
+            found.append({key: as_word(key, _rounded(value)) for key, value in trial.params.items()})
+            study.tell(trial, 0.0)
+    finally:
+        optuna.logging.set_verbosity(level)
+    return found
+
+
+def _distribution(values: Range | Choices) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(values, Choices):
+        return CategoricalDistribution(values.choices)
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _check(where: str, search: Search) -> None:
+    """What no single field can tell."""
+    if len(set(search.seeds)) < len(search.seeds):
+        raise ValueError(f"{where}: seeds: got {search.seeds}, allowed: different ones")
+    labels = [arm.label for arm in search.arms]
+    for arm in search.arms:
+        if labels.count(arm.label) > 1:
+            raise ValueError(f"{where}: two arms are {arm.label!r}")
+        for key, values in arm.space.items():
+            if key in arm.set:
+                raise ValueError(f"{where}: {arm.label}: {key!r} is both set and searched")
+            if isinstance(values, Range) and not (values.low < values.high and (values.low > 0 or not values.log)):
+                allowed = "0 < low < high" if values.log else "low < high"
+                raise ValueError(f"{where}: {arm.label}: {key}: got {values.low} to {values.high}, allowed: {allowed}")
+
+
+def _unknown(location: tuple[Any, ...]) -> str:
+    *scope, key = map(str, location)
+    kind = {"range": Range, "choices": Choices}.get(scope[-1]) if scope else Search
+    known = [one.name for one in fields(kind or Arm)]
+    return f"unknown key {key!r}{nearest(key, known)} (known here: {', '.join(known)})"

@@ -1,0 +1,242 @@
+"""``ssl-bench tune``: the same number of trials for every optimizer on held-out train images, then the test set once.
+
+A trial trains on the train set less a tenth of each class (``data.holdout``) and is measured on that tenth. The best
+trial of each optimizer is then trained on the whole train set, over several seeds, and measured on the test set after
+its last step. All of it, the held-out indices too, is kept in ``RUNS/NAME/tune.json``.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ssl_bench.recipe.cells import Composer, merge
+from ssl_bench.records.reader import read_results
+from ssl_bench.records.storage import atomic_json
+from ssl_bench.runtime.console import say
+from ssl_bench.study.cells import CellStore
+from ssl_bench.study.files import Words, as_words
+from ssl_bench.study.grid import Cell, Study, split_word
+from ssl_bench.study.run import run_study
+from ssl_bench.study.search import Arm, Search, load_search, points
+
+# Nothing but the last epoch is measured: no curve of the test set that could be selected from.
+MEASURE_ONCE = {"classify": {"eval.test_every_epochs": "0"}, "pretrain": {"eval.online_every_epochs": "0"}}
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One point of an arm's space, as a run."""
+
+    arm: Arm
+    point: Words
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its top-1 in percent, or NaN and the word for what happened instead."""
+
+    status: str
+    top1: float
+
+
+def tune_main(
+    source: str | Path,
+    *,
+    runs: str | Path = "runs",
+    overrides: Sequence[str] = (),
+    data_paths: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    per_gpu: int = 1,
+    retry_failed: bool = False,
+) -> int:
+    """Runs what is missing of a search, selects, and tests what was selected.
+
+    Args:
+        source: a shipped search's name, or a YAML file's path.
+        runs: the folder of all runs.
+        overrides: ``key=value`` words for every run.
+        data_paths: where to read data sets, by name.
+        workers: runs at a time; None = what the machine carries.
+        per_gpu: runs that may share a GPU.
+        retry_failed: try failed runs again.
+
+    Returns:
+        the exit code: 0; 1 when runs failed, whereupon nothing is selected; `REQUEUE_EXIT_CODE` after a signal.
+
+    Raises:
+        ValueError: one line; the search or an override is wrong.
+    """
+    name, _, search = load_search(source)
+    make = _Maker(name, search, dict(map(split_word, overrides)), dict(data_paths or {}))
+    trials = [trial for arm in search.arms for trial in make.trials(arm)]
+    store = CellStore(runs)
+    options: dict[str, Any] = {"workers": workers, "per_gpu": per_gpu, "retry_failed": retry_failed}
+    say(f"{name}: {search.trials} trials for each of {len(search.arms)} arms on held-out train images")
+    code = run_study(Study(name, "", _distinct(trial.cell for trial in trials)), store, **options)
+    if code:
+        return code
+    scores = {trial: _outcome(trial.cell, store, search.select) for trial in trials}
+    best = {arm.label: _best([trial for trial in trials if trial.arm is arm], scores) for arm in search.arms}
+    finals = {label: make.finals(trial) if trial else [] for label, trial in best.items()}
+    say(f"{name}: the best trial of each on all train images, seeds {', '.join(map(str, search.seeds))}")
+    code = run_study(Study(name, "", _distinct(cell for cells in finals.values() for cell in cells)), store, **options)
+    if code:
+        return code
+    tested = {label: [_outcome(cell, store, search.select) for cell in cells] for label, cells in finals.items()}
+    path = store.runs / name / "tune.json"
+    atomic_json(path, _record(name, search, scores, best, finals, tested))
+    _print(search, scores, best, tested)
+    print(f"all trials and the held-out indices: {path}")
+    return 0
+
+
+class _Maker:
+    """Makes a search's runs."""
+
+    def __init__(self, name: str, search: Search, user: Words, data_paths: dict[str, str]):
+        self.name, self.search, self.user, self.data_paths = name, search, user, data_paths
+        self.composer = Composer()
+        for arm in search.arms:
+            for key in user:
+                if key in arm.space or key in ("data.holdout", "seed"):
+                    raise ValueError(f"search {name}: {key} is chosen by the search; it cannot be set besides")
+
+    def trials(self, arm: Arm) -> list[Trial]:
+        """The trials of one arm."""
+        search = self.search
+        held = {"data.holdout": f"{search.holdout:g}"}
+        found = []
+        for point in points(arm, search.trials, search.seed):
+            found.append(Trial(arm, point, self._cell(arm, point, held, search.seed)))
+        return found
+
+    def finals(self, trial: Trial) -> list[Cell]:
+        """The runs of a selected point on the whole train set."""
+        first = self._cell(trial.arm, trial.point, {}, self.search.seeds[0])
+        return [
+            replace(
+                first,
+                words={**first.words, "seed": str(seed)},
+                varied={**first.varied, "seed": str(seed)},
+                recipe=replace(first.recipe, seed=seed),
+            )
+            for seed in self.search.seeds
+        ]
+
+    def _cell(self, arm: Arm, point: Words, held: Words, seed: int) -> Cell:
+        where = f"search {self.name}"
+        chosen = as_words(where, arm.set) | point
+        words = merge(merge(as_words(where, self.search.base), chosen), self.user)
+        words |= MEASURE_ONCE[self.search.track] | held | {"seed": str(seed)}
+        path = self.data_paths.get(words.get("data", "cifar10"))
+        if path:
+            words = {"data.path": path, **words}
+        try:
+            recipe = self.composer.compose(self.search.track, words)
+        except ValueError as error:
+            raise ValueError(f"{where}: {arm.label}: {error}") from None
+        return Cell(self.name, words, {**chosen, **held}, recipe)
+
+
+def _distinct(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Small spaces of choices repeat points; equal ones are one run."""
+    return tuple({cell.identity: cell for cell in cells}.values())
+
+
+def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
+    """The trained network's result by the protocol that selects.
+
+    Raises:
+        ValueError: the run was not measured by it.
+    """
+    results = read_results(store.folder(cell))
+    assert results is not None  # the launcher said so
+    if results["status"] != "finished":
+        return Outcome(results["status"], math.nan)
+    entries = [entry for entry in results["evaluations"] if entry.get("model", "trained") == "trained"]
+    for entry in entries:
+        if entry["protocol"] == protocol:
+            return Outcome(results["status"], float(entry["metrics"]["top1"]))
+    known = ", ".join(entry["protocol"] for entry in entries) or "none"
+    raise ValueError(f"search {cell.study}: select: got {protocol!r}, its runs are measured by: {known}")
+
+
+def _best(trials: Sequence[Trial], scores: Mapping[Trial, Outcome]) -> Trial | None:
+    """The first trial of the highest top-1, or None where none came to one."""
+    alive = [trial for trial in trials if not math.isnan(scores[trial].top1)]
+    return max(alive, key=lambda trial: scores[trial].top1, default=None)
+
+
+def _record(
+    name: str,
+    search: Search,
+    scores: Mapping[Trial, Outcome],
+    best: Mapping[str, Trial | None],
+    finals: Mapping[str, Sequence[Cell]],
+    tested: Mapping[str, Sequence[Outcome]],
+) -> dict[str, Any]:
+    """All that a reader needs to check the selection."""
+    arms = {}
+    for label, chosen in best.items():
+        arms[label] = {
+            "trials": [
+                {"point": trial.point, "run": trial.cell.name, **vars(outcome)}
+                for trial, outcome in scores.items()
+                if trial.arm.label == label
+            ],
+            "chosen": chosen.point if chosen else None,
+            "test": [
+                {"seed": cell.recipe.seed, "run": cell.name, **vars(outcome)}
+                for cell, outcome in zip(finals[label], tested[label], strict=True)
+            ],
+        }
+    held = _held_out(next(iter(scores)).cell)
+    return {"format": 1, "search": name, "select": search.select, "sampler": "optuna QMCSampler, scrambled Sobol",
+            "seed": search.seed, "holdout": {"fraction": search.holdout, **held}, "arms": arms}  # fmt: skip
+
+
+def _held_out(cell: Cell) -> dict[str, Any]:
+    """The held-out indices themselves, with their hash."""
+    from ssl_bench.data.dataset import load_dataset
+    from ssl_bench.data.holdout import holdout_indices
+
+    data, path = cell.recipe.data, cell.words.get("data.path")
+    train = load_dataset(
+        data.name, path=path, size=data.size, resident=False, workers=0, cache_dir=data.cache_dir
+    ).train
+    indices = holdout_indices(train.labels, float(cell.words["data.holdout"]))[1].tolist()
+    digest = hashlib.sha256(json.dumps(indices).encode()).hexdigest()
+    return {"images": len(indices), "of": len(train.labels), "sha256": digest, "indices": indices}
+
+
+def _print(
+    search: Search,
+    scores: Mapping[Trial, Outcome],
+    best: Mapping[str, Trial | None],
+    tested: Mapping[str, Sequence[Outcome]],
+) -> None:
+    print(f"{search.select} top-1 in %; test: all train images, last step, seeds {', '.join(map(str, search.seeds))}")
+    for label, chosen in best.items():
+        if chosen is None:
+            print(f"  {label}: {_words(scores[trial] for trial in scores if trial.arm.label == label)}")
+            continue
+        point = " ".join(f"{key}={value}" for key, value in chosen.point.items())
+        print(f"  {label}: held out {scores[chosen].top1:.2f}, test {_words(tested[label])}; {point}")
+
+
+def _words(outcomes: Iterable[Outcome]) -> str:
+    """Outcomes in a few words; what diverged or collapsed is no number."""
+    outcomes = list(outcomes)
+    values = [outcome.top1 for outcome in outcomes if outcome.status == "finished"]
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    parts = [f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"] if values else []
+    for status in ("diverged", "collapsed"):
+        number = sum(outcome.status == status for outcome in outcomes)
+        parts += [f"{number} {status}"] if number else []
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""One run, step by step: what a recipe builds, the loop, and what surrounds it."""

@@ -1,0 +1,205 @@
+"""THE training loop, shared by both tracks. It knows no method, data set, optimizer or metric by name."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.optim.telemetry import Telemetry
+from ssl_bench.runtime import seeds
+from ssl_bench.runtime.distributed import assert_equal_parameters
+from ssl_bench.training.monitor import FiniteGuard, Meter
+
+Scalars = dict[str, float]
+
+
+@dataclass
+class Hook:
+    """Something measured every so often: ``measure(step)`` returns scalars for that step's line of the metrics."""
+
+    every: int  # steps; 0 = never
+    measure: Callable[[int], Scalars]
+
+
+@dataclass
+class Rhythm:
+    """How often what happens, all in steps; 0 = never. ``snapshots`` are steps themselves, 0 = before the first."""
+
+    total: int
+    log: int
+    checkpoint: int
+    check_equal: int
+    snapshots: frozenset[int] = frozenset()
+
+
+@dataclass
+class Outcome:
+    """How the loop ended: "finished", "diverged" (with step and layer in ``details``) or "interrupted"."""
+
+    status: str
+    step: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Trainer:
+    """Everything one run's loop works with.
+
+    Attributes:
+        model: a method or a classifier, possibly wrapped for several processes.
+        optimizer: may be Accelerate's wrapper; every group carries ``initial_lr``.
+        schedule: optimizer step -> multiplier of every group's ``initial_lr``; pure.
+        gradient: runs forward and backward of one batch and returns its scalars, "loss" among them.
+        accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
+        record: where lines go: ``log(row)``, ``log_telemetry(columns)``.
+        save: writes a checkpoint of (step, state).
+        snapshot: keeps the weights of (step, module).
+        interrupted: whether a signal asked to stop; the same answer on every process.
+        progress: called after every step with (step, the last logged line or None).
+    """
+
+    model: nn.Module
+    optimizer: Any
+    schedule: Callable[[int], float]
+    gradient: Callable[..., dict[str, Tensor]]
+    pipeline: Pipeline
+    rhythm: Rhythm
+    accelerator: Any
+    record: Any
+    telemetry: Telemetry
+    save: Callable[[int, dict[str, Any]], None]
+    interrupted: Callable[[], bool]
+    progress: Callable[[int, Scalars | None], None]
+    hooks: Sequence[Hook] = ()
+    snapshot: Callable[[int, nn.Module], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.module: nn.Module = self.accelerator.unwrap_model(self.model)
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        self.parameters = [parameter for _, parameter in named]
+        self.device: torch.device = self.accelerator.device
+        if self.accelerator.scaler is None and isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer = self.optimizer.optimizer  # the wrapper would only look for packages, at every step
+        self.guard = FiniteGuard([name for name, _ in named], self.device, gradients=self.accelerator.scaler is None)
+        self.meter = Meter()
+        self.step = 0  # batches consumed
+        self.clock = 0  # optimizer steps taken: fewer than `step` where the gradient scaler skipped some
+        self.seconds = 0.0
+
+    def run(self) -> Outcome:
+        """Trains from ``self.step`` to the end, to a divergence or to an interruption."""
+        rhythm = self.rhythm
+        if self.step == 0:
+            self._keep_weights()
+        mark, marked_step = time.perf_counter(), self.step
+        for batch in self.pipeline.batches(self.step, rhythm.total):
+            self._seed_step()
+            scalars = self.gradient(self.model, batch.views, self.pipeline.n_chunks, self.accelerator.backward)
+            multiplier = self.schedule(self.clock)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * multiplier
+            self.guard.update(self.step, scalars["loss"], self.parameters)
+            self.telemetry.step = self.step
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.clock += not self.accelerator.optimizer_step_was_skipped
+            self.meter.add(scalars)
+            self.step += 1
+
+            last = self.step == rhythm.total
+            due = [hook for hook in self.hooks if hook.every and (last or self.step % hook.every == 0)]
+            row = None
+            if last or due or self.step % rhythm.log == 0:
+                row = self._line(multiplier)
+                now = time.perf_counter()
+                self.seconds += now - mark
+                row["seconds"] = self.seconds
+                seen = self.pipeline.samples(self.step) - self.pipeline.samples(marked_step)
+                row["images_per_second"] = seen / (now - mark)
+                found = self.guard.found(self._maximum)
+                if found:
+                    self._flush(row)
+                    return Outcome("diverged", found["step"], found)
+                for hook in due:
+                    row |= hook.measure(self.step)
+                self._flush(row)
+                mark, marked_step = time.perf_counter(), self.step
+            self.progress(self.step, row)
+            if rhythm.check_equal and self.step % rhythm.check_equal == 0:
+                assert_equal_parameters(self.module)
+            stopping = not last and self.interrupted()
+            saving = stopping or (rhythm.checkpoint and not last and self.step % rhythm.checkpoint == 0)
+            if saving or self.step in rhythm.snapshots:
+                self.seconds += time.perf_counter() - mark
+                self._keep_weights()
+                if saving:
+                    self.checkpoint()
+                mark, marked_step = time.perf_counter(), self.step
+            if stopping:
+                return Outcome("interrupted", self.step)
+        return Outcome("finished", self.step)
+
+    def _seed_step(self) -> None:
+        """Dropout and whatever else draws from torch's global generator is a function of (seed, step, rank) too."""
+        rank = self.accelerator.process_index
+        seed = seeds.derive_seed(self.pipeline.seed + (rank << 32), seeds.LAYERS, self.step)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed walks over every kind of device, each step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _line(self, multiplier: float) -> Scalars:
+        """One line of the metrics: means since the last line. Waits for the device."""
+        row = {
+            "step": self.step,
+            "samples": self.pipeline.samples(self.step),
+            "epochs": self.step / self.pipeline.steps_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr_multiplier": multiplier,
+            "skipped_steps": self.step - self.clock,
+        }
+        return row | self.meter.flush(lambda mean: self.accelerator.reduce(mean, "mean"))
+
+    def _maximum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.gather(tensor.reshape(1, -1)).amax(0).reshape(tensor.shape)
+
+    def _flush(self, row: Scalars) -> None:
+        self.record.log(row)
+        self.record.log_telemetry(self.telemetry.columns())
+
+    def _keep_weights(self) -> None:
+        if self.snapshot is not None and self.step in self.rhythm.snapshots:
+            self.snapshot(self.step, self.module)
+
+    def checkpoint(self) -> None:
+        """Saves everything that the rest of the run depends on."""
+        self.record.log_telemetry(self.telemetry.columns())
+        self.save(self.step, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after ``self.step`` batches; sampler and augmentation need no state but the step."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+            "guard": self.guard.state_dict(),
+            "step": self.step,
+            "clock": self.clock,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, on any number of processes."""
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"], self.device)
+        self.guard.load_state_dict(state["guard"])
+        self.step, self.clock, self.seconds = state["step"], state["clock"], state["seconds"]

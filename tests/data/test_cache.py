@@ -1,0 +1,220 @@
+"""The cache of decoded images: whole or absent, written once, whatever the disk and other processes do."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_data import encode, parquet_set, pixels, write_parquet
+
+from ssl_bench.data import cache as image_cache
+from ssl_bench.data import dataset as data_module
+from ssl_bench.data.dataset import Dataset, load_dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    parquet_set(tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def images(data: Dataset) -> torch.Tensor:
+    return torch.cat(
+        [batch for split in (data.train, data.test) for batch in split.batches([torch.arange(len(split))])]
+    )
+
+
+def cached_sets(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.iterdir() if path.is_dir())
+
+
+def refuse_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_blocks(*_arguments: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(data_module, "decode_blocks", decode_blocks)
+
+
+def test_reopening_decodes_nothing_and_gives_the_same(folder, cache, monkeypatch):
+    first = load_dataset("cifar10", path=folder, cache_dir=cache)
+    refuse_decoding(monkeypatch)
+    again = load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert torch.equal(images(again), images(first))
+    assert torch.equal(again.train.labels, first.train.labels)
+    assert torch.equal(again.test.labels, first.test.labels)
+    assert (again.classes, again.mean, again.std) == (first.classes, first.mean, first.std)
+    assert len(cached_sets(cache)) == 1
+
+
+def test_writing_to_the_images_does_not_reach_the_cache(folder, cache):
+    first = load_dataset("cifar10", path=folder, cache_dir=cache)
+    before = images(first)
+    first.train.images.zero_()
+    assert torch.equal(images(load_dataset("cifar10", path=folder, cache_dir=cache)), before)
+
+
+def test_a_changed_file_another_size_or_another_name_is_decoded_anew(folder, cache):
+    before = images(load_dataset("cifar10", path=folder, cache_dir=cache))
+    new = pixels(20, seed=9)
+    write_parquet(
+        folder / "train-00000-of-00001.parquet", [encode(image) for image in new], [i % 10 for i in range(20)]
+    )
+    after = images(load_dataset("cifar10", path=folder, cache_dir=cache))
+    assert not torch.equal(after[:20], before[:20])
+    np.testing.assert_array_equal(after[:20].permute(0, 2, 3, 1).numpy(), new)
+    assert load_dataset("cifar10", path=folder, cache_dir=cache, size=4).train.image_shape == (3, 4, 4)
+    load_dataset("hf", path=folder, cache_dir=cache)
+    assert len(cached_sets(cache)) == 4
+
+
+def test_a_copy_that_is_not_whole_is_replaced(folder, cache):
+    before = images(load_dataset("cifar10", path=folder, cache_dir=cache))
+    (copy,) = cached_sets(cache)
+    os.truncate(copy / "train.images", 100)
+    assert torch.equal(images(load_dataset("cifar10", path=folder, cache_dir=cache)), before)
+    (copy / "meta.json").write_text("{")
+    assert torch.equal(images(load_dataset("cifar10", path=folder, cache_dir=cache)), before)
+    assert cached_sets(cache) == [copy]
+
+
+def test_an_unwritable_cache_is_said_and_done_without(folder, tmp_path, cache, caplog):
+    expected = images(load_dataset("cifar10", path=folder, cache_dir=cache))
+    (tmp_path / "file").write_text("no folder")
+    data = load_dataset("cifar10", path=folder, cache_dir=tmp_path / "file" / "cache")
+    assert "not cached on disk" in caplog.text
+    assert str(tmp_path / "file") in caplog.text
+    assert torch.equal(images(data), expected)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Lets every file take `after` bytes, part of a write included, as a disk does that fills up."""
+
+    class Disk:
+        def __init__(self, path: Path, *_arguments: object, **_options: object) -> None:
+            self.file, self.left = open(path, "wb", buffering=0), after  # noqa: SIM115
+
+        def __enter__(self) -> "Disk":
+            return self
+
+        def __exit__(self, *_arguments: object) -> None:
+            self.file.close()
+
+        def fileno(self) -> int:
+            return self.file.fileno()
+
+        def write(self, block: memoryview) -> int:
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = self.file.write(block[: self.left])
+            self.left -= written
+            return written
+
+    monkeypatch.setattr(image_cache, "open", Disk, raising=False)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_and_the_set_in_memory(folder, tmp_path, cache, caplog, monkeypatch):
+    expected = images(load_dataset("cifar10", path=folder, cache_dir=tmp_path / "other"))
+    full_disk(monkeypatch, after=2_000)
+    data = load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert "No space left on device" in caplog.text
+    assert torch.equal(images(data), expected)
+    assert cached_sets(cache) == []
+
+
+def test_a_write_that_takes_only_a_part_is_continued():
+    class Halves:
+        taken = b""
+
+        def write(self, block: memoryview) -> int:
+            half = (len(block) + 1) // 2
+            self.taken += bytes(block[:half])
+            return half
+
+    blocks = [np.arange(7, dtype=np.uint8), np.arange(12, dtype=np.int64).reshape(3, 4)]
+    file = Halves()
+    for block in blocks:
+        image_cache.write_all(file, block)
+    assert file.taken == b"".join(block.tobytes() for block in blocks)
+
+
+def test_too_little_room_is_said_before_decoding(folder, cache, caplog, monkeypatch):
+    class Usage:
+        free = 100
+
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _path: Usage)
+    load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert "needs 0.00 GiB, 0.00 GiB are free" in caplog.text
+    assert cached_sets(cache) == []
+    monkeypatch.setattr(data_module, "available_memory", lambda: 100)
+    refuse_decoding(monkeypatch)
+    with pytest.raises(OSError, match=r"cifar10: .* GiB decoded fit neither into memory .* set SSL_BENCH_CACHE"):
+        load_dataset("cifar10", path=folder, cache_dir=cache)
+
+
+# Decodes slowly, so that the processes overlap; prints whether it decoded and what it got.
+CHILD = """
+import hashlib, sys, time
+from pathlib import Path
+import torch
+from ssl_bench.data import dataset as data
+decoded, original, go = [], data.decode_blocks, Path(sys.argv[3])
+
+def decode_blocks(*arguments):
+    decoded.append(1)
+    print("decoding", flush=True)
+    time.sleep(float(sys.argv[4]))
+    return original(*arguments)
+
+data.decode_blocks = decode_blocks
+print("ready", flush=True)
+while not go.exists():
+    time.sleep(0.01)
+loaded = data.load_dataset("cifar10", path=sys.argv[1], cache_dir=sys.argv[2])
+digest = hashlib.sha256()
+for split in (loaded.train, loaded.test):
+    for batch in split.batches([torch.arange(len(split))]):
+        digest.update(batch.numpy().tobytes())
+print("done", len(decoded), digest.hexdigest(), flush=True)
+"""
+
+
+def start_child(folder: Path, cache: Path, go: Path, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, str(folder), str(cache), str(go), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_of_two_processes_at_once_one_decodes_and_both_get_the_same(folder, cache, tmp_path):
+    children = [start_child(folder, cache, tmp_path / "go", seconds=0.5) for _ in range(2)]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
+    outputs = [child.communicate(timeout=60)[0].split("\n")[-2].split() for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sorted(output[1] for output in outputs) == ["0", "2"]  # train and test by one of them
+    assert outputs[0][2] == outputs[1][2]
+
+
+def test_a_process_killed_while_decoding_leaves_no_lock_and_no_cached_set(folder, cache, tmp_path):
+    (tmp_path / "go").touch()
+    child = start_child(folder, cache, tmp_path / "go", seconds=60)
+    with child.stdout as output:
+        assert [output.readline(), output.readline()] == ["ready\n", "decoding\n"]
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    (partial,) = cached_sets(cache)
+    assert partial.suffix == ".partial"
+    data = load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert len(data.train) == 20
+    (copy,) = cached_sets(cache)
+    assert json.loads((copy / "meta.json").read_text())["counts"] == {"train": 20, "test": 10}

@@ -1,0 +1,336 @@
+"""Loading data sets: every layout and every kind of image."""
+
+import pickle
+import shutil
+import struct
+from collections.abc import Iterator
+from hashlib import md5
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from made_data import encode, one_parquet, parquet_set, pixels, tiny_archive, write_images, write_parquet
+from PIL import Image
+from torchvision.transforms.v2.functional import resize
+
+from ssl_bench.data.dataset import Dataset, load_dataset
+from ssl_bench.data.sources import Source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SSL_BENCH_CACHE", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)  # pytest keeps its folders, and all of Tiny ImageNet is 1.3 GB
+
+
+def all_images(source: Source) -> np.ndarray:
+    """(N, H, W, 3) of a whole split."""
+    (batch,) = source.batches([torch.arange(len(source))])
+    assert batch.dtype == torch.uint8
+    assert batch.shape[1:] == source.image_shape
+    return batch.permute(0, 2, 3, 1).numpy()
+
+
+# ---- layouts
+
+
+def test_parquet_gives_every_pixel_and_label(tmp_path):
+    train, test = parquet_set(tmp_path / "set", n_train=23)
+    data = load_dataset("cifar10", path=tmp_path / "set")
+    np.testing.assert_array_equal(all_images(data.train), train)
+    np.testing.assert_array_equal(all_images(data.test), test)
+    assert data.train.labels.tolist() == [i % 10 for i in range(23)]
+    assert data.train.labels.dtype == torch.int64
+    assert data.train.image_shape == (3, 8, 8)
+    assert data.classes[:2] == ("airplane", "automobile")
+    assert data.name == "cifar10"
+
+
+@pytest.mark.parametrize("columns", [("image", "label"), ("img", "label"), ("img", "fine_label"), ("image", "labels")])
+@pytest.mark.parametrize("test_name", ["test", "val", "valid", "validation"])
+def test_names_of_columns_and_splits(tmp_path, columns, test_name):
+    images = [encode(image) for image in pixels(2)]
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", images, [0, 1], columns=columns)
+    write_parquet(tmp_path / f"{test_name}-00000-of-00001.parquet", images[:1], [1], columns=columns)
+    data = load_dataset("cifar100", path=tmp_path)
+    assert (len(data.train), len(data.test), data.test.labels.tolist()) == (2, 1, [1])
+    assert len(data.classes) == 100
+
+
+def test_binary_column_several_shards_and_a_sub_folder(tmp_path):
+    train = pixels(5)
+    for shard, rows in enumerate((slice(0, 2), slice(2, 5))):
+        path = tmp_path / "data" / f"train-{shard:05d}-of-00002.parquet"
+        write_parquet(path, [encode(image) for image in train[rows]], [0, 1, 2][: len(train[rows])], struct=False)
+    write_parquet(tmp_path / "data" / "test.parquet", [encode(train[0])], [0], struct=False)
+    data = load_dataset("hf", path=tmp_path)
+    np.testing.assert_array_equal(all_images(data.train), train)
+    assert data.train.labels.tolist() == [0, 1, 0, 1, 2]
+    assert data.classes == ("0", "1", "2")
+
+
+def test_class_names_come_from_the_parquet_files(tmp_path):
+    one_parquet(tmp_path, [encode(image) for image in pixels(2)], names=("n01", "n02"))
+    assert load_dataset("tiny_imagenet", path=tmp_path).classes == ("n01", "n02")
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    images = [encode(image) for image in pixels(3)]
+    for split, labels in (("train", [0, 1, 2]), ("test", [-1, -1, -1]), ("validation", [2, 1, 0])):
+        write_parquet(tmp_path / f"{split}.parquet", images, labels)
+    assert load_dataset("hf", path=tmp_path).test.labels.tolist() == [2, 1, 0]
+
+
+def test_tiny_imagenets_archive(tmp_path):
+    images = tiny_archive(tmp_path)
+    data = load_dataset("tiny_imagenet", path=tmp_path)
+    assert data.classes == ("n01", "n02", "n03")
+    np.testing.assert_array_equal(all_images(data.train), np.concatenate([images[name][:-1] for name in data.classes]))
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    np.testing.assert_array_equal(all_images(data.test), [images[name][-1] for name in ("n02", "n01", "n03")])
+    assert data.test.labels.tolist() == [1, 0, 2]
+
+
+def test_class_folders(tmp_path):
+    images = pixels(5)
+    write_images(tmp_path / "train" / "dog", images[:2], "{}.PNG")
+    write_images(tmp_path / "train" / "cat" / "nested", images[2:4])
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    write_images(tmp_path / "val" / "dog", images[4:])
+    data = load_dataset("folder", path=tmp_path)
+    assert data.classes == ("cat", "dog")
+    np.testing.assert_array_equal(all_images(data.train), images[[2, 3, 0, 1]])
+    assert data.train.labels.tolist() == [0, 0, 1, 1]
+    assert data.test.labels.tolist() == [1]
+
+
+def test_a_folder_of_another_layout_through_the_datasets_library(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    images = pixels(3)
+    for split in ("train", "test"):
+        write_images(tmp_path / "set" / split / "ant", images[:2])
+        write_images(tmp_path / "set" / split / "bee", images[2:])
+    data = load_dataset("hf", path=tmp_path / "set")
+    assert data.classes == ("ant", "bee")
+    assert data.train.labels.tolist() == [0, 0, 1]
+    np.testing.assert_array_equal(all_images(data.train), images)
+
+
+def test_digits_split_is_fixed_and_stratified():
+    data = load_dataset("digits")
+    assert (len(data.train), len(data.test)) == (1442, 355)
+    assert data.train.image_shape == (3, 32, 32)
+    counts = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
+    assert torch.equal(torch.bincount(data.test.labels), counts // 5)
+    train = all_images(data.train)
+    assert (train[..., 0] == train[..., 1]).all()
+    assert (train[..., 0] == train[..., 2]).all()
+    assert train.min() == 0
+    assert train.max() == 255
+    # The first image of all is a zero; the fifth zero of scikit-learn's order is the first test image of its class.
+    from sklearn.datasets import load_digits
+
+    raw, labels = load_digits(return_X_y=True)
+    first, fifth = raw[labels == 0][0], raw[labels == 0][4]
+    np.testing.assert_allclose(train[0, 2::4, 2::4, 0] / 255 * 16, first.reshape(8, 8), atol=3)
+    zero = all_images(data.test)[data.test.labels == 0][0]
+    assert np.corrcoef(zero[2::4, 2::4, 0].ravel(), fifth)[0, 1] > 0.97
+
+
+# ---- torchvision's files
+
+
+def checked(path: Path, content: bytes) -> list[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return [path.name, md5(content).hexdigest()]
+
+
+def make_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, cls: type, label_key: str) -> np.ndarray:
+    """CIFAR's pickles, with torchvision's table of checksums made to fit."""
+    images = pixels(6, 32)
+    folder = root / cls.base_folder
+    lists = {}
+    for split, rows in (("train_list", slice(0, 4)), ("test_list", slice(4, 6))):
+        data = images[rows].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        content = pickle.dumps({"data": data, label_key: [3, 1, 2, 9][: len(data)]})
+        lists[split] = [checked(folder / split, content)]
+        monkeypatch.setattr(cls, split, lists[split])
+    key = cls.meta["key"]
+    name, digest = checked(folder / cls.meta["filename"], pickle.dumps({key: [f"class {i}" for i in range(100)]}))
+    assert name == cls.meta["filename"]
+    monkeypatch.setattr(cls, "meta", {"filename": name, "key": key, "md5": digest})
+    return images
+
+
+@pytest.mark.parametrize(("name", "label_key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar_as_torchvision_keeps_it(tmp_path, monkeypatch, name, label_key):
+    cls = getattr(torchvision.datasets, name.upper())
+    images = make_cifar(tmp_path, monkeypatch, cls, label_key)
+    if name == "cifar10":
+        ten = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
+        _, digest = checked(tmp_path / cls.base_folder / cls.meta["filename"], ten)
+        monkeypatch.setitem(cls.meta, "md5", digest)
+    data = load_dataset(name, path=tmp_path)
+    np.testing.assert_array_equal(all_images(data.train), images[:4])
+    np.testing.assert_array_equal(all_images(data.test), images[4:])
+    assert data.train.labels.tolist() == [3, 1, 2, 9]
+    assert data.classes[3] == "class 3"
+
+
+def test_stl10_as_torchvision_keeps_it(tmp_path, monkeypatch):
+    cls, images = torchvision.datasets.STL10, pixels(5, 96)
+    folder = tmp_path / cls.base_folder
+    for split, rows in (("train", slice(0, 3)), ("test", slice(3, 5))):
+        # STL-10 stores columns first, and counts its labels from 1.
+        content = images[rows].transpose(0, 3, 2, 1).tobytes()
+        labels = np.asarray([10, 2, 1][: len(images[rows])], dtype=np.uint8).tobytes()
+        files = [checked(folder / f"{split}_X.bin", content), checked(folder / f"{split}_y.bin", labels)]
+        monkeypatch.setattr(cls, f"{split}_list", files)
+    (folder / cls.class_names_file).write_text("\n".join(f"name {i}" for i in range(10)))
+    data = load_dataset("stl10", path=tmp_path)
+    assert data.train.image_shape == (3, 96, 96)
+    np.testing.assert_array_equal(all_images(data.train), images[:3])
+    assert data.train.labels.tolist() == [9, 1, 0]
+    assert data.classes[9] == "name 9"
+
+
+def make_fashion_mnist(root: Path) -> np.ndarray:
+    images = pixels(5, 28)[..., 0]
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, rows in (("train", slice(0, 3)), ("t10k", slice(3, 5))):
+        n = len(images[rows])
+        labels = bytes([7, 0, 9][:n])
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + images[rows].tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + labels)
+    return images
+
+
+def test_fashion_mnist_becomes_three_equal_channels(tmp_path):
+    images = make_fashion_mnist(tmp_path)
+    data = load_dataset("fashion_mnist", path=tmp_path)
+    np.testing.assert_array_equal(all_images(data.train), np.repeat(images[:3, :, :, None], 3, axis=3))
+    assert data.train.labels.tolist() == [7, 0, 9]
+    assert len(data.classes) == 10
+
+
+def test_without_a_path_torchvision_downloads_into_the_cache_folder(cache, monkeypatch):
+    cls = torchvision.datasets.FashionMNIST
+    downloads = []
+
+    def download(self) -> None:
+        if not self._check_exists():
+            downloads.append(self.root)
+            make_fashion_mnist(Path(self.root))
+
+    monkeypatch.setattr(cls, "download", download)
+    with pytest.raises(FileNotFoundError, match=r"fashion_mnist: not in .*download=False"):
+        load_dataset("fashion_mnist", download=False)
+    assert len(load_dataset("fashion_mnist").train) == 3
+    assert downloads == [str(cache / "downloads")]
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    def download(_self) -> None:
+        raise RuntimeError("Error downloading\nname resolution failed")
+
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", download)
+    with pytest.raises(OSError, match=r"fashion_mnist: .*name resolution failed.*give data\.path=") as caught:
+        load_dataset("fashion_mnist")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_download_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match=r"cifar10: .*file/cache/downloads cannot be written.*set SSL_BENCH_CACHE"):
+        load_dataset("cifar10", cache_dir=tmp_path / "file" / "cache")
+
+
+# ---- images
+
+
+@pytest.mark.parametrize("kind", ["grey jpeg", "cmyk jpeg", "rgba png", "palette png", "grey-alpha png", "jpeg"])
+def test_every_kind_of_image_becomes_rgb(tmp_path, kind):
+    """An image of one orange (or its grey), in each mode; a palette with transparency is what Pillow warns of."""
+    orange = Image.new("RGB", (8, 8), (240, 120, 30))
+    grey = 120
+    palette = orange.quantize(4)
+    data, expected = {
+        "jpeg": (encode(orange, "JPEG", quality=95), (240, 120, 30)),
+        "grey jpeg": (encode(Image.new("L", (8, 8), grey), "JPEG"), (grey,) * 3),
+        "cmyk jpeg": (encode(orange.convert("CMYK"), "JPEG", quality=95), (240, 120, 30)),
+        "rgba png": (encode(orange.convert("RGBA")), (240, 120, 30)),
+        "palette png": (encode(palette, transparency=b"\x80\xff\xff\xff"), (240, 120, 30)),
+        "grey-alpha png": (encode(Image.new("LA", (8, 8), (grey, 9))), (grey,) * 3),
+    }[kind]
+    one_parquet(tmp_path, [encode(pixels(1)[0]), data])
+    image = all_images(load_dataset("hf", path=tmp_path).train)[1]
+    np.testing.assert_allclose(image.astype(int), [[expected] * 8] * 8, atol=3)
+
+
+def test_size_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
+    wide = pixels(1, 30)[0][:10]  # 10 high, 30 wide; its transpose is the other way round
+    one_parquet(tmp_path, [encode(wide), encode(wide.transpose(1, 0, 2)), encode(pixels(1, 12)[0])])
+    images = all_images(load_dataset("hf", path=tmp_path, size=5).train)
+    assert images.shape == (3, 5, 5, 3)
+    np.testing.assert_array_equal(images[0], images[1].transpose(1, 0, 2))
+    whole = resize(torch.from_numpy(wide).permute(2, 0, 1), [5, 15], antialias=True).permute(1, 2, 0)
+    np.testing.assert_allclose(images[0].astype(int), whole[:, 5:10].numpy().astype(int), atol=1)
+
+
+def test_resizing_is_antialiased_as_torchvision_does_it(tmp_path):
+    images = pixels(2, 40)
+    one_parquet(tmp_path, [encode(image) for image in images])
+    ours = all_images(load_dataset("hf", path=tmp_path, size=16).train)
+    theirs = resize(torch.from_numpy(images).permute(0, 3, 1, 2), [16, 16], antialias=True).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ours.astype(int), theirs.numpy().astype(int), atol=1)
+
+
+def test_mean_and_std_are_those_of_all_train_pixels(tmp_path):
+    train, _ = parquet_set(tmp_path)
+    data = load_dataset("cifar10", path=tmp_path)
+    np.testing.assert_allclose(data.mean, (train / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(data.std, (train / 255).std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+# ---- the real data
+
+
+def balanced(data: Dataset, per_class: tuple[int, int]) -> bool:
+    counts = (torch.bincount(split.labels, minlength=len(data.classes)) for split in (data.train, data.test))
+    return all(bool((count == n).all()) for count, n in zip(counts, per_class, strict=True))
+
+
+@pytest.mark.slow
+def test_all_of_cifar10(shared_data):
+    first = load_dataset("cifar10", path=shared_data / "cifar10")
+    assert (len(first.train), len(first.test), first.train.image_shape) == (50_000, 10_000, (3, 32, 32))
+    assert balanced(first, (5_000, 1_000))
+    # The published statistics of the original; a JPEG re-encoding moves them a little.
+    np.testing.assert_allclose(first.mean, (0.4914, 0.4822, 0.4465), atol=0.001)
+    np.testing.assert_allclose(first.std, (0.2470, 0.2435, 0.2616), atol=0.003)
+
+    again = load_dataset("cifar10", path=shared_data / "cifar10", resident=False)
+    assert (again.mean, again.std, again.classes) == (first.mean, first.std, first.classes)
+    assert torch.equal(again.train.labels, first.train.labels)
+    batches = torch.randperm(50_000).split(10_000)
+    for streamed, resident in zip(again.train.batches(batches), first.train.batches(batches), strict=True):
+        assert torch.equal(streamed, resident)
+
+
+@pytest.mark.slow
+def test_all_of_tiny_imagenet(shared_data):
+    data = load_dataset("tiny_imagenet", path=shared_data / "tiny-imagenet")
+    assert (len(data.train), len(data.test), data.train.image_shape) == (100_000, 10_000, (3, 64, 64))
+    assert balanced(data, (500, 50))
+    assert data.classes[0] == "n01443537"
+    again = load_dataset("tiny_imagenet", path=shared_data / "tiny-imagenet")
+    indices = torch.randperm(100_000)[:2_000]
+    (one,), (other,) = data.train.batches([indices]), again.train.batches([indices])
+    assert torch.equal(one, other)

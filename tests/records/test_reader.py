@@ -1,0 +1,65 @@
+"""Reading run directories: damage by name, the status of every kind of run, the sound among the others."""
+
+from pathlib import Path
+
+import pytest
+from made_run import RECIPE, begun, ended, open_run
+
+from ssl_bench.records.reader import RecordError, find_runs, read_run
+from ssl_bench.records.storage import jsonable
+
+
+def test_metrics_damaged_in_the_middle_are_an_error_that_names_the_line(tmp_path: Path) -> None:
+    with open_run(begun(tmp_path)) as run:
+        run.truncate_to(0)
+        for step in (1, 2, 3):
+            run.log({"step": step})
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(path.read_text().replace('{"step": 2}', '{"st###'))
+        for read in (lambda: read_run(tmp_path), lambda: run.truncate_to(3)):
+            with pytest.raises(RecordError, match=r"metrics\.jsonl: damaged: line 2 of 3"):
+                read()
+
+
+def test_the_status_of_every_kind_of_run(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        run.write_provenance({})
+        assert read_run(tmp_path / "a").status == "running"
+    assert read_run(tmp_path / "a").status == "interrupted"
+    for status in ("finished", "diverged", "collapsed"):
+        record = read_run(ended(tmp_path / status, status))
+        assert record.status == status
+        assert record.recipe == jsonable(RECIPE)
+        assert record.identity == "id0"
+
+
+def test_find_runs_lists_the_sound_and_the_skipped_with_the_reason(tmp_path: Path) -> None:
+    ended(tmp_path / "study" / "cell1")
+    begun(tmp_path / "cell2")
+    (tmp_path / "cell2" / "checkpoints").mkdir()
+    for name, text in (
+        ("torn", '{"format": 1, "rec'),
+        ("old", '{"format": 0}'),
+        ("other", "[1]"),
+        ("bare", '{"format": 1}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    ended(tmp_path / "results")
+    (tmp_path / "results" / "results.json").write_text('{"format": 1, "status": "great", "evaluations": []}')
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    found, skipped = find_runs(tmp_path)
+    assert [record.folder.name for record in found] == ["cell2", "cell1"]
+    reasons = {entry.folder.name: entry.reason for entry in skipped}
+    assert reasons.keys() == {"torn", "old", "other", "bare", "results", "foreign"}
+    assert "run.json: damaged:" in reasons["torn"]
+    assert "its format is 0, this version reads 1" in reasons["old"]
+    assert "not written by ssl_bench" in reasons["other"]
+    assert "no 'identity'" in reasons["bare"]
+    assert "status 'great'" in reasons["results"]
+    assert "not a run directory" in reasons["foreign"]
+    assert not any("\n" in reason for reason in reasons.values())
+    with pytest.raises(RecordError, match="no such folder"):
+        find_runs(tmp_path / "absent")

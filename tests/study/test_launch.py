@@ -1,0 +1,392 @@
+"""Launchers and claims: crashes, requeues, signals, several workers at once, dead ones, SLURM."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from waiting import wait_for
+
+from ssl_bench.study import claims as cell_claims
+from ssl_bench.study import launch
+from ssl_bench.study.cells import CellStore
+from ssl_bench.study.claims import CellClaim, holder
+from ssl_bench.study.grid import Cell, Study, load_study
+from ssl_bench.study.launch import LocalLauncher, Slot, slots
+
+FAKE = Path(__file__).resolve().parents[1] / "helpers" / "fake_run.py"
+START_SLURM = Path(__file__).resolve().parents[3] / "shared" / "tools" / "start-slurm"
+
+CELLS = 6
+
+
+def write_study(folder: Path, count: int = CELLS) -> Path:
+    path = folder / "grid.yaml"
+    axes = [{"optimizer.lr": list(range(1, count + 1))}]
+    path.write_text(yaml.safe_dump({"base": {"data": "digits"}, "blocks": [{"track": "classify", "axes": axes}]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return load_study(write_study(tmp_path_factory.mktemp("study")))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CellStore:
+    return CellStore(tmp_path / "runs")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "POLL", 0.01)
+    monkeypatch.setattr(launch, "LOOK_EVERY", 0.05)
+
+
+def fake(
+    counter: Path, behaviours: dict[int, str] | None = None, otherwise: str = "ok"
+) -> Callable[[Cell, Path], list[str]]:
+    """A command that stands in for a cell's; behaviours by learning rate."""
+
+    def command(cell: Cell, run_dir: Path) -> list[str]:
+        behaviour = (behaviours or {}).get(int(cell.words["optimizer.lr"]), otherwise)
+        return [sys.executable, "-S", "-E", str(FAKE), behaviour, str(run_dir), cell.identity, str(counter)]
+
+    return command
+
+
+def starts(counter: Path) -> list[str]:
+    return counter.read_text().split() if counter.exists() else []
+
+
+PLACES = [Slot(0, {}), Slot(1, {})]
+
+
+def test_a_study_started_again_does_only_what_is_missing(study: Study, store: CellStore, tmp_path: Path) -> None:
+    counter = tmp_path / "starts"
+    assert LocalLauncher(store, PLACES, command=fake(counter)).run(study.cells[:4]) == 0
+    assert sorted(starts(counter)) == sorted(cell.name for cell in study.cells[:4])
+    assert LocalLauncher(store, PLACES, command=fake(counter)).run(study.cells) == 0
+    assert sorted(starts(counter)) == sorted(cell.name for cell in study.cells)
+    assert not list(store.notes.glob("*.claim-*"))
+
+
+def test_a_crash_keeps_its_error_and_takes_nothing_with_it(
+    study: Study, store: CellStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counter = tmp_path / "starts"
+    command = fake(counter, {1: "crash", 2: "silent", 3: "diverged"})
+    assert LocalLauncher(store, PLACES, command=command).run(study.cells) == 1
+    crashed, silent, diverged, *others = study.cells
+    assert store.state(crashed).status == "failed"
+    assert store.state(crashed).detail == "RuntimeError: a crash"
+    note = store.failure(crashed)
+    assert note is not None
+    assert note["exit_code"] == 1
+    assert "fake_run.py crash" in note["command"]
+    assert "Traceback" in "\n".join(note["log"])
+    assert "left no results in" in store.state(silent).detail
+    assert store.state(diverged).status == "diverged"
+    assert {store.state(cell).status for cell in others} == {"finished"}
+    line = re.escape(f"{crashed.label}: RuntimeError: a crash (log: {store.log(crashed)})")
+    assert re.search(rf"failed in \d+ s: {line}", capsys.readouterr().err)
+
+    # Again: a failed cell is left alone, a diverged one is done.
+    counter.unlink()
+    assert LocalLauncher(store, PLACES, command=command).run(study.cells) == 1
+    assert starts(counter) == []
+
+    # On demand a failed one is tried once more, whether it fails or not.
+    command = fake(counter, {1: "crash"})
+    assert LocalLauncher(store, PLACES, command=command, retry_failed=True).run(study.cells) == 1
+    assert sorted(starts(counter)) == sorted([crashed.name, silent.name])
+    assert store.state(silent).status == "finished"
+    assert store.failure(silent) is None
+
+
+def test_a_run_of_another_recipe_in_a_cells_folder_is_a_failure(study: Study, store: CellStore, tmp_path: Path) -> None:
+    cell = study.cells[0]
+
+    def command(_: Cell, run_dir: Path) -> list[str]:
+        return [sys.executable, "-S", str(FAKE), "ok", str(run_dir), "f" * 16, str(tmp_path / "starts")]
+
+    # Its record says finished, and is not believed.
+    claim = store.claim(cell)
+    assert claim is not None
+    child = launch.CellProcess.start(cell, claim, store, {}, command)
+    state = child.end(store, child.process.wait())
+    assert state.status == "failed"
+    assert "ffffffffffffffff" in state.detail
+    assert store.state(cell) == state
+
+
+def test_a_run_that_was_stopped_by_somebody_goes_on(study: Study, store: CellStore, tmp_path: Path) -> None:
+    counter = tmp_path / "starts"
+    assert LocalLauncher(store, PLACES, command=fake(counter, {2: "requeue"})).run(study.cells[:3]) == 0
+    assert starts(counter).count(study.cells[1].name) == 2
+    assert len(starts(counter)) == 4
+    assert store.failure(study.cells[1]) is None
+
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+import test_launch as t
+from ssl_bench.study import launch
+launch.POLL, launch.LOOK_EVERY = 0.01, 0.05
+study = t.load_study(sys.argv[2])
+command = t.fake(Path(sys.argv[4]), otherwise=sys.argv[5])
+Path(sys.argv[2]).with_suffix(f".up-{os.getpid()}").touch()
+t.wait_for(lambda: len(list(Path(sys.argv[2]).parent.glob("grid.up-*"))) == int(sys.argv[6]))
+sys.exit(launch.LocalLauncher(t.CellStore(sys.argv[3]), t.PLACES, command=command).run(study.cells))
+"""
+
+
+def worker(tmp_path: Path, behaviour: str, together: int = 1) -> "subprocess.Popen[str]":
+    """A process of its own that works on the study, once so many of them have come up."""
+    here = os.pathsep.join((str(Path(__file__).parent), str(FAKE.parent)))
+    places = [here, tmp_path / "grid.yaml", tmp_path / "runs", tmp_path / "starts"]
+    words = [*map(str, places), behaviour, str(together)]
+    return subprocess.Popen([sys.executable, "-c", DRIVER, *words], stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_share_a_study_and_do_no_cell_twice(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    workers = [worker(tmp_path, "slow", together=2) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], errors
+    done = starts(tmp_path / "starts")
+    assert len(done) == len(set(done)) == CELLS
+    shares = [error.count("finished in") for error in errors]
+    assert sum(shares) == CELLS
+    assert min(shares) > 0  # they did work side by side
+
+
+def test_a_signal_stops_a_study_and_its_runs_politely(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    process = worker(tmp_path, "wait")
+    wait_for(lambda: len(starts(tmp_path / "starts")) == 2 and len(list((tmp_path / "runs").glob("*/*/run.json"))) == 2)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 75, errors
+    store = CellStore(tmp_path / "runs")
+    states = [store.state(cell).status for cell in load_study(tmp_path / "grid.yaml").cells]
+    assert states == ["interrupted"] * 2 + ["missing"] * (CELLS - 2)
+    assert not list(store.notes.glob("*.claim-*"))
+    assert not list(store.notes.glob("*.failed.json"))
+
+
+def test_a_killed_worker_gives_its_cells_back_at_once(tmp_path: Path) -> None:
+    # Killed outright: nobody cleans up, and its runs, which are processes of their own, have to be ended here.
+    write_study(tmp_path)
+    process = worker(tmp_path, "wait")
+    wait_for(lambda: len(list((tmp_path / "runs").glob("*/*/run.json"))) == 2)
+    cells, store = load_study(tmp_path / "grid.yaml").cells, CellStore(tmp_path / "runs")
+    assert [store.state(cell).status for cell in cells[:2]] == ["running", "running"]
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.communicate()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    wait_for(lambda: [store.state(cell).status for cell in cells[:2]] == ["interrupted", "interrupted"])
+    counter = tmp_path / "again"
+    assert LocalLauncher(store, PLACES, command=fake(counter)).run(cells) == 0
+    assert len(starts(counter)) == CELLS
+
+
+# Claims --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_is_exclusive_until_it_is_released(tmp_path: Path) -> None:
+    first = CellClaim.acquire(tmp_path, "a")
+    assert first is not None
+    assert CellClaim.acquire(tmp_path, "a") is None
+    assert holder(tmp_path, "a") == f"process {os.getpid()} on {os.uname().nodename}"
+    other = CellClaim.acquire(tmp_path, "a.b")  # another name, though it begins alike
+    assert other is not None
+    first.release()
+    first.release()
+    assert holder(tmp_path, "a") is None
+    assert CellClaim.acquire(tmp_path, "a") is not None
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Pretends to run under another boot of a kernel, on another machine: locks say nothing then."""
+    return lambda boot: monkeypatch.setattr(cell_claims, "_boot", lambda: boot)
+
+
+def test_a_dead_workers_claim_on_another_machine_expires(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
+    elsewhere("theirs")
+    claim = CellClaim.acquire(tmp_path, "a")
+    assert claim is not None
+    os.close(claim._descriptor)  # it dies: the lock is gone, the file stays
+    elsewhere("ours")
+    assert CellClaim.acquire(tmp_path, "a") is None
+    old = time.time() - 100
+    os.utime(claim.path, (old, old))
+    assert CellClaim.acquire(tmp_path, "a", expiry=200) is None
+    taken = CellClaim.acquire(tmp_path, "a", expiry=90)
+    assert taken is not None
+    assert [path.name for path in tmp_path.glob("a.claim-*")] == ["a.claim-2"]
+    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
+
+
+def test_a_sign_of_life_keeps_a_claim(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
+    elsewhere("theirs")
+    claim = CellClaim.acquire(tmp_path, "a")
+    assert claim is not None
+    old = time.time() - 100
+    os.utime(claim.path, (old, old))
+    claim.beat()
+    elsewhere("ours")
+    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
+
+
+def test_an_owner_takes_over_from_its_earlier_process(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
+    elsewhere("the first node's")
+    assert CellClaim.acquire(tmp_path, "a", owner="job 7") is not None
+    elsewhere("the second node's")
+    assert CellClaim.acquire(tmp_path, "a", owner="job 8") is None
+    assert CellClaim.acquire(tmp_path, "a", owner="job 7") is not None
+
+
+def test_who_is_slower_in_taking_over_steps_back(
+    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both saw the dead generation 1. The faster one made 2, ended, and a third worker has made 1 again.
+    elsewhere("theirs")
+    third = CellClaim.acquire(tmp_path, "a")
+    assert third is not None
+    elsewhere("ours")
+    looks = iter([False])
+    real = cell_claims._alive
+    monkeypatch.setattr(cell_claims, "_alive", lambda *given: next(looks, None) is None and real(*given))
+    assert CellClaim.acquire(tmp_path, "a") is None
+    assert [path.name for path in tmp_path.glob("a.claim-*")] == ["a.claim-1"]
+
+
+# Places --------------------------------------------------------------------------------------------------------------
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_gpus", list)
+    monkeypatch.setattr(launch, "_cores", lambda: 16)
+    monkeypatch.setattr("ssl_bench.runtime.memory.available_memory", lambda: 64 << 30)
+    assert [slot.environment for slot in slots()] == [{"OMP_NUM_THREADS": "4"}] * 4
+    assert [slot.environment for slot in slots(3)] == [{"OMP_NUM_THREADS": "5"}] * 3
+    monkeypatch.setattr("ssl_bench.runtime.memory.available_memory", lambda: 9 << 30)
+    assert len(slots()) == 2
+    monkeypatch.setattr(launch, "_cores", lambda: 1)
+    assert [slot.environment for slot in slots(4)] == [{"OMP_NUM_THREADS": "1"}] * 4
+    with pytest.raises(ValueError, match="workers: got 0, allowed: >= 1"):
+        slots(0)
+
+
+def test_cells_spread_over_gpus_before_they_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_gpus", lambda: ["0", "3"])
+    monkeypatch.setattr(launch, "_cores", lambda: 12)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots()] == ["0", "3"]
+    assert [slot.gpu for slot in slots(per_gpu=2)] == ["0", "3", "0", "3"]
+    assert [slot.gpu for slot in slots(3, per_gpu=2)] == ["0", "3", "0"]
+    assert slots(per_gpu=2)[0].environment["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(("used", "room"), [(30_000.0, True), (40_000.0, False)])
+def test_a_gpu_takes_another_cell_as_far_as_its_memory_allows(
+    study: Study, store: CellStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: float, room: bool
+) -> None:
+    monkeypatch.setattr(launch, "SETTLE", 0.0)
+    monkeypatch.setattr(launch, "gpu_memory", lambda _: (used, 80_000.0))
+    first, second, other = Slot(0, {}, "0"), Slot(1, {}, "0"), Slot(2, {}, "1")
+    launcher = LocalLauncher(store, [first, second, other], command=fake(tmp_path / "starts"))
+    assert launcher._has_room(first)
+    claim = store.claim(study.cells[0])
+    assert claim is not None
+    child = launch.CellProcess.start(study.cells[0], claim, store, {}, fake(tmp_path / "starts"))
+    launcher.running[0] = child
+    assert launcher._has_room(second) == room
+    assert launcher._has_room(other)
+    child.end(store, child.process.wait())
+
+
+# SLURM ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm() -> None:
+    """A real one-node cluster, or a skip."""
+    pytest.importorskip("submitit")
+    if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True, check=False).returncode == 0:
+        return
+    if not START_SLURM.exists() or os.geteuid() != 0:
+        pytest.skip("no SLURM here, and none can be started")
+    done = subprocess.run([str(START_SLURM)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"SLURM does not start: {done.stderr[-200:]}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slurm")
+def test_slurm_runs_an_array_and_a_preempted_cell_goes_on(tmp_path: Path) -> None:
+    """Two real runs of digits as a job array; one is preempted on the way, and continues from its checkpoint."""
+    from ssl_bench.study.run import study_main
+
+    content = {
+        "base": {"data": "digits", "model.stem": "imagenet", "batch_size": 32, "log_every": 1, "eval.baseline": False,
+                 "eval.test_every_epochs": 0},
+        "blocks": [{"track": "classify", "axes": [{"steps": [5, 400], "optimizer.lr": [1, 1]}]}],
+    }  # fmt: skip
+    path, runs = tmp_path / "array.yaml", tmp_path / "runs"
+    path.write_text(yaml.safe_dump(content))
+    parameters = {"timeout_min": "30", "cpus_per_task": "1", "partition": "main"}
+    assert study_main(path, runs=runs, launcher="slurm", slurm=parameters) == 0
+    store, (short, long) = CellStore(runs), load_study(path).cells
+    metrics = store.folder(long) / "metrics.jsonl"
+    try:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, 240)
+        assert store.state(long).status == "running"
+        task = next(folder.name.split("_submitted")[0] for folder in (store.notes / "slurm").glob("*_1_submitted.pkl"))
+        # What SLURM does ahead of a preemption; submitit's handler answers it.
+        subprocess.run(["scancel", "--signal=USR2", task], check=True)
+        wait_for(lambda: store.state(long).status == "interrupted", 60)
+        # A requeued job starts after two minutes by SLURM's own rule; a user may bring that forward.
+        wait_for(lambda: "PENDING" in queue(task), 60)
+        subprocess.run(["scontrol", "update", f"jobid={task}", "starttime=now"], check=False)
+        wait_for(lambda: store.state(long).ended and store.state(short).ended, 400)
+    finally:
+        subprocess.run(["scancel", "--name=ssl-bench-array"], check=False)
+    assert store.state(short).ended
+    sessions = [json.loads(line) for line in (store.folder(long) / "sessions.jsonl").read_text().splitlines()]
+    assert len(sessions) == 2
+    assert sessions[0]["step"] == 0
+    assert sessions[1]["step"] > 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 401))
+    assert study_main(path, runs=runs, launcher="slurm") == 0  # nothing left to submit
+
+
+def queue(task: str) -> str:
+    return subprocess.run(["squeue", "-h", "-j", task, "-o", "%T"], capture_output=True, text=True, check=False).stdout
+
+
+def test_slurms_parameters_are_told_apart() -> None:
+    from ssl_bench.study.slurm import _parameters
+
+    assert _parameters({"timeout_min": "90", "mem_gb": "1.5", "partition": "gpu"}) == {
+        "timeout_min": 90,
+        "cpus_per_task": 4,
+        "mem_gb": 1.5,
+        "slurm_additional_parameters": {"partition": "gpu"},
+    }
+    with pytest.raises(ValueError, match="timeout_min: got 'a day', allowed: a number"):
+        _parameters({"timeout_min": "a day"})

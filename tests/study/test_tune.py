@@ -1,0 +1,228 @@
+"""Tuning: equal trials, a fixed split, selection on held-out images alone, the test set once."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ssl_bench.data.holdout import holdout_indices
+from ssl_bench.study import tune
+from ssl_bench.study.cells import CellStore
+from ssl_bench.study.grid import Cell, Study
+from ssl_bench.study.search import SEARCHES, Arm, Choices, Range, load_search, points
+from ssl_bench.study.tune import tune_main
+
+pytest.importorskip("optuna")
+
+SEARCH: dict[str, Any] = {
+    "track": "classify",
+    "base": {"data": "digits", "steps": 3},
+    "trials": 4,
+    "select": "test-v1",
+    "seeds": [0, 1],
+    "arms": [
+        {"set": {"optimizer": "lars"}, "space": {"optimizer.lr": {"low": 0.5, "high": 8.0, "log": True}}},
+        {"set": {"optimizer": "sgd"}, "space": {"optimizer.lr": {"low": 0.01, "high": 0.5, "log": True}}},
+    ],
+}
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "find.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# The space ------------------------------------------------------------------------------------------------------------
+
+
+def test_points_are_a_pure_function_and_fill_the_space_evenly() -> None:
+    arm = Arm({}, {"optimizer.lr": Range(0.01, 100.0, log=True), "schedule.power": Range(1, 4)})
+    found = points(arm, 16, seed=3)
+    assert found == points(arm, 16, seed=3)
+    assert found != points(arm, 16, seed=4)
+    assert found[:5] == points(arm, 5, seed=3)  # more trials continue the sequence
+    rates = [float(point["optimizer.lr"]) for point in found]
+    # Sobol: each quarter of the range, in logarithms, has a quarter of the points; random ones would miss this.
+    assert [sum(low <= rate < 10 * low for rate in rates) for low in (0.01, 0.1, 1.0, 10.0)] == [4, 4, 4, 4]
+    assert {point["schedule.power"] for point in found} == {"1", "2", "3", "4"}
+
+
+def test_choices_are_words_of_the_command_line() -> None:
+    arm = Arm({}, {"optimizer.nesterov": Choices([True, False]), "param_groups.lr_1d": Choices([None, 0.1])})
+    found = points(arm, 8, seed=0)
+    assert {point["optimizer.nesterov"] for point in found} == {"true", "false"}
+    assert {point["param_groups.lr_1d"] for point in found} == {"null", "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trails": 3}, r"search find: unknown key 'trails'; did you mean 'trials'\?"),
+        ({"trials": 0}, "trials: got 0, allowed: greater than 0"),
+        ({"holdout": 1.0}, "holdout: got 1.0, allowed: less than 1"),
+        ({"arms": []}, r"arms: got \[\]"),
+        ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], allowed: different ones"),
+        ({"track": "tune"}, "track: got 'tune', allowed: 'pretrain' or 'classify'"),
+        ({"arms": [{"set": {"optimizer": "lars"}, "space": {}}]}, "space: got {}"),
+        ({"arms": [{"set": {}, "space": {"a": {"low": 1, "hihg": 2}}}]}, r"unknown key 'hihg'; did you mean 'high'\?"),
+        (
+            {"arms": [{"set": {}, "space": {"a": {"low": 0, "high": 1, "log": True}}}]},
+            "a: got 0 to 1, allowed: 0 < low < high",
+        ),
+        ({"arms": [{"set": {"a": 1}, "space": {"a": {"low": 0, "high": 1}}}]}, "'a' is both set and searched"),
+        ({"arms": SEARCH["arms"][:1] * 2}, "two arms are 'optimizer=lars'"),
+    ],
+)
+def test_a_wrong_search_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_search(write(tmp_path, {**SEARCH, **change}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SEARCHES.glob("*.yaml")))
+def test_shipped_searches_load(name: str) -> None:
+    _, about, search = load_search(name)
+    assert "Cost:" in about
+    maker = tune._Maker(name, search, {}, {})
+    cells = [trial.cell for arm in search.arms for trial in maker.trials(arm)]
+    assert len(cells) == search.trials * len(search.arms)
+    assert {cell.recipe.data.holdout for cell in cells} == {0.1}
+
+
+# The split ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_held_out_part_is_fixed_a_tenth_of_each_class_and_disjoint() -> None:
+    labels = torch.arange(1000) % 7
+    kept, held = holdout_indices(labels, 0.1)
+    again = holdout_indices(labels.clone(), 0.1)
+    assert torch.equal(held, again[1])
+    assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(1000))
+    for label in range(7):
+        size = int((labels == label).sum())
+        assert int((labels[held] == label).sum()) == round(size / 10)
+
+
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+def launcher(store_results: Callable[[Cell], dict[str, Any]], seen: list[Sequence[Cell]]) -> Callable[..., int]:
+    """Stands in for `run_study`: writes what the runs would."""
+
+    def run(study: Study, store: CellStore, **_: Any) -> int:
+        seen.append(study.cells)
+        for cell in study.cells:
+            folder = store.folder(cell)
+            folder.mkdir(parents=True, exist_ok=True)
+            results = {"format": 1, "status": "finished", "evaluations": [], **store_results(cell)}
+            (folder / "results.json").write_text(json.dumps(results))
+        return 0
+
+    return run
+
+
+def scored(cell: Cell) -> dict[str, Any]:
+    """The smaller the learning rate, the better; the test images tell the opposite; one trial diverges."""
+    lr = cell.recipe.optimizer.options["lr"]
+    if cell.recipe.optimizer.target == "lars" and lr < 1:
+        return {"status": "diverged"}
+    top1 = -lr if cell.recipe.data.holdout else lr
+    trained = {"protocol": "test-v1", "model": "trained", "metrics": {"top1": top1}}
+    return {"evaluations": [{"protocol": "test-v1", "model": "untrained", "metrics": {"top1": 99.0}}, trained]}
+
+
+def test_the_best_held_out_trial_is_tested_once_per_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Sequence[Cell]] = []
+    monkeypatch.setattr(tune, "run_study", launcher(scored, seen))
+    assert tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs") == 0
+    trials, finals = seen
+    targets = [cell.recipe.optimizer.target for cell in trials]
+    assert targets == ["lars"] * 4 + ["sgd"] * 4  # the same number for each
+    assert {cell.recipe.data.holdout for cell in trials} == {0.1}
+    assert {cell.recipe.seed for cell in trials} == {0}
+    assert {cell.recipe.data.holdout for cell in finals} == {0.0}
+    assert {cell.recipe.eval.test_every_epochs for cell in [*trials, *finals]} == {0.0}  # no curve to select from
+    assert [(cell.recipe.optimizer.target, cell.recipe.seed) for cell in finals] == [
+        ("lars", 0), ("lars", 1), ("sgd", 0), ("sgd", 1),
+    ]  # fmt: skip
+    for target in ("lars", "sgd"):
+        rates = [c.recipe.optimizer.options["lr"] for c in trials if c.recipe.optimizer.target == target]
+        alive = [rate for rate in rates if target == "sgd" or rate >= 1]
+        chosen = {c.recipe.optimizer.options["lr"] for c in finals if c.recipe.optimizer.target == target}
+        assert chosen == {min(alive)}
+
+    record = json.loads((tmp_path / "runs" / "find" / "tune.json").read_text())
+    assert record["holdout"]["fraction"] == 0.1
+    assert record["holdout"]["images"] == len(record["holdout"]["indices"])
+    assert 10 * record["holdout"]["images"] == pytest.approx(record["holdout"]["of"], rel=0.02)
+    lars = record["arms"]["optimizer=lars"]
+    assert len(lars["trials"]) == 4
+    assert {trial["status"] for trial in lars["trials"]} == {"finished", "diverged"}
+    assert [test["seed"] for test in lars["test"]] == [0, 1]
+    out = capsys.readouterr().out
+    assert "(n = 2)" in out
+    assert "99.00" not in out  # the untrained network's
+
+
+def test_an_optimizer_whose_trials_all_diverge_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Sequence[Cell]] = []
+    monkeypatch.setattr(tune, "run_study", launcher(lambda _: {"status": "diverged"}, seen))
+    assert tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs") == 0
+    assert "optimizer=lars: 4 diverged" in capsys.readouterr().out
+    assert list(seen[1]) == []
+
+
+def test_a_collapse_is_a_word_and_no_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def results(cell: Cell) -> dict[str, Any]:
+        collapsed = not cell.recipe.data.holdout and cell.recipe.seed == 1
+        trained = {"protocol": "test-v1", "model": "trained", "metrics": {"top1": 10.0 if collapsed else 50.0}}
+        return {"status": "collapsed" if collapsed else "finished", "evaluations": [trained]}
+
+    monkeypatch.setattr(tune, "run_study", launcher(results, []))
+    assert tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs") == 0
+    assert "optimizer=sgd: held out 50.00, test 50.00 (n = 1), 1 collapsed;" in capsys.readouterr().out
+
+
+def test_nothing_is_selected_while_trials_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Study] = []
+
+    def run(study: Study, *_: Any, **__: Any) -> int:
+        calls.append(study)
+        return 1
+
+    monkeypatch.setattr(tune, "run_study", run)
+    assert tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs") == 1
+    assert len(calls) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_search_chooses_cannot_be_overridden(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"search find: optimizer.lr is chosen by the search"):
+        tune_main(write(tmp_path, SEARCH), runs=tmp_path / "runs", overrides=["optimizer.lr=1"])
+
+
+def test_an_unknown_protocol_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "run_study", launcher(scored, []))
+    with pytest.raises(ValueError, match="select: got 'knn-v1', its runs are measured by: test-v1"):
+        tune_main(write(tmp_path, {**SEARCH, "select": "knn-v1"}), runs=tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_tuning_for_real(tmp_path: Path) -> None:
+    search = {**SEARCH, "trials": 1, "seeds": [0], "arms": SEARCH["arms"][1:]}
+    search["base"] = {"data": "digits", "model.stem": "imagenet", "steps": 2, "batch_size": 64, "eval.baseline": False}
+    assert tune_main(write(tmp_path, search), runs=tmp_path / "runs", workers=1) == 0
+    arm = json.loads((tmp_path / "runs" / "find" / "tune.json").read_text())["arms"]["optimizer=sgd"]
+    assert 0 <= arm["trials"][0]["top1"] <= 100
+    assert len(arm["test"]) == 1

@@ -1,0 +1,222 @@
+"""The loop itself: its clocks, its rhythm, and what a gradient scaler does to them."""
+
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from tape import TapeRecorder
+from torch import nn
+
+from ssl_bench.augment.views import Normalize
+from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.data.sources import ResidentSource
+from ssl_bench.optim import TVLARS, Telemetry, build_groups
+from ssl_bench.training.gradient import full_batch
+from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.loop import Hook, Rhythm, Trainer
+
+
+class Task(nn.Module):
+    """A linear classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 4 * 4, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images and labels to the loss."""
+        return {"loss": nn.functional.cross_entropy(self.linear(x.flatten(1)), y)}
+
+
+class Record:
+    """Keeps what the loop hands over."""
+
+    def __init__(self):
+        self.rows, self.columns, self.saved = [], [], []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def log_telemetry(self, columns):
+        self.columns.append(columns)
+
+    def save(self, step, state):
+        self.saved.append((step, state))
+
+
+def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None, **batches):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
+    source = ResidentSource(images, torch.arange(64) % 5)
+    normalize = Normalize(mean=(0.5,) * 3, std=(0.25,) * 3)
+    device = torch.device("cpu")
+    pipeline = Pipeline(
+        source, [normalize], (1,), seed=0, chunk_size=None, rank=0, world_size=1, device=device, with_labels=True,
+        **{"batch_size": 16, **batches},
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    task = Task()
+    optimizer = TVLARS(build_groups(task, lr=1.0, weight_decay=0.0), lr=1.0, decay=0.1)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    model, wrapped = accelerator.prepare(task, optimizer)
+    if scaler is not None:
+        accelerator.scaler = scaler
+        wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
+        accelerator._optimizers = [wrapped]
+    record = Record()
+    built = Trainer(
+        model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=full_batch, pipeline=pipeline,
+        rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, record=record,
+        telemetry=Telemetry(optimizer, every=1), save=record.save, interrupted=interrupted,
+        progress=lambda _step, _row: None, hooks=hooks,
+    )  # fmt: skip
+    return built, record, optimizer
+
+
+def test_every_interval_has_a_line_and_the_end_too():
+    loop, record, _ = trainer(total=10)
+    outcome = loop.run()
+    assert (outcome.status, outcome.step) == ("finished", 10)
+    assert [row["step"] for row in record.rows] == [4, 8, 10]
+    assert [row["samples"] for row in record.rows] == [64, 128, 160]
+    assert record.rows[0]["epochs"] == 1.0
+
+
+def seen(weight, _step):
+    return {"seen": float(weight.sum())}
+
+
+def test_replayed_steps_train_as_plain_ones_do_whatever_the_rhythm():
+    """The loop around a replay: schedule, telemetry, guard, hooks and checkpoints in between."""
+    runs = []
+    for graphed in (False, True):
+        loop, record, _ = trainer(
+            total=14, checkpoint=5, batch_size=24, last_batch="short", schedule=lambda k: 1 / (1 + k)
+        )
+        loop.hooks = [Hook(3, partial(seen, loop.module.linear.weight.detach()))]
+        recorder = TapeRecorder()
+        if graphed:
+            loop.gradient = GraphedGradient(full_batch, loop.module, pytest.fail, recorder)
+        loop.run()
+        assert recorder.replays == (7 if graphed else 0)  # of 10 whole batches 3 to warm up; short ones run plainly
+        runs.append((loop, record))
+    (plain, rows), (replayed, again) = runs
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in r.rows] for r in (rows, again)]
+    assert timeless[0] == timeless[1]
+    assert torch.equal(plain.module.linear.weight, replayed.module.linear.weight)
+    for ours, theirs in zip(again.columns, rows.columns, strict=True):
+        assert ours["layer"] == theirs["layer"]
+        torch.testing.assert_close(ours["ratio"], theirs["ratio"], rtol=0, atol=0, equal_nan=True)
+    assert len(rows.saved) == len(again.saved) == 2
+    for (_, state), (_, other) in zip(rows.saved, again.saved, strict=True):
+        assert torch.equal(state["model"]["linear.weight"], other["model"]["linear.weight"])
+
+
+def test_samples_are_counted_as_they_are_where_epochs_end_with_a_short_batch():
+    loop, record, _ = trainer(total=10, batch_size=24, last_batch="short")  # 24 + 24 + 16 of 64
+    loop.run()
+    assert [row["samples"] for row in record.rows] == [64 + 24, 2 * 64 + 48, 3 * 64 + 24]
+    assert [row["epochs"] for row in record.rows] == [4 / 3, 8 / 3, 10 / 3]
+
+
+def test_the_schedule_sees_optimizer_steps_from_zero():
+    asked = []
+    loop, _, _ = trainer(total=5, schedule=lambda k: asked.append(k) or 0.5)
+    loop.run()
+    assert asked == [0, 1, 2, 3, 4]
+    assert {group["lr"] for group in loop.optimizer.param_groups} == {0.5}
+
+
+def test_steps_that_the_scaler_skips_advance_neither_schedule_nor_phi():
+    asked = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    loop, record, optimizer = trainer(total=12, scaler=scaler, schedule=lambda k: asked.append(k) or 1.0)
+    module, steps = loop.module, {3, 4, 9}
+    # An infinite gradient in three steps, as fp16 overflow makes it; the loss stays finite.
+    module.linear.weight.register_hook(lambda grad: grad * float("inf") if loop.step in steps else grad)
+    outcome = loop.run()
+    assert outcome.status == "finished"  # overflow under a scaler is everyday, not a divergence
+    assert (loop.step, loop.clock) == (12, 9)
+    assert asked == [0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 7, 8]
+    assert record.rows[-1]["skipped_steps"] == 3
+    counters = {float(state["step"]) for state in optimizer.state.values() if "step" in state}
+    assert counters == {9.0}
+    recorded = {step for columns in record.columns for step in columns["step"]}
+    assert recorded == set(range(12)) - steps
+
+
+def test_an_infinite_gradient_without_a_scaler_is_a_divergence_with_its_place():
+    loop, record, _ = trainer(total=12)
+    loop.module.linear.bias.register_hook(lambda grad: grad * float("nan") if loop.step == 5 else grad)
+    outcome = loop.run()
+    assert (outcome.status, outcome.step, outcome.details["layer"]) == ("diverged", 5, "linear.bias")
+    assert record.rows[-1]["step"] == 8  # found at the next line: nothing waits for the device in between
+
+
+def test_hooks_run_in_their_rhythm_and_at_the_end_and_join_the_line():
+    seen = []
+    hook = Hook(every=3, measure=lambda step: {"extra": seen.append(step) or float(step)})
+    loop, record, _ = trainer(total=10, hooks=[hook, Hook(every=0, measure=lambda _step: {"never": 1.0})])
+    loop.run()
+    assert seen == [3, 6, 9, 10]
+    assert [row["step"] for row in record.rows] == [3, 4, 6, 8, 9, 10]
+    assert record.rows[0]["extra"] == 3.0
+    assert not any("never" in row for row in record.rows)
+
+
+def test_an_interruption_saves_and_the_loop_goes_on_from_there_bit_for_bit():
+    whole, expected, _ = trainer(total=11)
+    whole.run()
+    loop, first, _ = trainer(total=11, checkpoint=4, interrupted=lambda: loop.step == 6)
+    assert loop.run().status == "interrupted"
+    assert [step for step, _ in first.saved] == [4, 6]
+    again, second, _ = trainer(total=11)
+    again.load_state_dict(first.saved[-1][1])
+    assert again.run().status == "finished"
+    assert torch.equal(again.module.linear.weight, whole.module.linear.weight)
+    losses = [(row["step"], row["loss"]) for row in [*first.rows, *second.rows]]
+    assert losses == [(row["step"], row["loss"]) for row in expected.rows]
+
+
+def test_weights_are_kept_at_the_steps_asked_for_and_once():
+    kept = []
+
+    def watch(loop):
+        loop.rhythm.snapshots = frozenset({0, 5, 11})
+        loop.snapshot = lambda step, module: kept.append((step, module.linear.weight.detach().clone()))
+
+    whole, _, _ = trainer(total=11)
+    start = whole.module.linear.weight.detach().clone()
+    watch(whole)
+    whole.run()
+    assert [step for step, _ in kept] == [0, 5, 11]
+    assert torch.equal(kept[0][1], start)
+    assert torch.equal(kept[2][1], whole.module.linear.weight)
+    halfway = kept[1][1]
+    kept.clear()
+    loop, first, _ = trainer(total=11, interrupted=lambda: loop.step == 5)
+    watch(loop)
+    loop.run()
+    again, _, _ = trainer(total=11)
+    again.load_state_dict(first.saved[-1][1])
+    watch(again)
+    again.run()
+    assert [step for step, _ in kept] == [0, 5, 11]
+    assert torch.equal(kept[1][1], halfway)
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunk", "world", "name"),
+    [(65, None, 1, "batch_size"), (16, 5, 1, "chunk_size"), (16, None, 3, "batch_size"), (16, 4, 3, "chunk_size")],
+)
+def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
+    source = ResidentSource(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        Pipeline(
+            source, [], (), seed=0, batch_size=batch, chunk_size=chunk, rank=0, world_size=world,
+            device=torch.device("cpu"),
+        )  # fmt: skip

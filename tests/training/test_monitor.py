@@ -1,0 +1,51 @@
+"""What the loop watches: means over an interval, and the first non-finite value with its place."""
+
+import pytest
+import torch
+
+from ssl_bench.training.monitor import FiniteGuard, Meter
+
+
+def parameters(*gradients):
+    result = []
+    for gradient in gradients:
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        parameter.grad = None if gradient is None else torch.full((3,), float(gradient))
+        result.append(parameter)
+    return result
+
+
+def test_meter_gives_means_and_starts_anew():
+    meter = Meter()
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value), "other": torch.tensor(-value)})
+    assert meter.flush(lambda mean: mean) == {"loss": 3.0, "other": -3.0}
+    assert meter.flush(lambda mean: mean) == {}
+
+
+def test_meter_goes_on_from_its_state():
+    meter, other = Meter(), Meter()
+    meter.add({"loss": torch.tensor(1.0)})
+    other.load_state_dict(meter.state_dict(), torch.device("cpu"))
+    for one in (meter, other):
+        one.add({"loss": torch.tensor(4.0)})
+    assert meter.flush(lambda mean: mean) == other.flush(lambda mean: mean) == {"loss": 2.5}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_guard_names_the_first_step_and_layer(bad):
+    guard = FiniteGuard(["a", "b", "c"], torch.device("cpu"))
+    fine = torch.tensor(1.0)
+    guard.update(4, fine, parameters(1, 1e30, None))
+    assert guard.found(lambda tensor: tensor) is None
+    guard.update(5, fine, parameters(1, bad, None))
+    guard.update(6, torch.tensor(bad), parameters(bad, bad, bad))
+    assert guard.found(lambda tensor: tensor) == {"step": 5, "layer": "b", "layers": 1, "of": 3}
+
+
+def test_guard_sees_a_loss_alone_and_ignores_gradients_under_a_scaler():
+    guard = FiniteGuard(["a"], torch.device("cpu"), gradients=False)
+    guard.update(0, torch.tensor(1.0), parameters(float("inf")))
+    assert guard.found(lambda tensor: tensor) is None
+    guard.update(1, torch.tensor(float("inf")), parameters(1))
+    assert guard.found(lambda tensor: tensor) == {"step": 1, "layer": None, "layers": 0, "of": 1}
