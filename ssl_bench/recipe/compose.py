@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssl_bench.recipe import registry
 from ssl_bench.recipe.schema import Plugin, Recipe, flatten
+from ssl_bench.runtime.suggestion import nearest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("data", "model", "method", "optimizer", "schedule", "eval", "protocol")
@@ -141,7 +142,7 @@ def unknown_key(name: str) -> str:
     scope = name.rpartition(".")[0]
     siblings = [one for one in known if one.rpartition(".")[0] == scope]
     siblings = siblings or sorted({one.partition(".")[0] for one in known})  # a scope that is none itself
-    return f"unknown key {name!r}{registry.nearest(name, known)} (known here: {', '.join(siblings)})"
+    return f"unknown key {name!r}{nearest(name, known)} (known here: {', '.join(siblings)})"
 
 
 def known_keys() -> list[str]:
@@ -178,7 +179,7 @@ def _rewrite(track: str, key: str, value: str) -> list[str]:
         sorted(registry.installed(key)) if key in PLUGINS else []
     )
     more = "; or package.module:Class" if key in PLUGINS else ""
-    raise ValueError(f"unknown {key} {value!r}{registry.nearest(value, known)} (known: {', '.join(known)}{more})")
+    raise ValueError(f"unknown {key} {value!r}{nearest(value, known)} (known: {', '.join(known)}{more})")
 
 
 def _quoted(value: str) -> str:

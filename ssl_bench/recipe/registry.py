@@ -4,18 +4,19 @@ A name is a key of the folder's dict, an installed entry point (groups ``ssl_ben
 ``ssl_bench.schedules``), or ``package.module:Attribute``. Built-in and foreign plug-ins take the same way.
 """
 
-import difflib
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ssl_bench.runtime.suggestion import nearest
 
 KINDS = {"method": "methods", "optimizer": "optimizers", "schedule": "schedules"}
 
@@ -46,12 +47,6 @@ def _builtin(kind: str) -> Mapping[str, Callable[..., Any]]:
     from ssl_bench.optim import SCHEDULES
 
     return SCHEDULES
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def installed(kind: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ssl_bench.recipe.registry import nearest
+from ssl_bench.runtime.suggestion import nearest
 
 Words = dict[str, str]  # key -> value, both as on a command line
 

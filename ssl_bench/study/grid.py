@@ -21,8 +21,8 @@ from typing import Any
 
 from ssl_bench.recipe.cells import Composer, merge
 from ssl_bench.recipe.compose import CONFIGS
-from ssl_bench.recipe.registry import nearest
 from ssl_bench.recipe.schema import Recipe
+from ssl_bench.runtime.suggestion import nearest
 from ssl_bench.study.files import Words, about, as_words, find_file, parse_file, read_text
 
 STUDIES = CONFIGS / "study"

@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from ssl_bench.recipe.compose import CONFIGS
-from ssl_bench.recipe.registry import explain, nearest
+from ssl_bench.recipe.registry import explain
+from ssl_bench.runtime.suggestion import nearest
 from ssl_bench.study.files import Words, about, as_word, find_file, parse_file, read_text
 
 SEARCHES = CONFIGS / "tune"

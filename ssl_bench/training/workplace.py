@@ -6,9 +6,9 @@ from accelerate.state import AcceleratorState
 
 from ssl_bench.data.dataset import Dataset, load_dataset
 from ssl_bench.data.holdout import hold_out
-from ssl_bench.recipe import registry
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.runtime.console import say
+from ssl_bench.runtime.suggestion import nearest
 
 
 class Workplace:
@@ -95,7 +95,7 @@ def _check_tracker(name: str) -> None:
 
     known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker.value) for tracker in get_available_trackers()]
     if name not in known:
-        raise ValueError(f"unknown tracker {name!r}{registry.nearest(name, known)} (known: {', '.join(known)})")
+        raise ValueError(f"unknown tracker {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     if name not in installed:
         here = ", ".join(installed) or "none"
         raise ValueError(f"tracker: got {name!r}, which is not installed (pip install {name}); installed here: {here}")
