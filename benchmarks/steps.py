@@ -20,7 +20,8 @@ from ssl_bench.optim import LARS, Telemetry, build_groups
 from ssl_bench.runtime.seeds import VIEW1, VIEW2
 from ssl_bench.training.gradient import accumulate, full_batch, grad_cache
 from ssl_bench.training.graphs import GraphedGradient
-from ssl_bench.training.loop import Rhythm, Trainer
+from ssl_bench.training.loop import Trainer
+from ssl_bench.training.plan import Rhythm
 
 STATS: dict[str, Any] = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 Steps = Callable[[int], None]  # runs so many training steps
@@ -49,14 +50,27 @@ def _insist(reason: str) -> None:
     raise RuntimeError(f"without CUDA graphs: {reason}")
 
 
-class NoRecord:
-    """Takes what the loop hands over and forgets it."""
+class NoRun:
+    """The loop's `RunIO` without a run: takes what the loop hands over and forgets it."""
 
     def log(self, row: dict[str, float]) -> None:
         """One line of the metrics."""
 
     def log_telemetry(self, columns: dict[str, Any]) -> None:
         """One block of layer statistics."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """A checkpoint."""
+
+    def snapshot(self, step: int, module: nn.Module) -> None:
+        """The weights."""
+
+    def should_stop(self, step: int) -> bool:  # noqa: ARG002 (the protocol's)
+        """Never."""
+        return False
+
+    def progress(self, step: int, row: dict[str, float] | None) -> None:
+        """After every step."""
 
 
 def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> nn.Module:
@@ -139,9 +153,8 @@ def build_trainer(
     return Trainer(
         model=model, optimizer=wrapped, schedule=lambda _step: 1.0,
         gradient=gradient, pipeline=pipeline,
-        rhythm=Rhythm(0, log=10, checkpoint=0, check_equal=0), accelerator=accelerator, record=NoRecord(),
-        telemetry=telemetry(optimizer, every=every), save=lambda _step, _state: None, interrupted=lambda: False,
-        progress=lambda _step, _row: None,
+        rhythm=Rhythm(0, log=10, checkpoint=0, check_equal=0), accelerator=accelerator, io=NoRun(),
+        telemetry=telemetry(optimizer, every=every),
     )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ ALLOWED = {
     "training": {"augment", "data", "eval", "methods", "models", "optim", "recipe", "records", "runtime"},
     "study": {"data", "recipe", "records", "runtime"},
     "report": {"recipe", "records", "runtime", "study"},
-    "pretrain": {"training", "recipe", "runtime", "models"},
-    "classify": {"training", "recipe", "runtime", "models"},
+    "pretrain": {"training", "recipe", "runtime"},
+    "classify": {"training", "recipe", "runtime"},
 }
 
 

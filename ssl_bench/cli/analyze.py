@@ -95,11 +95,11 @@ def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
     recipe = _measured_recipe(build(record.recipe["track"], override(record.recipe, words, MAY_CHANGE)))
 
     from ssl_bench.records.provenance import code_version, hardware, now, package_versions, torch_settings
-    from ssl_bench.training.workplace import Workplace
+    from ssl_bench.training import build as training
 
-    place = Workplace(recipe)
+    place = training.processes(recipe)
     if place.world_size > 1:
-        raise ValueError(f"analyze: got {place.world_size} processes, allowed: one")
+        raise ValueError(f"analyze must run on one process, got {place.world_size}")
     for step in sorted(_planned(record) - set(steps)):
         place.say(f"step {step}: left out, the run kept no weights there")
     task, losses = _task(place, recipe, settings)
@@ -138,7 +138,7 @@ def _measured_recipe(recipe: Recipe) -> Recipe:
     # The released Barlow Twins divides by the batch size of the recipe; a batch of another size, by its own.
     if method.options.get("divisor") == recipe.batch_size:
         method = dataclasses.replace(method, options={**method.options, "divisor": None})
-    return dataclasses.replace(recipe, precision="fp32", tracker=None, method=method)
+    return dataclasses.replace(recipe, precision="fp32", tracker=None, compile=False, cuda_graphs=False, method=method)
 
 
 def _planned(record: RunRecord) -> set[int]:
@@ -171,12 +171,9 @@ def _task(place: Any, recipe: Recipe, settings: Settings) -> tuple[Any, Losses]:
     """The run's network, and the losses of disjoint batches of the train set."""
     import torch
 
-    from ssl_bench import classify, pretrain
-    from ssl_bench.data.pipeline import Pipeline
-    from ssl_bench.runtime import seeds
-    from ssl_bench.training import build as views
+    from ssl_bench.training import build as training
 
-    dataset = place.dataset()
+    dataset = training.dataset(recipe, place)
     for name in ("images", "noise_images") if settings.noise_batch_sizes else ("images",):
         if getattr(settings, name) > len(dataset.train):
             raise ValueError(
@@ -184,26 +181,17 @@ def _task(place: Any, recipe: Recipe, settings: Settings) -> tuple[Any, Losses]:
                 "the train set (batch sizes for the noise at most half of noise_images)"
             )
     if recipe.track == "pretrain":
-        task = pretrain.build(recipe)[2]
-        augmentations = views.pretraining_views(recipe, dataset)
-        streams = [seeds.VIEW1, seeds.VIEW2]
+        task: Any = training.method(recipe)
+        views = training.pretraining_views(recipe, dataset, place)
     else:
-        task = classify.build(recipe, len(dataset.classes))
-        augmentations, streams = [views.classification_view(recipe, dataset)], [seeds.VIEW1]
-    task = task.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task = training.classifier(recipe, len(dataset.classes))
+        views = training.classification_views(recipe, dataset, place)
+    task = task.to(place.device, memory_format=torch.channels_last)
 
     def losses(batch_size: int, batches: int) -> Iterator[Callable[[], Any]]:
-        pipeline = Pipeline(
-            dataset.train,
-            augmentations,
-            streams,
-            seed=derive_seed(settings.seed, ANALYSIS),
-            batch_size=batch_size,
-            chunk_size=None,
-            rank=0,
-            world_size=1,
-            device=place.device,
-            with_labels=recipe.track == "classify",
+        seed = derive_seed(settings.seed, ANALYSIS)
+        pipeline = training.pipeline(
+            recipe, dataset, views, place, seed=seed, batch_size=batch_size, chunk_size=None, last_batch="carry"
         )
         for batch in pipeline.batches(0, batches):
             inputs = batch.views(0)

@@ -1,42 +1,170 @@
-"""The augmentations that a recipe asks for."""
+"""From a recipe to the objects of a run: outside ``ssl_bench.recipe`` this is the one place that reads a recipe."""
 
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_bench.augment.views import Augmentation, Normalize, PadCropFlipRotate, RandomResizedCropFlip, SSLView
-from ssl_bench.data.dataset import Dataset
-from ssl_bench.recipe.schema import Recipe
+from ssl_bench.data import sampler
+from ssl_bench.data.dataset import Dataset, load_dataset
+from ssl_bench.data.holdout import hold_out
+from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.methods.base import Method
+from ssl_bench.models.backbone import create_backbone, seeded
+from ssl_bench.models.classifier import Classifier
+from ssl_bench.optim.groups import build_groups
+from ssl_bench.optim.schedules import batch_scale
+from ssl_bench.optim.telemetry import Telemetry
+from ssl_bench.recipe import registry
+from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten
+from ssl_bench.records.provenance import collect_provenance
+from ssl_bench.runtime import seeds
+from ssl_bench.runtime.distributed import synchronize_batch_norm
+from ssl_bench.runtime.suggestion import nearest
+from ssl_bench.training import gradient
+from ssl_bench.training.evaluation import Evaluation
+from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.loop import Hook, Trainer
+from ssl_bench.training.plan import Plan, Rhythm
+from ssl_bench.training.session import Processes, Session
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLUR_REFERENCE = 224  # pixels; the side of the images for which Barlow Twins' sigma of 0.1 to 2.0 is meant
 
-# Barlow Twins' blur (sigma 0.1 to 2.0 pixels) is meant for images of this side.
-BLUR_REFERENCE = 224  # pixels
+# ------------------------------------------------------------------------------------------- processes and session
 
 
-def _stats(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def processes(recipe: Recipe) -> Processes:
+    """The processes and the device that a recipe asks for.
+
+    Raises:
+        ValueError: in one line; the recipe does not fit this machine.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be auto or cpu, got cuda: torch sees no GPU here")
+    on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    if recipe.precision == "fp16" and on_cpu:
+        raise ValueError("precision must be fp32 or bf16 on the CPU, got fp16, which needs a GPU")
+    if recipe.tracker:
+        _check_tracker(recipe.tracker)
+    # Accelerate keeps the first recipe's precision for the life of the process; the next one may have another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+        log_with=recipe.tracker,
+        project_dir=recipe.folder(),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    return Processes(accelerator)
+
+
+def _check_tracker(name: str) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker.value) for tracker in get_available_trackers()]
+    if name not in known:
+        raise ValueError(f"unknown tracker {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    if name not in installed:
+        here = ", ".join(installed) or "none"
+        raise ValueError(f"tracker must be installed, got {name!r}: pip install {name} (installed here: {here})")
+
+
+def session(recipe: Recipe) -> Session:
+    """The run that a recipe describes, in its directory, to be entered.
+
+    Raises:
+        ValueError: in one line; the recipe does not fit this machine or its processes.
+    """
+    where = processes(recipe)
+    for name in ("batch_size", "chunk_size"):
+        value = getattr(recipe, name)
+        if value is not None and value % where.world_size:
+            raise ValueError(f"{name} must be a multiple of the {where.world_size} processes, got {value}")
+    obstacle = _graph_obstacle(recipe, where)
+    if recipe.cuda_graphs and obstacle:
+        raise ValueError(f"cuda_graphs must be null or false, got true: {obstacle}")
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = where.device.type == "cuda"
+    return Session(
+        where,
+        folder=recipe.folder(),
+        recipe=recipe.to_dict(),
+        identity=recipe.identity(),
+        title=recipe.name(),
+        resume=recipe.resume,
+        ignore=IRRELEVANT,
+        keep=recipe.checkpoint.keep,
+        keep_last=recipe.checkpoint.final,
+        tracker=flatten(recipe.to_dict()) if recipe.tracker else None,
+    )
+
+
+def _graph_obstacle(recipe: Recipe, where: Processes) -> str | None:
+    """Why steps cannot be CUDA graphs here; None where they can."""
+    if where.device.type != "cuda":
+        return f"the device is {where.device.type}"
+    if where.world_size > 1:
+        return f"there are {where.world_size} processes"
+    if recipe.chunk_size not in (None, recipe.batch_size):
+        return "chunk_size splits the batch"
+    return "fp16's gradient scaler waits for the device" if recipe.precision == "fp16" else None
+
+
+def _graphs_steps(recipe: Recipe, where: Processes) -> bool:
+    return recipe.cuda_graphs is not False and _graph_obstacle(recipe, where) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def dataset(recipe: Recipe, where: Processes) -> Dataset:
+    """The recipe's data set, on the device."""
+    options = recipe.data
+    loaded = load_dataset(
+        options.name,
+        path=options.path,
+        size=options.size,
+        resident=options.resident,
+        workers=options.workers,
+        cache_dir=options.cache_dir,
+    )
+    return (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
+
+
+def _stats(recipe: Recipe, data: Dataset) -> dict[str, Any]:
     if recipe.augment.stats == "imagenet":
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return {"mean": dataset.mean, "std": dataset.std}
+    return {"mean": data.mean, "std": data.std}
 
 
-def _size(dataset: Dataset) -> int:
-    return dataset.train.image_shape[-1]
+def _view_options(recipe: Recipe, data: Dataset, where: Processes) -> dict[str, Any]:
+    """What all training views share. On a CPU, compiling them costs time; on a GPU it saves kernels."""
+    gpu = where.device.type == "cuda"
+    return {
+        "dtype": COMPUTE_DTYPE[recipe.precision],
+        "compile": recipe.compile and gpu,
+        "graph": recipe.cuda_graphs is not False and gpu,
+        **_stats(recipe, data),
+    }
 
 
-def pretraining_views(
-    recipe: Recipe, dataset: Dataset, *, compiled: bool = False, graphed: bool = False
-) -> list[Augmentation]:
-    """The two views of self-supervised pretraining, each with its own blur and solarisation.
-
-    Args:
-        recipe: see its ``augment``.
-        dataset: whose images they are.
-        compiled, graphed: whether each view is one compiled program, one CUDA graph, or both; for GPUs.
-    """
-    options, size = recipe.augment, _size(dataset)
+def pretraining_views(recipe: Recipe, data: Dataset, where: Processes) -> list[Augmentation]:
+    """The two views of self-supervised pretraining, each with its own blur and solarisation."""
+    options, size = recipe.augment, data.train.image_shape[-1]
     factor = size / BLUR_REFERENCE if options.blur == "scaled" else 1.0
     return [
         SSLView(
@@ -49,36 +177,225 @@ def pretraining_views(
             blur_p=0.0 if options.blur == "off" else options.blur_p[view],
             blur_sigma=(options.blur_sigma[0] * factor, options.blur_sigma[1] * factor),
             solarize_p=options.solarize_p[view],
-            dtype=COMPUTE_DTYPE[recipe.precision],
-            compile=compiled,
-            graph=graphed,
-            **_stats(recipe, dataset),
+            **_view_options(recipe, data, where),
         )
         for view in range(2)
     ]
 
 
-def classification_view(
-    recipe: Recipe, dataset: Dataset, *, compiled: bool = False, graphed: bool = False
-) -> Augmentation:
-    """The one view of supervised training: padded crop, flip, rotation; ``compiled`` and ``graphed`` as above."""
+def classification_views(recipe: Recipe, data: Dataset, where: Processes) -> list[Augmentation]:
+    """The one view of supervised training: padded crop, flip, rotation."""
     options = recipe.augment
-    return PadCropFlipRotate(
-        pad=options.pad,
-        flip=options.flip,
-        degrees=options.rotation,
-        dtype=COMPUTE_DTYPE[recipe.precision],
-        compile=compiled,
-        graph=graphed,
-        **_stats(recipe, dataset),
+    return [
+        PadCropFlipRotate(
+            pad=options.pad, flip=options.flip, degrees=options.rotation, **_view_options(recipe, data, where)
+        )
+    ]
+
+
+def pipeline(
+    recipe: Recipe, data: Dataset, views: Sequence[Augmentation], where: Processes, **instead: Any
+) -> Pipeline:
+    """The run's batches.
+
+    Args:
+        recipe: whose batch size, seed and track count.
+        data: the data set, on the device.
+        views: the network's inputs; a classifier also gets the labels.
+        where: which share of each batch this process computes.
+        instead: keywords of `Pipeline` that replace the recipe's (a measurement of a run's snapshots has its own seed).
+    """
+    options = {
+        "seed": recipe.seed,
+        "batch_size": recipe.batch_size,
+        "chunk_size": recipe.chunk_size,
+        "last_batch": recipe.last_batch,
+        **instead,
+    }
+    return Pipeline(
+        data.train,
+        views,
+        (seeds.VIEW1, seeds.VIEW2)[: len(views)],
+        rank=where.rank,
+        world_size=where.world_size,
+        device=where.device,
+        with_labels=recipe.track == "classify",
+        **options,
     )
 
 
-def probe_view(recipe: Recipe, dataset: Dataset) -> Augmentation:
-    """What augmented probes train on: random resized crop and flip."""
-    return RandomResizedCropFlip(_size(dataset), **_stats(recipe, dataset))
+# --------------------------------------------------------------------------------------------------------- networks
 
 
-def test_view(recipe: Recipe, dataset: Dataset) -> Normalize:
-    """The test transform: normalised, nothing random."""
-    return Normalize(**_stats(recipe, dataset))
+def backbone(recipe: Recipe) -> tuple[nn.Module, int]:
+    """The untrained backbone and its feature dimension; the same for equal seeds."""
+    model = recipe.model
+    return create_backbone(
+        model.name, stem=model.stem, init=model.init, seed=seeds.derive_seed(recipe.seed, seeds.INIT)
+    )
+
+
+def method(recipe: Recipe) -> Method:
+    """The untrained backbone with the method around it; the same for equal seeds."""
+    network, feature_dim = backbone(recipe)
+    make = registry.resolve("method", recipe.method.target)
+    with seeded(seeds.derive_seed(recipe.seed, seeds.PROJECTOR)):
+        return make(network, feature_dim, **recipe.method.options)
+
+
+def classifier(recipe: Recipe, num_classes: int) -> Classifier:
+    """The untrained classifier; the same for equal seeds."""
+    return Classifier(*backbone(recipe), num_classes, seed=seeds.derive_seed(recipe.seed, seeds.INIT))
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def plan(recipe: Recipe, train_size: int) -> Plan:
+    """All durations in steps, from the number of train images."""
+    per_epoch = sampler.steps_per_epoch(recipe.batch_size, train_size, recipe.last_batch)
+    total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
+    optimizer, schedule = (
+        registry.in_steps(registry.resolve(kind, node.target), node.options, per_epoch, total)
+        for kind, node in (("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
+    )
+    return Plan(per_epoch, total, optimizer, schedule)
+
+
+def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+    """The optimizer of a network's parameters, each group with its ``initial_lr``, and the schedule."""
+    options = dict(plan.optimizer)
+    scale = batch_scale(recipe.scaling.rule, recipe.batch_size, recipe.scaling.base_batch)
+    options["lr"] = options["lr"] * scale
+    groups = recipe.param_groups
+    params = build_groups(
+        task,
+        lr=options["lr"],
+        weight_decay=options.get("weight_decay", 0.0),
+        decay_1d=groups.decay_1d,
+        adapt_1d=groups.adapt_1d,
+        lr_1d=None if groups.lr_1d is None else groups.lr_1d * scale,
+        exclude=tuple(groups.exclude),
+    )
+    made = registry.resolve("optimizer", recipe.optimizer.target)(params, **options)
+    for group in made.param_groups:
+        group["initial_lr"] = group["lr"]
+    make = registry.resolve("schedule", recipe.schedule.target)
+    length = {"total_steps": plan.total} if "total_steps" in inspect.signature(make).parameters else {}
+    return made, make(**length, **plan.schedule)
+
+
+def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dict[str, Tensor]]:
+    """How a step's gradient is computed: at once, or chunk by chunk, exactly in both cases; times ``loss_scale``."""
+    if recipe.chunk_size in (None, recipe.batch_size):
+        function = gradient.full_batch
+    else:
+        function = gradient.grad_cache if recipe.track == "pretrain" else gradient.accumulate
+
+    def call(model: nn.Module, views: gradient.Views, n_chunks: int, backward: gradient.Backward) -> dict[str, Tensor]:
+        def scaled(loss: Tensor) -> None:
+            backward(recipe.loss_scale * loss)
+
+        # At 1 the loss itself, so that runs stay equal bit for bit to those of before there was a scale.
+        used = backward if recipe.loss_scale == 1 else scaled
+        return function(model, views, n_chunks, used, autocast=accelerator.autocast)
+
+    return call
+
+
+def _rhythm(recipe: Recipe, plan: Plan, where: Processes) -> Rhythm:
+    checkpoint = recipe.checkpoint
+    every = checkpoint.every_steps if checkpoint.every_steps is not None else plan.every(checkpoint.every_epochs or 0)
+    check_equal = plan.every(recipe.check_every_epochs) if where.world_size > 1 else 0
+    snapshots = frozenset(round(share * plan.total) for share in checkpoint.snapshots)
+    return Rhythm(plan.total, recipe.log_every, every, check_equal, snapshots)
+
+
+def trainer(
+    recipe: Recipe, plan: Plan, task: nn.Module, batches: Pipeline, hooks: Sequence[Hook], run: Session
+) -> Trainer:
+    """The loop with everything that it works with.
+
+    Args:
+        recipe: whose optimizer, schedule, precision and intervals count.
+        plan: its durations in steps.
+        task: a method or a classifier, which is moved to the device.
+        batches: what it trains on.
+        hooks: what is measured during training.
+        run: the session, which the loop writes to.
+    """
+    where = run.processes
+    task = task.to(where.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if where.world_size > 1 and recipe.sync_batch_norm:
+        task = synchronize_batch_norm(task)
+    made, schedule = optimizer(recipe, task, plan)
+    gradient_of = step_gradient(recipe, where.accelerator)
+    if _graphs_steps(recipe, where):
+        gradient_of = GraphedGradient(gradient_of, task, partial(_without_graphs, recipe, where))
+    if recipe.compile:
+        for part in task.children():
+            part.compile()
+    with warnings.catch_warnings():
+        # Accelerate knows DistributedDataParallel's broadcast_buffers by the name that torch is about to drop.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, wrapped = where.accelerator.prepare(task, made)
+    return Trainer(
+        model=model,
+        optimizer=wrapped,
+        schedule=schedule,
+        gradient=gradient_of,
+        pipeline=batches,
+        rhythm=_rhythm(recipe, plan, where),
+        accelerator=where.accelerator,
+        telemetry=Telemetry(made, every=recipe.telemetry.every),
+        io=run,
+        hooks=hooks,
+    )
+
+
+def _without_graphs(recipe: Recipe, where: Processes, reason: str) -> None:
+    if recipe.cuda_graphs:
+        raise ValueError(f"cuda_graphs must be null or false, got true: {reason}")
+    where.say(f"without CUDA graphs: {reason}")
+
+
+def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -> dict[str, Any]:
+    """What run.json says of this start besides the recipe: versions, hardware, groups, durations, batch norm."""
+    seen = (recipe.chunk_size or recipe.batch_size) // (1 if recipe.sync_batch_norm else where.world_size)
+    has_norm = any(isinstance(module, _BatchNorm) for module in trainer.module.modules())
+    return {
+        **collect_provenance(
+            track=recipe.track,
+            seeds={"run": recipe.seed, "probes": recipe.eval.seed},
+            world_size=where.world_size,
+            param_groups=trainer.optimizer.param_groups,
+            device=where.device,
+        ),
+        "plan": {
+            "total_steps": plan.total,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "optimizer": plan.optimizer,
+            "schedule": plan.schedule,
+        },
+        "cuda_graphs": _graphs_steps(recipe, where),
+        "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation(recipe: Recipe, data: Dataset, where: Processes) -> Evaluation:
+    """How the recipe's models are evaluated."""
+    stats, options = _stats(recipe, data), recipe.eval
+    return Evaluation(
+        processes=where,
+        dataset=data,
+        protocols=options.protocols,
+        transform=Normalize(**stats),
+        augment=RandomResizedCropFlip(data.train.image_shape[-1], **stats),
+        seed=options.seed,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        own_statistics=where.world_size > 1 and not recipe.sync_batch_norm,
+    )

@@ -1,75 +1,130 @@
 """Evaluates a run's models: the evaluators of ``ssl_bench.eval`` on this run's data, device and processes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from ssl_bench.augment.views import Augmentation, Normalize
 from ssl_bench.data.dataset import Dataset
 from ssl_bench.eval import evaluate
-from ssl_bench.eval.features import extract_features
+from ssl_bench.eval.features import Precision, extract_features
 from ssl_bench.models.classifier import Classifier
-from ssl_bench.runtime import seeds
 from ssl_bench.runtime.console import Ticker
-from ssl_bench.training import build as views
+from ssl_bench.training.session import Processes
+
+Results = list[dict[str, Any]]
 
 
-def evaluate_backbone(session: Any, dataset: Dataset, backbone: nn.Module) -> list[dict[str, Any]]:
-    """The recipe's evaluators on a frozen backbone.
+@dataclass(frozen=True)
+class Evaluation:
+    """How a run's models are evaluated.
 
-    Returns:
-        for each protocol its name and version, metrics and chance (percent), seconds, and the number of test images.
+    Attributes:
+        processes: every method is called on all of them.
+        dataset: on the device.
+        protocols: names of evaluators, for backbones.
+        transform: the test transform.
+        augment: what augmented probes train on.
+        seed: of the probes.
+        precision: of the network's passes.
+        batch_size: images per pass, on each process.
+        own_statistics: whether each process has running statistics of its own, so that the first one's must be shared.
     """
-    recipe = session.recipe
-    results = evaluate(
-        backbone,
-        dataset,
-        recipe.eval.protocols,
-        views.test_view(recipe, dataset),
-        seed=recipe.eval.seed,
-        device=session.device,
-        precision=recipe.eval.precision,
-        batch_size=recipe.eval.batch_size,
-        augment=views.probe_view(recipe, dataset),
-        rank=session.rank,
-        world_size=session.world_size,
-        on_progress=Ticker(enabled=session.main),
-    )
-    return [{**result, "seed": recipe.eval.seed, "chance": 100 / len(dataset.classes)} for result in results]
 
+    processes: Processes
+    dataset: Dataset
+    protocols: list[str]
+    transform: Normalize
+    augment: Augmentation
+    seed: int
+    precision: Precision
+    batch_size: int
+    own_statistics: bool = False
 
-def evaluate_classifier(session: Any, dataset: Dataset, classifier: Classifier) -> list[dict[str, Any]]:
-    """Top-1, top-5 and cross entropy on the whole test set, every image once over all processes."""
-    recipe = session.recipe
-    was_training = classifier.training
-    logits = extract_features(
-        _Logits(classifier),
-        dataset.test,
-        views.test_view(recipe, dataset),
-        batch_size=recipe.eval.batch_size,
-        device=session.device,
-        precision=recipe.eval.precision,
-        rank=session.rank,
-        world_size=session.world_size,
-    )
-    classifier.train(was_training)
-    labels = dataset.test.labels
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    metrics = {
-        "top1": 100 * ranked[:, 0].double().mean().item(),
-        "top5": 100 * ranked.any(1).double().mean().item(),
-        "loss": nn.functional.cross_entropy(logits.double(), labels).item(),
-    }
-    return [
-        {
-            "protocol": "test-v1",
-            "metrics": metrics,
-            "n_test": len(labels),
-            "seed": None,
-            "chance": 100 / len(dataset.classes),
+    def of_backbone(self, backbone: nn.Module) -> Results:
+        """Runs the protocols on a frozen backbone.
+
+        Returns:
+            on the main process, for each protocol its name and version, metrics and chance (percent), seconds, and the
+            number of test images; nothing on the others.
+        """
+        results = self._evaluate(backbone, self.protocols, self.seed, Ticker(enabled=self.processes.main))
+        return [{**result, "seed": self.seed, "chance": 100 / len(self.dataset.classes)} for result in results]
+
+    def online(self, backbone: nn.Module, seed: int) -> dict[str, float]:
+        """A cheap look during pretraining, with randomness of its own; for the metrics, never for a table."""
+        results = self._evaluate(backbone, ["online"], seed)
+        return {"online_top1": results[0]["metrics"]["top1"]} if results else {}
+
+    def of_classifier(self, classifier: Classifier) -> Results:
+        """Top-1, top-5 and cross entropy on the whole test set, every image once over all processes."""
+        if self.own_statistics:
+            share_statistics(classifier)
+        was_training = classifier.training
+        logits = extract_features(
+            _Logits(classifier),
+            self.dataset.test,
+            self.transform,
+            batch_size=self.batch_size,
+            device=self.processes.device,
+            precision=self.precision,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        classifier.train(was_training)
+        labels = self.dataset.test.labels
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        metrics = {
+            "top1": 100 * ranked[:, 0].double().mean().item(),
+            "top5": 100 * ranked.any(1).double().mean().item(),
+            "loss": nn.functional.cross_entropy(logits.double(), labels).item(),
         }
-    ]
+        about = {"n_test": len(labels), "seed": None, "chance": 100 / len(self.dataset.classes)}
+        return [{"protocol": "test-v1", "metrics": metrics, **about}]
+
+    def trained_and_untrained(
+        self, evaluate: Callable[[Any], Results], trained: nn.Module, untrained: Callable[[], nn.Module] | None
+    ) -> Results:
+        """Evaluates what was trained, beside what it started from.
+
+        Args:
+            evaluate: `of_backbone` or `of_classifier`.
+            trained: the model.
+            untrained: builds the model as it was before the first step; None leaves it out.
+        """
+        results = [{"model": "trained", **result} for result in evaluate(trained)]
+        if untrained is not None:
+            start = untrained().to(self.processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            results += [{"model": "untrained", **result} for result in evaluate(start)]
+        return results
+
+    def _evaluate(self, backbone: nn.Module, names: list[str], seed: int, on_progress: Any = None) -> Results:
+        if self.own_statistics:
+            share_statistics(backbone)
+        return evaluate(  # type: ignore[return-value]
+            backbone,
+            self.dataset,
+            names,
+            self.transform,
+            seed=seed,
+            device=self.processes.device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            on_progress=on_progress,
+        )
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Gives every process the first one's running statistics, so that all measure their share of one model."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 class _Logits(nn.Module):
@@ -81,25 +136,3 @@ class _Logits(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier.logits(x)
-
-
-def online_monitor(session: Any, dataset: Dataset, backbone: nn.Module) -> Callable[[int], dict[str, float]]:
-    """The monitor during pretraining, with its own randomness; its numbers go to the metrics, never into a table."""
-
-    def measure(step: int) -> dict[str, float]:
-        recipe = session.recipe
-        result = evaluate(
-            backbone,
-            dataset,
-            ["online"],
-            views.test_view(recipe, dataset),
-            seed=seeds.derive_seed(recipe.seed, seeds.ONLINE, step),
-            device=session.device,
-            precision=recipe.eval.precision,
-            batch_size=recipe.eval.batch_size,
-            rank=session.rank,
-            world_size=session.world_size,
-        )
-        return {"online_top1": result[0]["metrics"]["top1"]} if result else {}
-
-    return measure

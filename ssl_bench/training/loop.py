@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import assert_equal_parameters
 from ssl_bench.training.monitor import FiniteGuard, Meter
+from ssl_bench.training.plan import Rhythm
 
 Scalars = dict[str, float]
 
@@ -27,23 +29,34 @@ class Hook:
 
 
 @dataclass
-class Rhythm:
-    """How often what happens, all in steps; 0 = never. ``snapshots`` are steps themselves, 0 = before the first."""
-
-    total: int
-    log: int
-    checkpoint: int
-    check_equal: int
-    snapshots: frozenset[int] = frozenset()
-
-
-@dataclass
 class Outcome:
     """How the loop ended: "finished", "diverged" (with step and layer in ``details``) or "interrupted"."""
 
     status: str
     step: int
     details: dict[str, Any] = field(default_factory=dict)
+
+
+class RunIO(Protocol):
+    """What the loop needs of the world around it: a run's directory, its signals and its terminal."""
+
+    def log(self, row: Scalars) -> None:
+        """Takes one line of the metrics."""
+
+    def log_telemetry(self, columns: dict[str, Any]) -> None:
+        """Takes one block of layer statistics."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes a checkpoint."""
+
+    def snapshot(self, step: int, module: nn.Module) -> None:
+        """Keeps the weights of a step."""
+
+    def should_stop(self, step: int) -> bool:
+        """Whether a signal asked to stop; the same answer on every process."""
+
+    def progress(self, step: int, row: Scalars | None) -> None:
+        """Called after every step, with the line that was logged at it, if any."""
 
 
 @dataclass
@@ -56,11 +69,6 @@ class Trainer:
         schedule: optimizer step -> multiplier of every group's ``initial_lr``; pure.
         gradient: runs forward and backward of one batch and returns its scalars, "loss" among them.
         accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
-        record: where lines go: ``log(row)``, ``log_telemetry(columns)``.
-        save: writes a checkpoint of (step, state).
-        snapshot: keeps the weights of (step, module).
-        interrupted: whether a signal asked to stop; the same answer on every process.
-        progress: called after every step with (step, the last logged line or None).
     """
 
     model: nn.Module
@@ -69,14 +77,10 @@ class Trainer:
     gradient: Callable[..., dict[str, Tensor]]
     pipeline: Pipeline
     rhythm: Rhythm
-    accelerator: Any
-    record: Any
+    accelerator: Accelerator
     telemetry: Telemetry
-    save: Callable[[int, dict[str, Any]], None]
-    interrupted: Callable[[], bool]
-    progress: Callable[[int, Scalars | None], None]
+    io: RunIO
     hooks: Sequence[Hook] = ()
-    snapshot: Callable[[int, nn.Module], None] | None = None
 
     def __post_init__(self) -> None:
         self.module: nn.Module = self.accelerator.unwrap_model(self.model)
@@ -93,13 +97,14 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains from ``self.step`` to the end, to a divergence or to an interruption."""
-        rhythm = self.rhythm
-        if self.step == 0:
-            self._keep_weights()
+        rhythm, io = self.rhythm, self.io
+        if self.step == 0 and 0 in rhythm.snapshots:
+            io.snapshot(0, self.module)
         mark, marked_step = time.perf_counter(), self.step
         for batch in self.pipeline.batches(self.step, rhythm.total):
             self._seed_step()
             scalars = self.gradient(self.model, batch.views, self.pipeline.n_chunks, self.accelerator.backward)
+            # The schedule counts optimizer steps: a step that the gradient scaler skips must not advance it.
             multiplier = self.schedule(self.clock)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
@@ -108,7 +113,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.clock += not self.accelerator.optimizer_step_was_skipped
-            self.meter.add(scalars)
+            self.meter.add(scalars)  # stays on the device; only a logged line waits for it
             self.step += 1
 
             last = self.step == rhythm.total
@@ -116,27 +121,27 @@ class Trainer:
             row = None
             if last or due or self.step % rhythm.log == 0:
                 row = self._line(multiplier)
-                now = time.perf_counter()
+                now = time.perf_counter()  # after `_line`, which waits until the device has done these steps
                 self.seconds += now - mark
                 row["seconds"] = self.seconds
                 seen = self.pipeline.samples(self.step) - self.pipeline.samples(marked_step)
                 row["images_per_second"] = seen / (now - mark)
-                found = self.guard.found(self._maximum)
-                if found:
+                if found := self.guard.found(self._maximum):
                     self._flush(row)
                     return Outcome("diverged", found["step"], found)
                 for hook in due:
                     row |= hook.measure(self.step)
                 self._flush(row)
                 mark, marked_step = time.perf_counter(), self.step
-            self.progress(self.step, row)
+            io.progress(self.step, row)
             if rhythm.check_equal and self.step % rhythm.check_equal == 0:
                 assert_equal_parameters(self.module)
-            stopping = not last and self.interrupted()
+            stopping = not last and io.should_stop(self.step)
             saving = stopping or (rhythm.checkpoint and not last and self.step % rhythm.checkpoint == 0)
             if saving or self.step in rhythm.snapshots:
                 self.seconds += time.perf_counter() - mark
-                self._keep_weights()
+                if self.step in rhythm.snapshots:
+                    io.snapshot(self.step, self.module)
                 if saving:
                     self.checkpoint()
                 mark, marked_step = time.perf_counter(), self.step
@@ -168,17 +173,13 @@ class Trainer:
         return self.accelerator.gather(tensor.reshape(1, -1)).amax(0).reshape(tensor.shape)
 
     def _flush(self, row: Scalars) -> None:
-        self.record.log(row)
-        self.record.log_telemetry(self.telemetry.columns())
-
-    def _keep_weights(self) -> None:
-        if self.snapshot is not None and self.step in self.rhythm.snapshots:
-            self.snapshot(self.step, self.module)
+        self.io.log(row)
+        self.io.log_telemetry(self.telemetry.columns())
 
     def checkpoint(self) -> None:
         """Saves everything that the rest of the run depends on."""
-        self.record.log_telemetry(self.telemetry.columns())
-        self.save(self.step, self.state_dict())
+        self.io.log_telemetry(self.telemetry.columns())
+        self.io.save(self.step, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The state after ``self.step`` batches; sampler and augmentation need no state but the step."""

@@ -1,338 +1,237 @@
-"""One run's surroundings: processes, device, precision, the run directory, and the way from a recipe to its trainer."""
+"""A run in its directory: the processes it runs on, its record and checkpoints, signals and the terminal."""
 
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from ssl_bench.augment.views import Augmentation
-from ssl_bench.data.dataset import Dataset
-from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.models.backbone import save_backbone
-from ssl_bench.optim.telemetry import Telemetry
-from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten
 from ssl_bench.records.checkpoint import Checkpoints
-from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.records.storage import remove_atomically
-from ssl_bench.records.writer import Run
-from ssl_bench.runtime.console import Progress
-from ssl_bench.runtime.distributed import broadcast_object, synchronize_batch_norm
+from ssl_bench.records.writer import Resume, Run
+from ssl_bench.runtime.console import Progress, say
+from ssl_bench.runtime.distributed import broadcast_object
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
-from ssl_bench.training import gradient
 from ssl_bench.training.graphs import GraphedGradient
-from ssl_bench.training.loop import Hook, Outcome, Trainer
-from ssl_bench.training.plan import Plan, build_optimizer, make_rhythm
-from ssl_bench.training.workplace import Workplace
+from ssl_bench.training.loop import Outcome, Scalars, Trainer
 
-# Several processes agree on a signal by a collective call, which waits for the device; one step in so many.
+# With several processes, agreeing on a signal is a collective call that waits for the device: once in so many steps.
 AGREE_EVERY = 10
 
-# An accuracy this many standard errors of a guesser's above chance, or less, is no sign of learning.
+# Standard errors of a guesser's accuracy: a result no more than this above chance is no sign of learning.
 CHANCE_MARGIN = 3.0
 
 
-class Session(Workplace):
-    """Opens a run: `with Session(recipe) as session`.
+class Processes:
+    """The processes of a run and the device of this one."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.main = accelerator.is_main_process
+
+    def say(self, message: str) -> None:
+        """Prints a line for the user, once and not per process."""
+        if self.main:
+            say(message)
+
+
+class Session:
+    """One run in its directory, used as a context; it is the loop's `ssl_bench.training.loop.RunIO`.
+
+    Args:
+        processes: where the run takes place.
+        folder: the run's directory.
+        recipe: the resolved recipe as nested plain values, for the record.
+        identity: the hash of what in the recipe can change the result.
+        title: what the progress bar shows.
+        resume: "auto" continues the run in the directory from its last checkpoint; "never" refuses one that has a run.
+        ignore: keys of the recipe that may differ when a run continues.
+        keep: how many checkpoints stay on disk.
+        keep_last: whether the last one stays after the run has ended.
+        tracker: whether one of Accelerate's trackers gets the metrics too.
 
     Raises:
-        ValueError, OSError: one line; the recipe does not fit these processes, this device or this run directory.
+        ValueError, OSError: on entering, in one line; the directory cannot be used for this run.
     """
 
-    def __init__(self, recipe: Recipe):
-        super().__init__(recipe)
-        self.folder = Path(recipe.folder())
-        self._refuse_indivisible()
-        if recipe.cuda_graphs and self.graph_obstacle:
-            raise ValueError(f"cuda_graphs: got true, allowed: null or false, because {self.graph_obstacle}")
-        self._set_determinism()
-        self.interrupt = Interrupt()
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        folder: str | Path,
+        recipe: Mapping[str, Any],
+        identity: str,
+        title: str,
+        resume: Resume,
+        ignore: frozenset[str],
+        keep: int,
+        keep_last: bool,
+        tracker: Mapping[str, Any] | None,
+    ) -> None:
+        self.processes, self.folder, self.title = processes, Path(folder), title
+        self._recipe, self._identity, self._resume, self._ignore = recipe, identity, resume, ignore
+        self._keep_last, self._tracker = keep_last, tracker
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, warn=processes.say)
+        self._interrupt = Interrupt()
+        self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
-        self.run = Run.open(
+        self._run = Run.open(
             self.folder,
-            self.recipe.to_dict(),
-            self.recipe.identity(),
-            resume=self.recipe.resume,
-            main_process=self.main,
-            ignore=IRRELEVANT,
+            self._recipe,
+            self._identity,
+            resume=self._resume,
+            main_process=self.processes.main,
+            ignore=self._ignore,
         )
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.recipe.checkpoint.keep, warn=self.say)
-        self.interrupt.__enter__()
+        self._interrupt.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.interrupt.__exit__(*error)
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
-        self.run.close()
+        self._interrupt.__exit__(*error)
+        if self.processes.accelerator.trackers:
+            self.processes.accelerator.end_training()
+        self._run.close()
 
-    def _refuse_indivisible(self) -> None:
-        for name in ("batch_size", "chunk_size"):
-            value = getattr(self.recipe, name)
-            if value is not None and value % self.world_size:
-                raise ValueError(f"{name}: got {value}, allowed: a multiple of the {self.world_size} processes")
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What the run in this directory ended with; None if it has not ended."""
+        return self._run.results
 
-    def _set_determinism(self) -> None:
-        if self.recipe.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        else:
-            torch.backends.cudnn.benchmark = self.device.type == "cuda"
-
-    def pipeline(
-        self,
-        dataset: Dataset,
-        augmentations: Sequence[Augmentation],
-        streams: Sequence[int],
-        *,
-        with_labels: bool = False,
-    ) -> Pipeline:
-        """The run's batches."""
-        recipe = self.recipe
-        return Pipeline(
-            dataset.train,
-            augmentations,
-            streams,
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
-            chunk_size=recipe.chunk_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.device,
-            last_batch=recipe.last_batch,
-            with_labels=with_labels,
-        )
-
-    def train(
-        self,
-        task: nn.Module,
-        pipeline: Pipeline,
-        plan: Plan,
-        step_gradient: Callable[..., dict[str, Tensor]],
-        hooks: Sequence[Hook] = (),
-    ) -> Outcome:
-        """Builds the optimizer, records what will run, continues from a checkpoint if there is one, and trains."""
-        recipe = self.recipe
-        task = task.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.world_size > 1 and recipe.sync_batch_norm:
-            task = synchronize_batch_norm(task)
-        optimizer, schedule = build_optimizer(recipe, task, plan)
-        if self.graphs_steps:
-            step_gradient = GraphedGradient(step_gradient, task, self._refuse_graph)
-        if recipe.compile:
-            for part in task.children():
-                part.compile()
-        with warnings.catch_warnings():
-            # Accelerate knows DistributedDataParallel's broadcast_buffers by the name that torch is about to drop.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model, wrapped = self.accelerator.prepare(task, optimizer)
-        progress = Progress(plan.total, recipe.name(), enabled=self.main)
-        trainer = Trainer(
-            model=model,
-            optimizer=wrapped,
-            schedule=schedule,
-            gradient=step_gradient,
-            pipeline=pipeline,
-            rhythm=make_rhythm(recipe, plan, several=self.world_size > 1),
-            accelerator=self.accelerator,
-            record=self,
-            telemetry=Telemetry(optimizer, every=recipe.telemetry.every),
-            save=self._save,
-            interrupted=self._interrupted,
-            progress=progress,
-            hooks=[replace(hook, measure=partial(self._measure, task, hook.measure)) for hook in hooks],
-            snapshot=self._snapshot,
-        )
-        self._trainer = trainer
-        self._write_provenance(task, optimizer, plan, self._continue(trainer))
-        if recipe.tracker:
-            config = flatten(recipe.to_dict())
-            # Trackers' tables of hyper-parameters hold numbers and text only.
-            plain = {key: v if isinstance(v, int | float | str) else str(v) for key, v in config.items()}
-            self.accelerator.init_trackers("ssl_bench", config=plain)
-        with progress, self._host_threads():
-            outcome = trainer.run()
-        if isinstance(step_gradient, GraphedGradient):
-            step_gradient.release()  # evaluations want the memory
-        if outcome.status == "finished":
-            trainer.checkpoint()  # a run killed while it is evaluated goes on with the evaluation
-        self._share_statistics(task)
-        return outcome
-
-    def _refuse_graph(self, reason: str) -> None:
-        if self.recipe.cuda_graphs:
-            raise ValueError(f"cuda_graphs: got true, allowed: null or false, because {reason}")
-        self.say(f"without CUDA graphs: {reason}")
-
-    @contextmanager
-    def _host_threads(self) -> Iterator[None]:
-        """Beside a GPU the host draws small tables, for which other threads take longer to wake than one to compute."""
-        before = torch.get_num_threads()
-        if self.device.type == "cuda":
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    def _share_statistics(self, task: nn.Module) -> None:
-        """Gives every process the first one's running statistics; those of unsynchronised batch norms differ."""
-        if self.world_size > 1 and not self.recipe.sync_batch_norm:
-            for buffer in task.buffers():
-                dist.broadcast(buffer, 0)
-
-    def _measure(self, task: nn.Module, measure: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
-        """A hook's measurement, of one model: each process measures its share of the images."""
-        self._share_statistics(task)
-        return measure(step)
-
-    def _write_provenance(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
-        recipe = self.recipe
-        seen = (recipe.chunk_size or recipe.batch_size) // (1 if recipe.sync_batch_norm else self.world_size)
-        has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
-        self.run.write_provenance(
-            {
-                **collect_provenance(
-                    track=recipe.track,
-                    seeds={"run": recipe.seed, "probes": recipe.eval.seed},
-                    world_size=self.world_size,
-                    param_groups=optimizer.param_groups,
-                    device=self.device,
-                ),
-                "plan": {
-                    "total_steps": plan.total,
-                    "steps_per_epoch": plan.steps_per_epoch,
-                    "optimizer": plan.optimizer,
-                    "schedule": plan.schedule,
-                },
-                "cuda_graphs": self.graphs_steps,
-                "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
-            },
-            step=step,
-        )
-
-    def _continue(self, trainer: Trainer) -> int:
-        """Loads the last good checkpoint, if the run has one, and drops what was recorded after it."""
-        # The first process looks for the last good one: on a flaky disk each might find another.
-        latest = self.checkpoints.load_latest() if self.recipe.resume == "auto" and self.main else None
-        step = broadcast_object(None if latest is None else latest[0])
-        if step is None:
-            self.run.truncate_to(None)
-            return 0
-        trainer.load_state_dict(latest[1] if latest is not None else self.checkpoints.load(step)[0])
-        self.run.truncate_to(step)
-        self.say(f"continuing {self.folder} from step {step}")
-        return step
-
-    # The end ---------------------------------------------------------------------------------------------------------
-
-    def already_finished(self) -> int:
-        """Nothing to do: the run of this directory has ended. Returns the exit code."""
-        self.say(f"{self.folder} has ended already: {self.run.results['status']}")  # type: ignore[index]
+    def already_ended(self) -> int:
+        """Says that there is nothing left to do; returns the exit code."""
+        assert self.results is not None
+        self.processes.say(f"{self.folder} has ended already: {self.results['status']}")
         return 0
 
-    def finish(
-        self,
-        outcome: Outcome,
-        backbone: nn.Module,
-        evaluate: Callable[[nn.Module], list[dict[str, Any]]],
-        *,
-        trained: nn.Module,
-        untrained: Callable[[], nn.Module],
-    ) -> int:
-        """Evaluates what was trained, beside what it started from, and writes the results; returns the exit code.
+    def train(self, trainer: Trainer, provenance: Mapping[str, Any]) -> Outcome:
+        """Restores the last checkpoint if there is one, records what is about to run, and trains.
 
         Args:
-            outcome: of the loop; only a finished run is evaluated.
-            backbone: saved as ``backbone.safetensors``.
-            evaluate: a model's results, the same call on every process.
-            trained: the model to evaluate.
-            untrained: builds the model as it was before the first step.
+            trainer: whose ``io`` is this session.
+            provenance: for run.json; see `ssl_bench.records.provenance`.
         """
-        if outcome.status == "interrupted":
-            self.say(f"stopped at step {outcome.step}; start again with resume=auto run_dir={self.folder} to go on")
-            return REQUEUE_EXIT_CODE
+        step = self._restore(trainer)
+        self._run.write_provenance(provenance, step=step)
+        if self._tracker is not None:
+            # Trackers' tables of hyper-parameters hold numbers and text only.
+            config = {key: v if isinstance(v, int | float | str) else str(v) for key, v in self._tracker.items()}
+            self.processes.accelerator.init_trackers("ssl_bench", config=config)
+        progress = Progress(trainer.rhythm.total, self.title, enabled=self.processes.main)
+        with progress as self._progress, _one_host_thread(self.processes.device):
+            outcome = trainer.run()
+        if isinstance(trainer.gradient, GraphedGradient):
+            trainer.gradient.release()  # the evaluations need the recording's memory
+        if outcome.status == "finished":
+            trainer.checkpoint()  # so that a run killed during its evaluation does not train again
+        return outcome
+
+    def _restore(self, trainer: Trainer) -> int:
+        """Loads the last good checkpoint, if any, and drops what was recorded after it; returns its step."""
+        # Only the main process looks: on a flaky disk each process might find another one good.
+        look = self._resume == "auto" and self.processes.main
+        latest = self._checkpoints.load_latest() if look else None
+        step = broadcast_object(None if latest is None else latest[0])
+        if step is None:
+            self._run.truncate_to(None)
+            return 0
+        trainer.load_state_dict(latest[1] if latest is not None else self._checkpoints.load(step)[0])
+        self._run.truncate_to(step)
+        self.processes.say(f"continuing {self.folder} from step {step}")
+        return step
+
+    def interrupted(self, outcome: Outcome) -> int:
+        """Says how to continue a run that a signal stopped; returns the exit code that asks for a requeue."""
+        self.processes.say(
+            f"stopped at step {outcome.step}; start again with resume=auto run_dir={self.folder} to continue"
+        )
+        return REQUEUE_EXIT_CODE
+
+    def save_backbone(self, backbone: nn.Module) -> None:
+        """Writes ``backbone.safetensors``."""
+        if self.processes.main:
+            save_backbone(backbone, self.folder / "backbone.safetensors")
+
+    def finish(self, outcome: Outcome, evaluations: list[dict[str, Any]]) -> int:
+        """Writes the results, with which the run has ended; returns the exit code.
+
+        Args:
+            outcome: of the loop, "finished" or "diverged".
+            evaluations: of the trained and the untrained model; none after a divergence.
+        """
         results: dict[str, Any] = {"status": outcome.status, "step": outcome.step, **outcome.details}
         if outcome.status == "finished":
-            if self.main:
-                save_backbone(backbone, self.folder / "backbone.safetensors")
-            results["evaluations"] = [{"model": "trained", **result} for result in evaluate(trained)]
-            if self.recipe.eval.baseline:
-                start = untrained().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-                results["evaluations"] += [{"model": "untrained", **result} for result in evaluate(start)]
-            if _at_chance(results["evaluations"]):
+            results["evaluations"] = evaluations
+            if _at_chance(evaluations):
                 results["status"] = "collapsed"
-        self.run.finish(results)
-        if self.main and not self.recipe.checkpoint.final and (self.folder / "checkpoints").exists():
-            remove_atomically(self.folder / "checkpoints")
-        self.say(f"{results['status']}: {self.folder}")
-        for line in summary(results):
-            self.say(line)
-        self.accelerator.wait_for_everyone()
+        self._run.finish(results)
+        if self.processes.main and not self._keep_last and self._checkpoints.folder.exists():
+            remove_atomically(self._checkpoints.folder)
+        self.processes.say("\n".join([f"{results['status']}: {self.folder}", *summary(results)]))
+        self.processes.accelerator.wait_for_everyone()
         return 0
 
-    # What the trainer calls ------------------------------------------------------------------------------------------
+    # What the loop calls ---------------------------------------------------------------------------------------------
 
-    def log(self, row: dict[str, float]) -> None:
-        """One line of the metrics, for the record and for the tracker."""
-        self.run.log(row)
-        if self.accelerator.trackers:
-            self.accelerator.log(row, step=int(row["step"]))
+    def log(self, row: Scalars) -> None:
+        """Writes one line of the metrics, to the record and to the tracker."""
+        self._run.log(row)
+        if self.processes.accelerator.trackers:
+            self.processes.accelerator.log(row, step=int(row["step"]))
 
-    def log_telemetry(self, columns: Any) -> None:
-        """A block of the layers' norms and ratios; in the record a step is the number of steps completed."""
+    def log_telemetry(self, columns: Mapping[str, Any]) -> None:
+        """Writes a block of layer statistics; in the record a step is the number of steps completed."""
         if columns["step"]:
-            self.run.log_telemetry({**columns, "step": [step + 1 for step in columns["step"]]})
+            self._run.log_telemetry({**columns, "step": [step + 1 for step in columns["step"]]})
 
-    def _save(self, step: int, state: dict[str, Any]) -> None:
-        if self.main:
-            with self.interrupt.saving():
-                self.run.sync()
-                self.checkpoints.save(step, state, {"identity": self.recipe.identity(), "world_size": self.world_size})
-        self.accelerator.wait_for_everyone()
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes a checkpoint; returns on every process when it is there."""
+        if self.processes.main:
+            with self._interrupt.saving():
+                self._run.sync()
+                about = {"identity": self._identity, "world_size": self.processes.world_size}
+                self._checkpoints.save(step, state, about)
+        self.processes.accelerator.wait_for_everyone()
 
-    def _snapshot(self, step: int, module: nn.Module) -> None:
-        if self.main:
-            with self.interrupt.saving():
+    def snapshot(self, step: int, module: nn.Module) -> None:
+        """Keeps the weights for measurements after the run."""
+        if self.processes.main:
+            with self._interrupt.saving():
                 Snapshots(self.folder).save(step, module)
 
-    def _interrupted(self) -> bool:
-        if self.world_size > 1 and self._trainer.step % AGREE_EVERY:
+    def should_stop(self, step: int) -> bool:
+        """Whether a signal asked to stop: the same answer on every process."""
+        if self.processes.world_size > 1 and step % AGREE_EVERY:
             return False
-        return self.interrupt.agreed(self.device)
+        return self._interrupt.agreed(self.processes.device)
+
+    def progress(self, step: int, row: Scalars | None) -> None:
+        """Shows how far the run has come."""
+        if self._progress is not None:
+            self._progress(step, row)
 
 
-def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dict[str, Tensor]]:
-    """How a step's gradient is computed: at once, or chunk by chunk, exactly in both cases; times ``loss_scale``."""
-    chunked = recipe.chunk_size is not None and recipe.chunk_size < recipe.batch_size
-    if not chunked:
-        function = gradient.full_batch
-    else:
-        function = gradient.grad_cache if recipe.track == "pretrain" else gradient.accumulate
-
-    def call(model: nn.Module, views: Any, n_chunks: int, backward: Any) -> dict[str, Tensor]:
-        def scaled(loss: Tensor) -> None:
-            backward(recipe.loss_scale * loss)
-
-        # At 1 the loss itself, so that runs stay equal bit for bit to those of before there was a scale.
-        used = backward if recipe.loss_scale == 1 else scaled
-        return function(model, views, n_chunks, used, autocast=accelerator.autocast)
-
-    return call
+@contextmanager
+def _one_host_thread(device: torch.device) -> Iterator[None]:
+    """Beside a GPU the host only draws small tables; waking a second thread takes longer than one needs for them."""
+    before = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _at_chance(evaluations: Sequence[dict[str, Any]]) -> bool:
-    """Whether every trained result is no better than guessing among the classes."""
+def _at_chance(evaluations: list[dict[str, Any]]) -> bool:
+    """Whether every result of the trained model is no better than guessing among the classes."""
     trained = [entry for entry in evaluations if entry["model"] == "trained" and "chance" in entry]
     return bool(trained) and all(
         entry["metrics"]["top1"]
@@ -341,7 +240,7 @@ def _at_chance(evaluations: Sequence[dict[str, Any]]) -> bool:
     )
 
 
-def summary(results: dict[str, Any]) -> list[str]:
+def summary(results: Mapping[str, Any]) -> list[str]:
     """The results as lines of text."""
     if results["status"] == "diverged":
         where = f" (first in {results['layer']})" if results["layer"] else ""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from typer.testing import CliRunner
 from ssl_bench import classify, cli, pretrain
 from ssl_bench.data.dataset import load_dataset
 from ssl_bench.data.pipeline import Pipeline
-from ssl_bench.recipe.compose import build
+from ssl_bench.recipe.compose import build as checked
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.report.analysis import Analysis, read_analysis
 from ssl_bench.runtime import seeds
-from ssl_bench.training import build as views
+from ssl_bench.training import build
 
 SMALL = (
     "--images",
@@ -56,12 +57,12 @@ def test_snapshots_hold_the_weights_of_their_steps(runs: Path) -> None:
     last = load_file(snapshots.path(4))
     assert all(torch.equal(value, last[f"backbone.{name}"]) for name, value in trained.items())
     head = json.loads((runs / "clf/run.json").read_text())["recipe"]
-    untrained = classify.build(_recipe(head), 10)
+    untrained = build.classifier(_recipe(head), 10)
     assert all(torch.equal(v, load_file(snapshots.path(0))[k]) for k, v in untrained.state_dict().items())
 
 
 def _recipe(plain: dict) -> Recipe:
-    return build("classify", plain)
+    return checked("classify", plain)
 
 
 def test_snapshots_change_neither_identity_nor_run(runs: Path, tmp_path: Path) -> None:
@@ -103,14 +104,15 @@ def test_the_loss_is_that_of_training_on_the_fixed_batch(runs: Path) -> None:
     assert analyze(runs / "clf", *SMALL).exit_code == 0
     recipe = _recipe(json.loads((runs / "clf/run.json").read_text())["recipe"])
     dataset = load_dataset("digits")
+    views = build.classification_views(recipe, dataset, SimpleNamespace(device=torch.device("cpu")))
     pipeline = Pipeline(
-        dataset.train, [views.classification_view(recipe, dataset)], [seeds.VIEW1],
+        dataset.train, views, [seeds.VIEW1],
         seed=seeds.derive_seed(0, seeds.ANALYSIS), batch_size=48, chunk_size=None, rank=0, world_size=1,
         device=torch.device("cpu"), with_labels=True,
     )  # fmt: skip
     images, labels = next(pipeline.batches(0, 1)).views(0)
     for row in read_analysis(runs / "clf").sharpness:
-        network = classify.build(recipe, 10)
+        network = build.classifier(recipe, 10)
         Snapshots(runs / "clf").load(int(row["step"]), network)
         logits = network.train().logits(images)
         assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -149,7 +151,7 @@ def test_it_says_what_to_do_where_there_are_no_snapshots(tmp_path: Path) -> None
 def test_what_cannot_be_measured_is_named_and_costs_nothing_else(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "clf", tmp_path / "r")
     snapshots = Snapshots(run)
-    network = classify.build(_recipe(json.loads((run / "run.json").read_text())["recipe"]), 10)
+    network = build.classifier(_recipe(json.loads((run / "run.json").read_text())["recipe"]), 10)
     with torch.no_grad():
         network.head.weight.fill_(torch.nan)
     snapshots.save(2, network)

@@ -107,7 +107,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_requeue_code(unharmed, 
 
 
 def test_a_run_goes_on_at_another_world_size(tmp_path):
-    # Without dropout, whose masks are each process's own. At lr=1 one of the projector's ReLUs flips near step 37 on some
+    # Without dropout, whose masks are each process's own. At lr=1 a ReLU of the projector flips near step 37 on some
     # processors, and the losses part from 2e-7 to 1e-4; at lr=0.3 they agree to 2e-7 over all 60 steps.
     words = (*WORDS, "method=tiny_net:TinyTwins", "optimizer.lr=0.3")
     whole = run([*script("pretrain", words), "run_dir=whole"], tmp_path)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ssl_bench.methods import METHODS, Method
 from ssl_bench.recipe.compose import compose
+from ssl_bench.training.build import step_gradient
 from ssl_bench.training.gradient import accumulate, full_batch, grad_cache
-from ssl_bench.training.session import step_gradient
 
 N = 16
 

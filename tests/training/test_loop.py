@@ -15,7 +15,8 @@ from ssl_bench.data.sources import ResidentSource
 from ssl_bench.optim import TVLARS, Telemetry, build_groups
 from ssl_bench.training.gradient import full_batch
 from ssl_bench.training.graphs import GraphedGradient
-from ssl_bench.training.loop import Hook, Rhythm, Trainer
+from ssl_bench.training.loop import Hook, Trainer
+from ssl_bench.training.plan import Rhythm
 
 
 class Task(nn.Module):
@@ -31,10 +32,10 @@ class Task(nn.Module):
 
 
 class Record:
-    """Keeps what the loop hands over."""
+    """A `RunIO` that keeps what the loop hands over."""
 
-    def __init__(self):
-        self.rows, self.columns, self.saved = [], [], []
+    def __init__(self, interrupted=lambda: False):
+        self.rows, self.columns, self.saved, self.interrupted = [], [], [], interrupted
 
     def log(self, row):
         self.rows.append(row)
@@ -44,6 +45,15 @@ class Record:
 
     def save(self, step, state):
         self.saved.append((step, state))
+
+    def snapshot(self, step, module):
+        pytest.fail(f"no snapshot of {module} was asked for at step {step}")
+
+    def should_stop(self, _step):
+        return self.interrupted()
+
+    def progress(self, step, row):
+        pass
 
 
 def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None, **batches):
@@ -66,12 +76,11 @@ def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda
         accelerator.scaler = scaler
         wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
         accelerator._optimizers = [wrapped]
-    record = Record()
+    record = Record(interrupted)
     built = Trainer(
         model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=full_batch, pipeline=pipeline,
-        rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, record=record,
-        telemetry=Telemetry(optimizer, every=1), save=record.save, interrupted=interrupted,
-        progress=lambda _step, _row: None, hooks=hooks,
+        rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, io=record,
+        telemetry=Telemetry(optimizer, every=1), hooks=hooks,
     )  # fmt: skip
     return built, record, optimizer
 
@@ -187,7 +196,7 @@ def test_weights_are_kept_at_the_steps_asked_for_and_once():
 
     def watch(loop):
         loop.rhythm.snapshots = frozenset({0, 5, 11})
-        loop.snapshot = lambda step, module: kept.append((step, module.linear.weight.detach().clone()))
+        loop.io.snapshot = lambda step, module: kept.append((step, module.linear.weight.detach().clone()))
 
     whole, _, _ = trainer(total=11)
     start = whole.module.linear.weight.detach().clone()

@@ -1,7 +1,6 @@
 """The same recipe on 1, 2 and 4 processes is the same experiment, from the real commands' records."""
 
 import math
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from commands import TINY_CLASSIFY, TINY_PRETRAIN, metrics, results, run, script
 from torchrun import torchrun
 
-from ssl_bench.training.session import Session
+from ssl_bench.training.evaluation import share_statistics
 
 TRACKS = {"pretrain": TINY_PRETRAIN, "classify": TINY_CLASSIFY}
 
@@ -90,8 +89,7 @@ def statistics():
     norm = torch.nn.BatchNorm1d(2)
     norm(torch.arange(8.0).view(4, 2) * (dist.get_rank() + 1))
     before = norm.running_mean.clone()
-    session = SimpleNamespace(world_size=dist.get_world_size(), recipe=SimpleNamespace(sync_batch_norm=False))
-    Session._share_statistics(session, norm)  # type: ignore[arg-type]
+    share_statistics(norm)
     return {"before": before, "after": norm.running_mean, "batches": norm.num_batches_tracked}
 
 
