@@ -21,7 +21,7 @@ from ssl_bench.runtime.seeds import ANALYSIS, derive_seed
 
 ANALYSIS_FILE = "analysis.json"
 
-# Where the images lie and where they are worked on; not which images or which network.
+# Where the images are and where they are processed; never which images or which network.
 MAY_CHANGE = ("data.path", "data.cache_dir", "data.resident", "data.workers", "device")
 
 
@@ -56,21 +56,21 @@ class Settings:
             ValueError: one line that names the option, what was given and what is allowed.
         """
         if self.batch_norm not in ("train", "eval"):
-            raise ValueError(f"analyze: batch_norm: got {self.batch_norm!r}, allowed: train or eval")
+            raise ValueError(f"batch_norm must be train or eval, got {self.batch_norm!r}")
         for name, least in (("images", 2), ("iterations", 1), ("samples", 2)):
             if getattr(self, name) < least:
-                raise ValueError(f"analyze: {name}: got {getattr(self, name)}, allowed: at least {least}")
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.rho > 0:
-            raise ValueError(f"analyze: rho: got {self.rho}, allowed: a length above 0")
+            raise ValueError(f"rho must be > 0, got {self.rho}")
         for size in self.noise_batch_sizes:
             if not 2 <= size <= self.noise_images // 2:
                 raise ValueError(
-                    f"analyze: noise_batch_sizes: got {size}, allowed: 2 to {self.noise_images // 2}, "
-                    f"so that noise_images={self.noise_images} make two batches, or '' to leave the noise out"
+                    f"noise_batch_sizes must be 2 to {self.noise_images // 2}, got {size} (noise_images="
+                    f"{self.noise_images} must make two batches; '' leaves the noise out)"
                 )
 
 
-def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
+def main(run_dir: str, settings: Settings, overrides: Sequence[str] = ()) -> int:
     """Measures every snapshot of a run and writes ``analysis.json``, in place of an earlier one, after each.
 
     A snapshot that has no finite loss or curvature is named and left out, as is one that the run should have kept.
@@ -78,7 +78,7 @@ def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
     Args:
         run_dir: the run's folder; it was run with ``checkpoint.snapshots``.
         settings: see there.
-        words: ``key=value`` for the keys in ``MAY_CHANGE``.
+        overrides: ``key=value`` for the keys in ``MAY_CHANGE``.
 
     Raises:
         ValueError, OSError: one line; no such run, no snapshots, settings out of range, or a key that would change
@@ -90,16 +90,17 @@ def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
     steps = snapshots.steps()
     if not steps:
         raise ValueError(
-            f"{run_dir}: no snapshots to analyze; run it with checkpoint.snapshots=[0,0.5,1], say (start, middle, end)"
+            f"{run_dir} must hold snapshots to analyze, got none: run it with checkpoint.snapshots=[0,0.5,1] (start, "
+            "middle, end)"
         )
-    recipe = _measured_recipe(build(record.recipe["track"], override(record.recipe, words, MAY_CHANGE)))
+    recipe = _measured_recipe(build(record.recipe["track"], override(record.recipe, overrides, MAY_CHANGE)))
 
     from ssl_bench.records.provenance import code_version, hardware, now, package_versions, torch_settings
     from ssl_bench.training import build as training
 
     place = training.processes(recipe)
     if place.world_size > 1:
-        raise ValueError(f"analyze must run on one process, got {place.world_size}")
+        raise ValueError(f"analyze must run on one process, got {place.world_size} processes")
     for step in sorted(_planned(record) - set(steps)):
         place.say(f"step {step}: left out, the run kept no weights there")
     task, losses = _task(place, recipe, settings)
@@ -133,9 +134,9 @@ def main(run_dir: str, settings: Settings, words: Sequence[str] = ()) -> int:
 
 
 def _measured_recipe(recipe: Recipe) -> Recipe:
-    """The run's recipe, in float32: the run's precision is training's, a second derivative needs all of it."""
+    """The run's recipe in float32: second derivatives need more than training's precision, and no compiled program."""
     method = recipe.method
-    # The released Barlow Twins divides by the batch size of the recipe; a batch of another size, by its own.
+    # The released Barlow Twins divides by the recipe's batch size; a batch of another size is divided by its own.
     if method.options.get("divisor") == recipe.batch_size:
         method = dataclasses.replace(method, options={**method.options, "divisor": None})
     return dataclasses.replace(recipe, precision="fp32", tracker=None, compile=False, cuda_graphs=False, method=method)
@@ -151,7 +152,7 @@ def _planned(record: RunRecord) -> set[int]:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Convolutions and products without TF32, which rounds to 10 bits; then as it was."""
+    """Convolutions and matrix products without TF32, which rounds to 10 bits; restored afterwards."""
     import torch
 
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -175,10 +176,10 @@ def _task(place: Any, recipe: Recipe, settings: Settings) -> tuple[Any, Losses]:
 
     dataset = training.dataset(recipe, place)
     for name in ("images", "noise_images") if settings.noise_batch_sizes else ("images",):
-        if getattr(settings, name) > len(dataset.train):
+        if (wanted := getattr(settings, name)) > len(dataset.train):
             raise ValueError(
-                f"analyze: {name}: got {getattr(settings, name)}, allowed: at most the {len(dataset.train)} images of "
-                "the train set (batch sizes for the noise at most half of noise_images)"
+                f"{name} must be at most the {len(dataset.train)} images of the train set, got {wanted} "
+                "(batch sizes for the noise: at most half of noise_images)"
             )
     if recipe.track == "pretrain":
         task: Any = training.method(recipe)

@@ -14,7 +14,7 @@ app = typer.Typer(
     help="Which optimizer for this method, data set and batch size, and how sure are we?",
 )
 
-# The tracks parse their own words (key=value, --help, --debug), the same as under accelerate launch.
+# The tracks parse their own arguments (key=value, --help, --debug), so that they work under accelerate launch too.
 _VERBATIM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -39,20 +39,22 @@ def classify(context: typer.Context) -> None:
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="A finished run's folder.")],
-    words: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. eval.protocols=[linear-aug-v1]")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. eval.protocols=[linear-aug-v1]")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Evaluate a saved run, add to its record."""
     from ssl_bench.cli.evaluate import main
     from ssl_bench.recipe.command import guarded
 
-    raise typer.Exit(guarded(lambda: main(run, words or []), debug=debug))
+    raise typer.Exit(guarded(lambda: main(run, overrides or []), debug=debug))
 
 
 @app.command()
 def analyze(
     run: Annotated[str, typer.Argument(help="The folder of a run that had checkpoint.snapshots.")],
-    words: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.path=FOLDER device=cpu")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.path=FOLDER device=cpu")] = None,
     images: Annotated[int, typer.Option(help="Images of the fixed augmented batch.")] = 512,
     batch_norm: Annotated[str, typer.Option(help="train = by the batch, eval = by the running statistics.")] = "train",
     iterations: Annotated[int, typer.Option(help="Lanczos steps for the top eigenvalue, at most.")] = 20,
@@ -78,7 +80,7 @@ def analyze(
         return main(
             run,
             Settings(images, batch_norm, iterations, samples, rho, _sizes(noise_batch_sizes), noise_images, seed),
-            words or [],
+            overrides or [],
         )
 
     raise typer.Exit(guarded(command, debug=debug))
@@ -87,7 +89,7 @@ def analyze(
 def _sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--noise-batch-sizes: got {text!r}, allowed: whole numbers with commas, e.g. 64,256")
+        raise ValueError(f"--noise-batch-sizes must be whole numbers with commas, e.g. 64,256, got {text!r}")
     return tuple(map(int, parts))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from ssl_bench.recipe.compose import compose
 from ssl_bench.records.reader import RunRecord, read_run
 
-# What two CPU cores do in under three minutes. Digits have no colours and no mirror images, and a small part of one
-# says nothing: without these changes of the augmentation, pretraining makes the features worse than random ones. The
+# Sized for three minutes on two CPU cores. Digits have no colours, their mirror images are other shapes, and a small
+# crop is meaningless: with the default augmentation, pretraining makes the features worse than random ones. The
 # learning rates were chosen for this data set and length and say nothing about others.
 COMMON = (
     "data=digits",
@@ -49,8 +49,8 @@ def main(folder: str | Path, steps: int) -> int:
     records: dict[str, RunRecord] = {}
     for number, (label, choice) in enumerate(OPTIMIZERS.items()):
         # The untrained backbone is the same for all three: it is evaluated once.
-        words = [*COMMON, *choice, f"steps={steps}", f"run_dir={folder / label.lower()}"]
-        code = run(compose("pretrain", [*words, f"eval.baseline={str(number == 0).lower()}"]))
+        overrides = [*COMMON, *choice, f"steps={steps}", f"run_dir={folder / label.lower()}"]
+        code = run(compose("pretrain", [*overrides, f"eval.baseline={str(number == 0).lower()}"]))
         if code:
             return code
         records[label] = read_run(folder / label.lower())
@@ -66,7 +66,7 @@ def _clear(folder: Path) -> None:
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
         if foreign:
             raise ValueError(
-                f"--output {folder}: holds {foreign[0]!r}, which is not an earlier demo's; choose another folder"
+                f"--output must be a new directory or an earlier demo's, got {folder}, which holds {foreign[0]!r}"
             )
         shutil.rmtree(folder)
 

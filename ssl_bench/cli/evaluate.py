@@ -1,4 +1,4 @@
-"""Evaluators on a saved run: ``ssl-bench evaluate RUN eval.protocols=[linear-aug-v1]``."""
+"""Evaluates a saved run: ``ssl-bench evaluate RUN eval.protocols=[linear-aug-v1]``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from ssl_bench.recipe.compose import build, override
 from ssl_bench.records.writer import RecordError, add_evaluations, read_run
 
-# Where the images lie and what is measured of them; not which images, which network, or how it was trained.
+# Where the images are and what is measured; never which images, which network, or how it was trained.
 MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.workers", "device")
 
 
-def main(run_dir: str, words: Sequence[str] = ()) -> int:
+def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
     """Evaluates the backbone of a run that has ended, beside the one it started from, and adds to the run's results.
 
     Args:
         run_dir: the run's folder.
-        words: ``key=value`` for the keys in ``MAY_CHANGE``.
+        overrides: ``key=value`` for the keys in ``MAY_CHANGE``.
 
     Raises:
         ValueError, OSError: no such run, no backbone in it, or a key that would change what the run was.
@@ -27,8 +27,10 @@ def main(run_dir: str, words: Sequence[str] = ()) -> int:
     record = read_run(run_dir)
     weights = Path(run_dir) / "backbone.safetensors"
     if not weights.exists():
-        raise RecordError(f"{run_dir}: no backbone.safetensors to evaluate (the run is {record.status})")
-    recipe = build(record.recipe["track"], override(record.recipe, words, MAY_CHANGE))
+        raise RecordError(
+            f"{run_dir} must hold backbone.safetensors to be evaluated, got a run that is {record.status}"
+        )
+    recipe = build(record.recipe["track"], override(record.recipe, overrides, MAY_CHANGE))
     where = training.processes(recipe)
     evaluation = training.evaluation(recipe, training.dataset(recipe, where), where)
     trained = load_backbone(weights)[0].to(where.device)

@@ -154,10 +154,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(here, capsys, monkey
         (["data=cifar10", "data.path=missing"], "missing"),
         (["method=tiny_net:TinyTwins", "method.projector=[0]"], "projector"),
         (["tracker=nope"], "unknown tracker 'nope'"),
-        (["tracker=aim"], "tracker: got 'aim', which is not installed (pip install aim)"),
-        (["precision=fp16"], "precision: got fp16, which needs a GPU"),
-        (["device=cuda"], "device: got cuda, but torch sees no GPU"),
-        (["cuda_graphs=true"], "cuda_graphs: got true, allowed: null or false, because the device is cpu"),
+        (["tracker=aim"], "tracker must be installed, got 'aim': pip install aim"),
+        (["precision=fp16"], "precision must be fp32 or bf16 on the CPU, got fp16, which needs a GPU"),
+        (["device=cuda"], "device must be auto or cpu, got cuda: torch sees no GPU"),
+        (["cuda_graphs=true"], "cuda_graphs must be null or false, got true: the device is cpu"),
         (["optimizer.lr=-1"], "lr"),
         (["schedule=warmup_cosine", "schedule.warmup_steps=9"], "warmup"),
     ],
@@ -200,7 +200,7 @@ def test_debug_shows_the_traceback(capsys):
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
     done = run(script("pretrain", (*TINY_PRETRAIN, "batch_size=97", "steps=1", "run_dir=r"), 2), tmp_path)
     assert done.returncode != 0
-    assert "error: batch_size: got 97, allowed: a multiple of the 2 processes" in done.stderr
+    assert "error: batch_size must be a multiple of the 2 processes, got 97" in done.stderr
     assert not (tmp_path / "r").exists()
 
 
