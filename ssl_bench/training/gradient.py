@@ -34,7 +34,7 @@ def full_batch(
         the model's scalars, detached.
     """
     if n_chunks != 1:
-        raise ValueError(f"full_batch: n_chunks got {n_chunks}, must be 1")
+        raise ValueError(f"full_batch: n_chunks must be 1, got {n_chunks}")
     with autocast():
         terms = model(*views(0))
     backward(terms["loss"])
@@ -146,14 +146,14 @@ def _unwrap(model: nn.Module) -> Method:
     while not isinstance(inner, Method):
         wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
         if wrapped is None:
-            raise ValueError(f"grad_cache: model got {type(model).__name__}, must be a Method, wrapped or not")
+            raise ValueError(f"grad_cache: model must be a Method, wrapped or not, got {type(model).__name__}")
         inner = wrapped
     return inner
 
 
 def _grad(z: Tensor) -> Tensor:
     if z.grad is None:
-        raise RuntimeError("grad_cache: the loss does not depend on the embeddings")
+        raise RuntimeError("grad_cache: the loss must depend on the embeddings")
     return z.grad
 
 

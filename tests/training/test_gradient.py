@@ -247,9 +247,9 @@ def test_a_compiled_wrapper_is_looked_through():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="full_batch: n_chunks got 2, must be 1"):
+    with pytest.raises(ValueError, match="full_batch: n_chunks must be 1, got 2"):
         full_batch(network(), chunks(images(), 2), 2, Tensor.backward)
-    with pytest.raises(ValueError, match="grad_cache: model got Linear, must be a Method, wrapped or not"):
+    with pytest.raises(ValueError, match="grad_cache: model must be a Method, wrapped or not, got Linear"):
         grad_cache(nn.Linear(2, 2), chunks(images(), 2), 2, Tensor.backward)
 
 
