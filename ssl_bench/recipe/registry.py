@@ -1,7 +1,8 @@
-"""Looks up methods, optimizers and schedules by name, and checks their keyword arguments against their signatures.
+"""Finds code by name, for every kind that a recipe names, and checks keyword arguments against signatures.
 
 A name is a key of the folder's dict, an installed entry point (groups ``ssl_bench.methods``, ``ssl_bench.optimizers``,
-``ssl_bench.schedules``), or ``package.module:Attribute``. Built-in and foreign plug-ins take the same way.
+``ssl_bench.schedules``, ``ssl_bench.evaluators``, ``ssl_bench.datasets``, ``ssl_bench.backbones``), or
+``package.module:Name``. Built-in and outside code are treated alike.
 """
 
 import importlib
@@ -10,18 +11,20 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from docstring_parser import DocstringStyle, parse
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ssl_bench.runtime.suggestion import nearest
 
-KINDS = {"method": "methods", "optimizer": "optimizers", "schedule": "schedules"}
+KINDS = ("method", "optimizer", "schedule", "evaluator", "dataset", "backbone")
 
-# What the suite itself passes: the network, the parameters (in groups: a recipe's param_groups says how those of
-# ndim <= 1 are treated), and the length of the run.
+# Arguments that the suite itself passes: the network, the parameters (in groups: a recipe's param_groups says how those
+# of ndim <= 1 are treated), and the length of the run.
 PROVIDED = frozenset({"self", "backbone", "feature_dim", "params", "decay_1d", "adapt_1d", "total_steps"})
 
 
@@ -34,79 +37,92 @@ class Option:
     default: Any
     help: str
 
+    @cached_property
+    def checker(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.annotation, config=ConfigDict(arbitrary_types_allowed=True))
 
-def _builtin(kind: str) -> Mapping[str, Callable[..., Any]]:
+
+def builtin(kind: str) -> Mapping[str, Any]:
+    """What the suite itself offers of a kind, by name; data sets and backbones are known to their folders by name."""
     if kind == "method":
         from ssl_bench.methods import METHODS
 
         return METHODS
-    if kind == "optimizer":
-        from ssl_bench.optim import OPTIMIZERS
+    if kind == "evaluator":
+        from ssl_bench.eval import EVALUATORS
 
-        return OPTIMIZERS
-    from ssl_bench.optim import SCHEDULES
+        return EVALUATORS
+    if kind == "dataset":
+        from ssl_bench.data.dataset import DATASETS
 
-    return SCHEDULES
+        return {name: name for name in DATASETS}
+    if kind == "backbone":
+        return {}  # any of timm's, which is not imported here
+    from ssl_bench.optim import OPTIMIZERS, SCHEDULES
+
+    return OPTIMIZERS if kind == "optimizer" else SCHEDULES
 
 
-def installed(kind: str) -> dict[str, Any]:
-    """Entry points that other packages offer for this kind, by name."""
-    return {point.name: point for point in entry_points(group=f"ssl_bench.{KINDS[kind]}")}
+@cache  # reads the metadata of every installed package
+def installed(kind: str) -> dict[str, EntryPoint]:
+    """Entry points that installed packages offer for a kind, by name."""
+    return {point.name: point for point in entry_points(group=f"ssl_bench.{kind}s")}
 
 
-def resolve(kind: str, target: str) -> Callable[..., Any]:
-    """The class or function behind a name.
+def resolve(kind: str, target: str) -> Any:
+    """The object behind a name.
 
     Args:
-        kind: "method", "optimizer" or "schedule".
-        target: a known name, an entry point's name, or ``package.module:Attribute`` (the current folder counts as
+        kind: one of `KINDS`.
+        target: a known name, an entry point's name, or ``package.module:Name`` (the current directory counts as
             importable, as with ``python -m``).
 
+    Returns:
+        a method's, optimizer's or schedule's class or function; an evaluator, made without arguments where the name is
+        a class's; for a data set or backbone the name itself if it is built in, else the callable.
+
     Raises:
-        ValueError: nothing of that name; lists the known ones and the nearest.
+        ValueError: unknown, with the known names and the nearest; or not importable.
     """
-    known = _builtin(kind)
+    known = builtin(kind)
     if target in known:
         return known[target]
-    foreign = installed(kind)  # reads every package's metadata: not for a name that is known already
-    if target in foreign:
-        return foreign[target].load()
-    if ":" not in target:
-        names = sorted({*known, *foreign})
-        raise ValueError(
-            f"unknown {kind} {target!r}{nearest(target, names)} (known: {', '.join(names)}; or package.module:Class)"
-        )
-    module, _, attribute = target.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
+    foreign = installed(kind)
     try:
-        return getattr(importlib.import_module(module), attribute)
+        if target in foreign:
+            found = foreign[target].load()
+        elif ":" in target:
+            module, _, attribute = target.partition(":")
+            here = str(Path.cwd())
+            if here not in sys.path and "" not in sys.path:
+                sys.path.append(here)
+            found = getattr(importlib.import_module(module), attribute)
+        elif kind == "backbone":
+            return target
+        else:
+            names = sorted({*known, *foreign})
+            raise ValueError(
+                f"unknown {kind} {target!r}{nearest(target, names)} (known: {', '.join(names)}; or package.module:Name)"
+            )
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{kind} {target!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{kind} {target!r} must be a class or function, got {found!r}")
+    return found() if kind == "evaluator" and inspect.isclass(found) else found
 
 
+@cache
 def options(factory: Callable[..., Any]) -> dict[str, Option]:
     """The keywords that a recipe may set, from the signature, with their help from the docstring's ``Args:``."""
-    signature = inspect.signature(factory)
-    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    texts = _documented(inspect.getdoc(factory) or "")
-    if inspect.isclass(factory):
-        texts |= _documented(inspect.getdoc(factory.__init__) or "")
+    owners = [factory, factory.__init__] if inspect.isclass(factory) else [factory]
+    documents = [parse(inspect.getdoc(owner) or "", style=DocstringStyle.GOOGLE) for owner in owners]
+    texts = {entry.arg_name: " ".join((entry.description or "").split()) for doc in documents for entry in doc.params}
+    hints = get_type_hints(owners[-1])
     return {
         name: Option(name, hints.get(name, Any), parameter.default, texts.get(name, ""))
-        for name, parameter in signature.parameters.items()
+        for name, parameter in inspect.signature(factory).parameters.items()
         if name not in PROVIDED and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
-
-
-def _documented(docstring: str) -> dict[str, str]:
-    """The entries of a Google style ``Args:`` block."""
-    block = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", docstring, re.DOTALL | re.MULTILINE)
-    if not block:
-        return {}
-    entries = re.findall(r"^    (\w+)(?: \(.*?\))?: (.*?)(?=^    \w|\Z)", block[1] + "\n", re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +132,7 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
     instead; it is returned under that name, and `in_steps` turns it into steps once the size of the data is known.
 
     Raises:
-        ValueError: one line that names the key, what was given and what is allowed.
+        ValueError: one line that names the key, what it must be and what was given.
     """
     factory = resolve(kind, target)
     known = options(factory)
@@ -126,10 +142,12 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name in units and value is None and (name not in known or len(_units(name)) > 1):
             continue  # a duration that is given in another unit, or left at the plug-in's default
-        if name in known:
-            result[name] = checked(f"{kind}.{name}", known[name].annotation, value)
-        elif name in units:
-            result[name] = checked(f"{kind}.{name}", float, value)
+        if name in units:
+            checker = known[name].checker if name in known else TypeAdapter(float)
+            try:
+                result[name] = checker.validate_python(value)
+            except ValidationError as error:
+                raise ValueError(explain(error, f"{kind}.{name}")) from None
         elif open_ended:
             result[name] = value
         else:
@@ -137,14 +155,13 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
                 f"unknown key '{kind}.{name}'{nearest(name, units)} ({target} takes: {', '.join(sorted(units))})"
             )
     for name, option in known.items():
-        given = [unit for unit in _units(name) if unit in result]
+        given = [f"{kind}.{unit}" for unit in _units(name) if unit in result]
         if len(given) > 1:
-            raise ValueError(f"give only one of {', '.join(f'{kind}.{unit}' for unit in given)}")
-        if given:
-            continue
-        if option.default is inspect.Parameter.empty:
+            raise ValueError(f"give only one of {', '.join(given)}")
+        if not given and option.default is inspect.Parameter.empty:
             raise ValueError(f"{kind} {target!r} needs {' or '.join(f'{kind}.{unit}' for unit in _units(name))}")
-        result[name] = option.default
+        if not given:
+            result[name] = option.default
     return result
 
 
@@ -154,30 +171,23 @@ def _units(name: str) -> list[str]:
     return [name] if stem == name else [name, f"{stem}_epochs", f"{stem}_fraction"]
 
 
-def checked(path: str, annotation: Any, value: Any) -> Any:
-    """A value converted to its annotation, or a one-line ValueError that names the key."""
-    try:
-        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(explain(error, path)) from None
-
-
 def explain(error: ValidationError, path: str = "") -> str:
-    """The first complaint of pydantic as one line: key, what was given, what is allowed."""
+    """Pydantic's first complaint as one line: ``NAME must be WHAT IS ALLOWED, got WHAT WAS GIVEN``."""
     first = error.errors()[0]
-    # Pydantic adds the names of union members and of positions to the location; those are no keys.
+    # Pydantic adds the names of union members and of positions to the location; those are not keys.
     parts = [str(part) for part in first["loc"] if not (isinstance(part, str) and re.search(r"[\[\(]", part))]
     name = ".".join([*([path] if path else []), *parts])
     if first["type"] == "missing":
         return f"{name} is required"
-    message = first["msg"].replace("Input should be ", "")
-    return f"{name}: got {first['input']!r}, allowed: {message}"
+    message = re.sub(r", (unable to|got a) .*| after validation, .*", "", first["msg"])
+    message, changed = re.subn(r"^\w+ should ", "must ", message)
+    return f"{name}{'' if changed else ':'} {message}, got {first['input']!r}"
 
 
 def in_steps(
     factory: Callable[..., Any], values: Mapping[str, Any], steps_per_epoch: float, total_steps: int
 ) -> dict[str, Any]:
-    """The same values with every ``X_epochs`` and ``X_fraction`` turned into the keyword ``X_steps``, once.
+    """The same values with every ``X_epochs`` and ``X_fraction`` turned into the keyword ``X_steps``.
 
     Args:
         factory: the plug-in; a keyword annotated as float may get a fraction of a step, the others a whole number.

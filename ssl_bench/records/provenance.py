@@ -17,7 +17,7 @@ import ssl_bench
 # Distribution names; one of faiss's is there, or none.
 _PACKAGES = (
     *("torch", "torchvision", "timm", "accelerate", "faiss-gpu", "faiss-cpu", "faiss-gpu-cu12", "numpy"),
-    *("pyarrow", "datasets", "hydra-core"),
+    *("pyarrow", "datasets"),
 )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_bench.recipe.cells import merge
 from ssl_bench.recipe.command import leave
+from ssl_bench.recipe.compose import merge
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.reader import RecordError, RunRecord, read_run
 from ssl_bench.study.cells import CellStore

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ssl_bench.recipe.compose import load_yaml
 from ssl_bench.runtime.suggestion import nearest
 
 Words = dict[str, str]  # key -> value, both as on a command line
@@ -55,24 +56,10 @@ def parse_file(where: str, text: str) -> dict[str, Any]:
     Raises:
         ValueError: no YAML, a key that is given twice, or no mapping.
     """
-    try:
-        content = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: no YAML: {' '.join(str(error).split())}") from None
+    content = load_yaml(where, text)
     if not isinstance(content, dict):
         raise ValueError(f"{where}: got {content!r}, allowed: a mapping of keys to values")
     return content
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys silently; here that is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def about(text: str) -> str:

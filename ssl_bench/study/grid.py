@@ -19,8 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe.cells import Composer, merge
-from ssl_bench.recipe.compose import CONFIGS
+from ssl_bench.recipe.compose import CONFIGS, compose, merge
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.runtime.suggestion import nearest
 from ssl_bench.study.files import Words, about, as_words, find_file, parse_file, read_text
@@ -130,7 +129,6 @@ class _Expansion:
         self.study, self.user, self.seeds, self.data_paths = study, user, seeds, data_paths
         self.cells: list[Cell] = []
         self.open: list[Path] = []
-        self.composer = Composer()
 
     def add(self, path: Path, content: dict[str, Any]) -> None:
         """The cells of one file."""
@@ -171,7 +169,7 @@ class _Expansion:
                 if key in words:
                     raise ValueError(f"{where}: {key} is set for each cell by what starts it; leave it out")
             try:
-                recipe = self.composer.compose(track, words)
+                recipe = compose(track, [f"{key}={value}" for key, value in words.items()])
             except ValueError as error:
                 raise ValueError(f"{where}: {_listing(varied) or 'its only cell'}: {error}") from None
             self._add_seeds(words, varied, recipe, seeds)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe.cells import Composer, merge
+from ssl_bench.recipe.compose import compose, merge
 from ssl_bench.records.reader import read_results
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.console import say
@@ -101,7 +101,6 @@ class _Maker:
 
     def __init__(self, name: str, search: Search, user: Words, data_paths: dict[str, str]):
         self.name, self.search, self.user, self.data_paths = name, search, user, data_paths
-        self.composer = Composer()
         for arm in search.arms:
             for key in user:
                 if key in arm.space or key in ("data.holdout", "seed"):
@@ -138,7 +137,7 @@ class _Maker:
         if path:
             words = {"data.path": path, **words}
         try:
-            recipe = self.composer.compose(self.search.track, words)
+            recipe = compose(self.search.track, [f"{key}={value}" for key, value in words.items()])
         except ValueError as error:
             raise ValueError(f"{where}: {arm.label}: {error}") from None
         return Cell(self.name, words, {**chosen, **held}, recipe)

@@ -50,9 +50,12 @@ def test_check_converts_and_fills_in_defaults():
     ("values", "message"),
     [
         ({}, "needs optimizer.lr"),
-        ({"lr": "x"}, "optimizer.lr: got 'x', allowed: a valid number"),
-        ({"lr": 1, "mode": "c"}, "optimizer.mode: got 'c', allowed: 'a' or 'b'"),
-        ({"lr": 1, "delay_steps": 1.5}, "optimizer.delay_steps: got 1.5"),
+        ({"lr": "x"}, "optimizer.lr must be a valid number, got 'x'"),
+        ({"lr": 1, "mode": "c"}, "optimizer.mode must be 'a' or 'b', got 'c'"),
+        (
+            {"lr": 1, "delay_steps": 1.5},
+            "optimizer.delay_steps must be a valid integer, got 1.5",
+        ),
         ({"lr": 1, "delay": 1}, "unknown key 'optimizer.delay'; did you mean 'delay_"),
         (
             {"lr": 1, "delay_steps": 1, "delay_epochs": 1},
@@ -79,6 +82,6 @@ def test_a_plugin_with_open_keywords_gets_them_as_they_are():
 
 @pytest.mark.parametrize("kind", ["method", "optimizer", "schedule"])
 def test_every_builtin_documents_every_keyword(kind):
-    for name, factory in registry._builtin(kind).items():
+    for name, factory in registry.builtin(kind).items():
         for option in registry.options(factory).values():
             assert option.help, f"{kind} {name} does not document {option.name}"

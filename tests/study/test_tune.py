@@ -63,12 +63,12 @@ def test_choices_are_words_of_the_command_line() -> None:
     ("change", "message"),
     [
         ({"trails": 3}, r"search find: unknown key 'trails'; did you mean 'trials'\?"),
-        ({"trials": 0}, "trials: got 0, allowed: greater than 0"),
-        ({"holdout": 1.0}, "holdout: got 1.0, allowed: less than 1"),
-        ({"arms": []}, r"arms: got \[\]"),
+        ({"trials": 0}, "trials must be greater than 0, got 0"),
+        ({"holdout": 1.0}, "holdout must be less than 1, got 1.0"),
+        ({"arms": []}, r"arms must have at least 1 item, got \[\]"),
         ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], allowed: different ones"),
-        ({"track": "tune"}, "track: got 'tune', allowed: 'pretrain' or 'classify'"),
-        ({"arms": [{"set": {"optimizer": "lars"}, "space": {}}]}, "space: got {}"),
+        ({"track": "tune"}, "track must be 'pretrain' or 'classify', got 'tune'"),
+        ({"arms": [{"set": {"optimizer": "lars"}, "space": {}}]}, "space must have at least 1 item, got {}"),
         ({"arms": [{"set": {}, "space": {"a": {"low": 1, "hihg": 2}}}]}, r"unknown key 'hihg'; did you mean 'high'\?"),
         (
             {"arms": [{"set": {}, "space": {"a": {"low": 0, "high": 1, "log": True}}}]},
