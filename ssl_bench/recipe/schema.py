@@ -1,9 +1,8 @@
-"""The typed recipe: every choice that makes up one run, checked before anything is read.
+"""The typed recipe: every setting of one run, checked before any data is read.
 
-Each field carries its help: what it is, its unit, its range, and the value that turns it off. ``ssl-bench pretrain
---help`` prints exactly these texts. The recipe is built from Hydra's config groups by `ssl_bench.recipe.compose`;
-methods, optimizers and schedules are plug-ins, whose own keys `ssl_bench.recipe.registry` checks against their
-signatures.
+Each field carries the help text that ``--help`` prints: what it is, its unit, its range, and the value that turns it
+off. `ssl_bench.recipe.compose` builds recipes; the keys of methods, optimizers and schedules are not listed here but
+checked against their signatures by `ssl_bench.recipe.registry`.
 """
 
 import dataclasses
@@ -23,8 +22,8 @@ Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
-# What cannot change a result: two recipes that differ only here are the same experiment. `steps`-like durations and
-# the number of processes do not appear, because the first do change it and the second is not part of a recipe.
+# Keys that cannot change a result: two recipes that differ only here are the same experiment. (The number of processes
+# is not part of a recipe.)
 IRRELEVANT = frozenset(
     {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile", "cuda_graphs"}
     | {"data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
@@ -32,9 +31,8 @@ IRRELEVANT = frozenset(
     | {"checkpoint.snapshots"}
 )
 
-# Keys that recipes have not had from the start, each with the value that a recipe without it means. At that value a key
-# is no part of the identity, so that the experiments recorded before keep theirs. Every key whose default leaves things
-# as they were belongs here; none is ever taken out, and no value changed.
+# Keys added after the first records were written, each with the value that a recipe without it implies. At that value a
+# key is not part of the identity, so that older records keep theirs. Never remove one or change its value.
 ADDED: dict[str, Any] = {
     "loss_scale": 1.0,
     "sync_batch_norm": True,
@@ -44,7 +42,7 @@ ADDED: dict[str, Any] = {
 
 
 def without_additions(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's dotted keys less those of `ADDED` that say nothing new: equal for records of every age."""
+    """A recipe's dotted keys without those of `ADDED` at their old value: equal for records of every age."""
     return {name: value for name, value in flat.items() if name not in ADDED or value != ADDED[name]}
 
 
@@ -57,48 +55,52 @@ def key(default: Any, text: str) -> Any:
 
 @dataclass
 class DataOptions:
-    """Which images."""
+    """The images."""
 
     __pydantic_config__ = STRICT
-    name: str = key("cifar10", "data set: cifar10, cifar100, stl10, fashion_mnist, tiny_imagenet, digits, hf or folder")
+    name: str = key(
+        "cifar10",
+        "cifar10, cifar100, stl10, fashion_mnist, tiny_imagenet, digits, hf, folder, an installed entry point, or "
+        "package.module:function",
+    )
     path: str | None = key(
         None,
-        "folder to read (for data=hf also a hub id): Hugging Face parquet files, an archive's folder, class folders or "
-        "torchvision's root; null = torchvision's download into the cache",
+        "directory to read (for data=hf also a hub id): Hugging Face parquet files, the original archive, class "
+        "folders, or torchvision's root; null = download by torchvision into the cache",
     )
     size: PositiveInt | None = key(
-        None, "pixels of the square images; shorter side resized, then centre crop; null = as stored"
+        None, "side of the square images in pixels; shorter side resized, then centre crop; null = as stored"
     )
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.0, "share of each class of the train set to hold out and measure on instead of the test set; 0 = none"
+        0.0, "fraction of each train class to hold out and evaluate on instead of the test set; 0 = none"
     )
     resident: Literal["auto"] | bool = key(
         "auto",
-        "keep all images as uint8 on the device (true), stream them through workers (false), or by memory (auto)",
+        "true = keep all images as uint8 on the device, false = stream them through workers, auto = whichever fits",
     )
-    workers: Count = key(2, "processes that read when streaming; 0 = in the main process")
-    cache_dir: str | None = key(None, "folder of the decoded cache; null = $SSL_BENCH_CACHE or ~/.cache/ssl_bench")
+    workers: Count = key(2, "worker processes for streaming; 0 = read in the main process")
+    cache_dir: str | None = key(None, "directory of the decoded cache; null = $SSL_BENCH_CACHE or ~/.cache/ssl_bench")
 
 
 @dataclass
 class ModelOptions:
-    """Which backbone."""
+    """The backbone."""
 
     __pydantic_config__ = STRICT
-    name: str = key("resnet18", "any timm model")
+    name: str = key("resnet18", "any timm model, an installed entry point, or package.module:function")
     stem: Literal["cifar", "imagenet"] = key(
-        "cifar", "ResNets' first layers: cifar = 3x3 stride 1 without pooling, imagenet = 7x7 stride 2 and max pool"
+        "cifar", "first layers of a ResNet: cifar = 3x3 stride 1 without pooling, imagenet = 7x7 stride 2 and max pool"
     )
     init: Literal["timm", "torchvision", "kaiming_uniform"] = key(
-        "torchvision", "weights at the start: timm's default (last norm of a block zero), torchvision's, or the paper's"
+        "torchvision", "initial weights: timm's default (last norm of each block zero), torchvision's, or the paper's"
     )
 
 
 @dataclass
 class Plugin:
-    """A method, an optimizer or a schedule: which one, and its own keys (see --help with it selected)."""
+    """A method, optimizer or schedule, with its own keys (select it and see --help)."""
 
-    target: str = key("", "a known name, an installed entry point, or package.module:Class")
+    target: str = key("", "a known name, an installed entry point, or package.module:Name")
     options: dict[str, Any] = key({}, "its keyword arguments")
 
 
@@ -108,9 +110,9 @@ class ScalingOptions:
 
     __pydantic_config__ = STRICT
     rule: Literal["none", "sqrt", "linear"] = key(
-        "none", "lr times 1, sqrt(B / base_batch) or B / base_batch; none = lr is what it says"
+        "none", "multiply lr by 1 (none), sqrt(B / base_batch) or B / base_batch"
     )
-    base_batch: PositiveInt = key(256, "images; the batch size at which lr is meant literally")
+    base_batch: PositiveInt = key(256, "images; the batch size at which lr is not rescaled")
 
 
 @dataclass
@@ -118,18 +120,20 @@ class GroupOptions:
     """How bias and norm parameters (ndim <= 1) are treated."""
 
     __pydantic_config__ = STRICT
-    decay_1d: bool = key(False, "weight decay on parameters of ndim <= 1; false = none")
-    adapt_1d: bool = key(False, "layer-wise adaptation of parameters of ndim <= 1; false = plain momentum")
-    lr_1d: NonNegative | None = key(None, "learning rate of parameters of ndim <= 1; null = the same as the others")
-    exclude: list[str] = key([], "names or glob patterns of further parameters treated like ndim <= 1; [] = none")
+    decay_1d: bool = key(False, "apply weight decay to parameters with ndim <= 1; false = none")
+    adapt_1d: bool = key(False, "apply layer-wise adaptation to parameters with ndim <= 1; false = plain momentum")
+    lr_1d: NonNegative | None = key(None, "learning rate of parameters with ndim <= 1; null = the same as the others")
+    exclude: list[str] = key([], "names or glob patterns of other parameters to treat like ndim <= 1; [] = none")
 
 
 @dataclass
 class AugmentOptions:
-    """What happens to images in training."""
+    """Training augmentation."""
 
     __pydantic_config__ = STRICT
-    crop_scale: tuple[Probability, Probability] = key((0.08, 1.0), "pretraining: area of a crop over the image's")
+    crop_scale: tuple[Probability, Probability] = key(
+        (0.08, 1.0), "pretraining: range of the crop's area as a fraction of the image's"
+    )
     flip: Probability = key(0.5, "probability of a horizontal flip; 0 = never")
     jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]] = key(
         (0.4, 0.4, 0.2, 0.1), "pretraining: brightness, contrast, saturation, hue; 0 = leave that one out"
@@ -139,69 +143,71 @@ class AugmentOptions:
     blur_p: tuple[Probability, Probability] = key(
         (1.0, 0.1), "pretraining: probability of Gaussian blur in view 1 and view 2; 0 = never"
     )
-    blur_sigma: tuple[Positive, Positive] = key((0.1, 2.0), "pretraining: pixels; range of the blur's sigma")
+    blur_sigma: tuple[Positive, Positive] = key((0.1, 2.0), "pretraining: range of the blur's sigma in pixels")
     blur: Literal["off", "scaled", "full"] = key(
         "off", "pretraining: no blur, sigma scaled by image size / 224, or sigma as given"
     )
     solarize_p: tuple[Probability, Probability] = key(
         (0.0, 0.2), "pretraining: probability of solarisation in view 1 and view 2; 0 = never"
     )
-    pad: Count = key(4, "classification: pixels of padding before the random crop; 0 = no crop")
+    pad: Count = key(4, "classification: padding in pixels before the random crop; 0 = no crop")
     rotation: Annotated[float, Field(ge=0, le=180)] = key(
-        15.0, "classification: degrees; rotation drawn from +- this; 0 = none"
+        15.0, "classification: rotation drawn from +- this many degrees; 0 = none"
     )
-    stats: Literal["own", "imagenet"] = key("own", "mean and std to normalise with: of this train set, or ImageNet's")
+    stats: Literal["own", "imagenet"] = key("own", "mean and std for normalisation: this train set's, or ImageNet's")
 
 
 @dataclass
 class EvalOptions:
-    """What is measured, and when."""
+    """Evaluation."""
 
     __pydantic_config__ = STRICT
     protocols: list[str] = key(
         ["knn-v1", "linear-cached-v1"], "pretraining: evaluators at the end of the run; [] = none"
     )
-    baseline: bool = key(True, "evaluate the untrained model too, by the same protocols; false = leave it out")
+    baseline: bool = key(True, "also evaluate the untrained model, by the same protocols; false = off")
     online_every_epochs: NonNegative = key(
-        0.0, "pretraining: epochs between the online monitor's measurements, never a result; 0 = off"
+        0.0, "pretraining: epochs between measurements of the online monitor, which are never results; 0 = off"
     )
     test_every_epochs: NonNegative = key(
         1.0, "classification: epochs between measurements on the whole test set; 0 = only at the end"
     )
     batch_size: PositiveInt = key(1000, "images per forward pass, on each process")
     seed: Count = key(0, "seed of the probes, independent of the run's")
-    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the feature extraction")
+    precision: Literal["fp32", "bf16"] = key("fp32", "precision of the feature extraction")
 
 
 @dataclass
 class TelemetryOptions:
-    """Norms and ratios of every layer."""
+    """Layer statistics."""
 
     __pydantic_config__ = STRICT
-    every: Count = key(10, "steps between records of every layer's norms and trust ratio; 0 = off")
+    every: Count = key(10, "steps between records of each layer's norms and trust ratio; 0 = off")
 
 
 @dataclass
 class CheckpointOptions:
-    """What a crash can cost."""
+    """Checkpoints and snapshots."""
 
     __pydantic_config__ = STRICT
     every_steps: Count | None = key(None, "steps between checkpoints; 0 = only when interrupted (or give every_epochs)")
     every_epochs: NonNegative | None = key(
         5.0, "epochs between checkpoints; 0 = only when interrupted (or give every_steps)"
     )
-    keep: PositiveInt = key(2, "how many checkpoints stay on disk while the run goes on")
-    final: bool = key(False, "keep the last checkpoint (projector or head and optimizer too) after the run; false = no")
+    keep: PositiveInt = key(2, "how many checkpoints to keep while the run goes on")
+    final: bool = key(
+        False, "keep the last checkpoint (with projector or head, and optimizer) after the run; false = delete it"
+    )
     snapshots: list[Probability] = key(
         [],
-        "shares of the run, [0, 0.5, 1] = start, middle and end, at which the network's weights are kept for "
+        "fractions of the run, [0, 0.5, 1] = start, middle and end, at which to keep the network's weights for "
         "ssl-bench analyze; [] = none",
     )
 
 
 @dataclass
 class Recipe:
-    """One run, whole."""
+    """All settings of one run."""
 
     __pydantic_config__ = STRICT
     track: Literal["pretrain", "classify"]
@@ -216,50 +222,50 @@ class Recipe:
     eval: EvalOptions = field(default_factory=EvalOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    batch_size: PositiveInt = key(512, "images per step over all processes; exactly this many (but see last_batch)")
+    batch_size: PositiveInt = key(512, "images per step over all processes, in every step (but see last_batch)")
     last_batch: Literal["carry", "short"] = key(
         "carry",
-        "what an epoch that batch_size does not divide ends in: carry = a full batch, filled up from the next epoch; "
-        "short = the images that are left, which must share evenly into processes and chunks",
+        "the last batch of an epoch that batch_size does not divide: carry = filled up from the next epoch; short = "
+        "the images that are left, whose number the processes and chunks must divide",
     )
     epochs: Positive | None = key(None, "passes over the train set; give this or steps, not both")
     steps: PositiveInt | None = key(None, "optimizer steps; give this or epochs, not both")
     chunk_size: PositiveInt | None = key(
-        None, "images of the global batch that are in memory at a time, with the exact gradient; null = the whole batch"
+        None, "images of the global batch in memory at a time, with the exact gradient; null = the whole batch"
     )
     sync_batch_norm: bool = key(
         True,
-        "batch norm over all processes' images; false = each process normalises its own share, so that the result "
-        "depends on their number (on one process chunk_size shows the same effect)",
+        "batch norm over the images of all processes; false = each process normalises its own, so that results depend "
+        "on their number (chunk_size has the same effect on one process)",
     )
     loss_scale: Positive = key(
         1.0,
-        "factor on the loss before the backward pass, not on the recorded loss; 1 = none. An in-place all_reduce in a "
-        "loss, as in the TVLARS authors' Barlow Twins, amounts to 1 / the number of GPUs",
+        "factor on the loss before the backward pass, not on the recorded loss; 1 = none. (An in-place all_reduce in a "
+        "loss, as in the TVLARS authors' Barlow Twins, amounts to 1 / number of GPUs.)",
     )
-    seed: Count = key(0, "seed of the weights, the order of the samples and their augmentation")
-    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the forward pass; losses are always fp32")
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "where to run; auto = the GPU if there is one")
+    seed: Count = key(0, "seed of the initial weights, the sample order and the augmentation")
+    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "precision of the forward pass; losses are always fp32")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = the GPU if there is one")
     compile: bool = key(False, "torch.compile the network and, on a GPU, the augmentation; false = off")
     cuda_graphs: bool | None = key(
         None,
-        "start a step's augmentation, and its forward and backward pass, as CUDA graphs, checked against plain steps; "
-        "null = where that can be (the passes: one GPU, the whole batch, not fp16); true = refuse to run the passes "
-        "otherwise; false = off",
+        "replay the augmentation and the forward and backward pass as CUDA graphs, checked against plain steps; null = "
+        "where possible (the passes: one GPU, the whole batch, not fp16); true = refuse to run the passes otherwise; "
+        "false = off",
     )
-    deterministic: bool = key(False, "bitwise equal runs on the same machine and world size; false = faster kernels")
-    run_dir: str | None = key(None, "folder of the run's record; null = runs/<what it is>-<identity>")
+    deterministic: bool = key(False, "bitwise reproducible on the same machine and world size; false = faster kernels")
+    run_dir: str | None = key(None, "directory of the run's record; null = runs/<description>-<identity>")
     resume: Literal["never", "auto"] = key("never", "auto = continue the run in run_dir from its last checkpoint")
     log_every: PositiveInt = key(10, "steps between lines of metrics.jsonl (means over the interval)")
     check_every_epochs: NonNegative = key(
         1.0, "epochs between checks that all processes hold equal parameters; 0 = off"
     )
     tracker: str | None = key(
-        None, "one of Accelerate's trackers (tensorboard, wandb, trackio, ...) besides; null = none"
+        None, "also log to one of Accelerate's trackers (tensorboard, wandb, trackio, ...); null = none"
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as nested plain values, as `run.json` holds it; a plug-in's options stand beside its target."""
+        """The recipe as nested plain values, as in `run.json`; a plug-in's options stand beside its target."""
         plain = dataclasses.asdict(self)
         for name, value in plain.items():
             if isinstance(value, dict) and set(value) == {"target", "options"}:
@@ -267,17 +273,15 @@ class Recipe:
         return json.loads(json.dumps(plain))
 
     def identity(self) -> str:
-        """16 hex digits that name the experiment: equal where, and only where, the result must be equal."""
-        irrelevant = IRRELEVANT if self.data.name in ("hf", "folder") else IRRELEVANT | {"data.path"}
-        flat = without_additions(flatten(self.to_dict()))
-        relevant = {name: value for name, value in flat.items() if name not in irrelevant}
-        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+        """16 hex digits that name the experiment: equal if and only if the result must be equal."""
+        return hashlib.sha256(json.dumps(_relevant(self.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
 
     def name(self) -> str:
-        """A readable folder name, distinct for distinct experiments."""
+        """A readable directory name, distinct for distinct experiments."""
         what = self.method.target.split(":")[-1] if self.track == "pretrain" else "clf"
         optimizer = self.optimizer.options.get("name") or self.optimizer.target.split(":")[-1]
-        return f"{self.data.name}-{what}-{optimizer}-b{self.batch_size}-s{self.seed}-{self.identity()}".lower()
+        data = self.data.name.split(":")[-1]
+        return f"{data}-{what}-{optimizer}-b{self.batch_size}-s{self.seed}-{self.identity()}".lower()
 
     def folder(self) -> str:
         """The run's directory: ``run_dir``, or one named after the experiment under ``runs/``."""
@@ -293,3 +297,27 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted keys of a nested recipe that can change its result, with their values."""
+    flat = without_additions(flatten(recipe))
+    # A named data set is the same wherever it lies; a reader of any files is told which ones by the path.
+    reader = flat.get("data.name") in ("hf", "folder") or ":" in str(flat.get("data.name"))
+    return {key: value for key, value in flat.items() if key not in IRRELEVANT and (reader or key != "data.path")}
+
+
+def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Why two nested recipes are not the same experiment: ``optimizer.lr: the run has 1.0, asked for 2.0``, by key.
+
+    Args:
+        recorded: the recipe of a run on disk, of any age.
+        asked: the recipe given now.
+    """
+    sides = _relevant(recorded), _relevant(asked)
+    lines = []
+    for key in sorted(sides[0].keys() | sides[1].keys()):
+        has, wants = (json.dumps(side[key]) if key in side else "nothing" for side in sides)
+        if has != wants and sides[0].get(key, has) != sides[1].get(key, wants):  # 1 and 1.0 are equal
+            lines.append(f"{key}: the run has {has}, asked for {wants}")
+    return lines

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ssl_bench.recipe.compose import build, choices, compose, load_yaml, merge, override
-from ssl_bench.recipe.schema import ADDED, flatten, without_additions
+from ssl_bench.recipe.schema import ADDED, differences, flatten, without_additions
 from ssl_bench.report.aggregate import cell_key
 
 RECORDS = Path(__file__).resolve().parents[2] / "results"
@@ -104,6 +104,23 @@ def test_identity_ignores_what_cannot_change_the_result_and_sees_what_can():
         assert compose("pretrain", [other]).identity() != base
     folder = compose("pretrain", ["data=folder", "data.path=a"]).identity()
     assert compose("pretrain", ["data=folder", "data.path=b"]).identity() != folder
+
+
+def test_differences_are_those_of_the_identity():
+    base = compose("pretrain").to_dict()
+    asked = compose("pretrain", ["optimizer.lr=3", "steps=5", "data.path=/x", "log_every=7", "optimizer.foreach=true"])
+    assert differences(base, asked.to_dict()) == [
+        "epochs: the run has 100.0, asked for null",
+        "optimizer.lr: the run has 2.0, asked for 3.0",
+        "steps: the run has null, asked for 5",
+    ]
+    old = {key: value for key, value in base.items() if key not in ADDED}  # a record from before they existed
+    assert differences(old, base) == []
+    assert differences({"seed": 1, "x": {}}, {"seed": 1.0, "x": {}, "y": "nothing"}) == [
+        'y: the run has nothing, asked for "nothing"'
+    ]
+    folders = [compose("pretrain", ["data=folder", f"data.path={name}"]).to_dict() for name in "ab"]
+    assert differences(*folders) == ['data.path: the run has "a", asked for "b"']
 
 
 def recorded() -> list[dict]:
