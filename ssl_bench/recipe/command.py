@@ -1,4 +1,4 @@
-"""Runs a track's command: help, errors in one line, exit codes."""
+"""Runs a track's command: ``--help``, errors in one line, exit codes."""
 
 import os
 import sys
@@ -12,37 +12,37 @@ USAGE_ERROR = 2
 
 
 def run_command(track: str, run: Callable[[Recipe], int], argv: Sequence[str]) -> int:
-    """Composes the recipe from the words of a command line and runs it.
+    """Composes the recipe that a command line means, and runs it.
 
     Args:
         track: "pretrain" or "classify".
         run: recipe -> exit code.
-        argv: ``key=value`` words, ``--help`` (with choices, their keys too) and ``--debug`` (tracebacks).
+        argv: overrides, ``--help`` (for the recipe that they give) and ``--debug`` (tracebacks).
 
     Returns:
-        0; 2 after an error of the user's; `interrupt.REQUEUE_EXIT_CODE` when a signal stopped the run.
+        0; 2 after a user's error; `interrupt.REQUEUE_EXIT_CODE` when a signal stopped the run.
     """
-    words = [word for word in argv if word not in ("--debug", "--help", "-h")]
-    debug = "--debug" in argv
+    overrides = [argument for argument in argv if argument not in ("--debug", "--help", "-h")]
 
     def command() -> int:
         from ssl_bench.recipe.compose import compose
 
-        if len(words) + debug < len(argv):
+        recipe = compose(track, overrides)
+        if "--help" in argv or "-h" in argv:
             from ssl_bench.recipe.help import print_help
 
-            print_help(track, words)
+            print_help(recipe)
             return 0
-        return run(compose(track, words))
+        return run(recipe)
 
-    return guarded(command, debug=debug)
+    return guarded(command, debug="--debug" in argv)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a script's process with an exit code.
+    """Exits the process.
 
-    A process that had a gloo group sometimes aborts in the interpreter's clean-up ("terminate called without an active
-    exception", torch 2.14), which would turn a finished run into a failed one; so such a process skips the clean-up.
+    After using gloo, a process sometimes aborts in the interpreter's clean-up ("terminate called without an active
+    exception", torch 2.14), and a finished run would count as failed; such a process skips the clean-up.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -53,17 +53,17 @@ def leave(code: int) -> NoReturn:
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Calls a command and turns the errors that a user can mend into one line on standard error.
+    """Calls a command and prints a user's error as one line on standard error.
 
-    ValueError and OSError are such errors: everything of ours that a user can cause is one of them. Any other
-    exception is a bug, and keeps its traceback.
+    A ValueError or OSError is a user's error: wrong settings or files. Any other exception is a bug and keeps its
+    traceback.
     """
     try:
         return command()
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        # Every process meets a wrong recipe; one of them says so.
+        # Every process sees the same error; one reports it.
         elif int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return USAGE_ERROR

@@ -1,37 +1,38 @@
-"""``--help`` of a track: every key with its help, default and type, the selected plug-ins' keys too."""
+"""``--help`` of a track: every key with its meaning and its value, the selected plug-ins' own keys too."""
 
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
 
 from ssl_bench.recipe import registry
-from ssl_bench.recipe.compose import GROUPS, PLUGINS, choices, compose
+from ssl_bench.recipe.compose import FOREIGN, GROUPS, choices
 from ssl_bench.recipe.schema import Plugin, Recipe
 
 USAGE = """[bold]usage[/]: accelerate launch ssl_bench/{track}.py \\[group=choice ...] \\[key=value ...] \\[--debug]
        ssl-bench {track} \\[group=choice ...] \\[key=value ...] \\[--debug]
 """
 
+Row = tuple[str, Any, str]  # key, value, meaning
 
-def print_help(track: str, words: Sequence[str]) -> None:
-    """Prints every key of a track; ``words`` select the groups whose plug-ins' keys are shown, as in a run."""
+
+def print_help(recipe: Recipe) -> None:
+    """Prints every key of a recipe's track, with the recipe's values and the keys of its plug-ins."""
     console = Console(highlight=False, soft_wrap=False)
-    console.print(USAGE.format(track=track))
+    console.print(USAGE.format(track=recipe.track))
     groups = Table(title="groups (group=choice)", title_justify="left", box=None, pad_edge=False)
     groups.add_column("group", style="bold", no_wrap=True)
     groups.add_column("choices")
     for group in GROUPS:
-        if not (track == "classify" and group == "method"):
-            names = [name for name in choices(group) if name != "plugin"]
-            more = ", or package.module:Class" if group in PLUGINS else ""
-            groups.add_row(group, ", ".join(names) + more)
+        if not (recipe.track == "classify" and group == "method"):
+            groups.add_row(
+                group, ", ".join([*choices(group), *(["or package.module:Name"] if group in FOREIGN else [])])
+            )
     console.print(groups)
-    recipe = compose(track, words)
     for title, rows in _sections(recipe):
         table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
         table.add_column("key", style="bold", no_wrap=True)
@@ -42,40 +43,35 @@ def print_help(track: str, words: Sequence[str]) -> None:
         console.print(table)
 
 
-def _sections(recipe: Recipe) -> Iterator[tuple[str, list[tuple[str, Any, str]]]]:
-    top: list[tuple[str, Any, str]] = []
-    nested: list[tuple[str, list[tuple[str, Any, str]]]] = []
+def _sections(recipe: Recipe) -> Iterator[tuple[str, list[Row]]]:
+    """The top-level keys, then each section's, with the section's title."""
+    sections = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if isinstance(value, Plugin):
             if value.target:
-                nested.append((f"{field.name} ({value.target})", _plugin_rows(field.name, value)))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                sections[f"{field.name} ({value.target})"] = _plugin_rows(field.name, value)
+        elif dataclasses.is_dataclass(value):
             title = f"{field.name}: {(inspect.getdoc(value) or '').rstrip('.')}"
-            rows = [
-                (f"{field.name}.{inner.name}", getattr(value, inner.name), _text(type(value), inner))
-                for inner in dataclasses.fields(value)
-                if _serves(recipe.track, inner.metadata.get("help", ""))
-            ]
-            nested.append((title, rows))
-        elif field.name != "track":
-            top.append((field.name, value, _text(Recipe, field)))
-    yield "the run", top
-    yield from nested
+            sections[title] = _rows(value, recipe.track, f"{field.name}.")
+    yield "the run", _rows(recipe, recipe.track)
+    yield from sections.items()
 
 
-def _serves(track: str, text: str) -> bool:
-    """Whether a key is of use on this track; helps that begin with the other track's name are left out."""
-    other = {"pretrain": "classification:", "classify": "pretraining:"}[track]
-    return not text.startswith(other)
-
-
-def _text(owner: type, field: dataclasses.Field[Any]) -> str:
-    text = re.sub(r"^(pretraining|classification): ", "", field.metadata.get("help", ""))
-    hint = get_type_hints(owner)[field.name]
-    words = re.search(r"Literal\[(.*?)\]", str(hint))
-    also = ", true, false" if words and "bool" in str(hint) else ""
-    return f"{text} ({words[1]}{also})" if words else text
+def _rows(node: Any, track: str, prefix: str = "") -> list[Row]:
+    """The keys of one section that have a meaning on this track."""
+    other = {"pretrain": "classification: ", "classify": "pretraining: "}[track]
+    hints = get_type_hints(type(node))
+    rows = []
+    for field in dataclasses.fields(node):
+        text = field.metadata.get("help", "")
+        if not text or text.startswith(other):
+            continue
+        text = re.sub(r"^(pretraining|classification): ", "", text)
+        if allowed := re.search(r"Literal\[(.*?)\]", str(hints[field.name])):
+            text += f" ({allowed[1]}{', true, false' if 'bool' in str(hints[field.name]) else ''})"
+        rows.append((prefix + field.name, getattr(node, field.name), text))
+    return rows
 
 
 def _plugin_rows(kind: str, plugin: Plugin) -> list[tuple[str, Any, str]]:
