@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from ssl_bench.records.lock import Claim, InUseError
+from ssl_bench.records.lock import InUseError, Lock, claim
 from ssl_bench.records.reader import (
     FORMAT,
     METRICS,
@@ -68,13 +68,13 @@ class Run:
         results: what ``results.json`` holds if the run has ended already, else None; known on every process.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any], identity: str, claim: Claim | None) -> None:
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], identity: str, lock: Lock | None) -> None:
         self.folder = folder
-        self.resumed = claim is not None and (folder / RUN).exists()
+        self.resumed = lock is not None and (folder / RUN).exists()
         self.results = read_results(folder)
         self._recipe = recipe
         self._identity = identity
-        self._claim = claim
+        self._lock = lock
         self._telemetry = TelemetryStore(folder)
         self._metrics: int | None = None  # file descriptor, opened with the first row
         self._last_step = -1
@@ -114,16 +114,16 @@ class Run:
         with naming(f"run_dir {folder}: making the directory"):
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_foreign(folder)
-        claim = Claim(folder)
+        lock = claim(folder)
         try:
             with naming(f"run_dir {folder}: removing temporary files"):
                 for part in (folder, *(folder / name for name in ("telemetry", "checkpoints", "snapshots"))):
                     remove_temporaries(part)
             if (folder / RUN).exists():
                 _check_same(folder, recipe, identity, resume, ignore)
-            return cls(folder, recipe, identity, claim)
+            return cls(folder, recipe, identity, lock)
         except BaseException:
-            claim.release()
+            lock.release()
             raise
 
     def write_provenance(self, provenance: Mapping[str, Any], *, step: int = 0) -> None:
@@ -133,7 +133,7 @@ class Run:
             provenance: see ``ssl_bench.records.provenance.collect_provenance``.
             step: the steps completed before this start.
         """
-        if self._claim is None:
+        if self._lock is None:
             return
         if not self.resumed:
             head = {"format": FORMAT, "identity": self._identity, "recipe": self._recipe}
@@ -156,7 +156,7 @@ class Run:
         Raises:
             RecordError: the metrics are damaged before their last line.
         """
-        if self._claim is None:
+        if self._lock is None:
             return
         step = -1 if step is None else step
         self._close_metrics()
@@ -179,7 +179,7 @@ class Run:
             ValueError: the step does not grow, or a value is nothing that JSON can hold.
             OSError: the disk is full or not writable. The file then ends with the row before.
         """
-        if self._claim is None:
+        if self._lock is None:
             return
         step = int(row["step"])
         if not self._positioned:
@@ -193,7 +193,7 @@ class Run:
 
     def log_telemetry(self, columns: Mapping[str, Any]) -> None:
         """Writes one block of layer statistics as a parquet part (see ``TelemetryStore.append``)."""
-        if self._claim is None:
+        if self._lock is None:
             return
         if not self._positioned:
             raise RuntimeError("record: a resumed run must call truncate_to before it logs")
@@ -201,7 +201,7 @@ class Run:
 
     def sync(self) -> None:
         """Makes all rows so far survive a power failure; call it before saving a checkpoint, which relies on them."""
-        if self._claim is None:
+        if self._lock is None:
             return
         with naming(f"{self.folder}: waiting for the disk"):
             if self._metrics is not None:
@@ -219,7 +219,7 @@ class Run:
         Raises:
             ValueError: no such status, or an evaluation without a protocol.
         """
-        if self._claim is None:
+        if self._lock is None:
             return
         if results.get("status") not in get_args(Ending):
             raise ValueError(f"results: status is {results.get('status')!r}, allowed are {', '.join(get_args(Ending))}")
@@ -229,7 +229,7 @@ class Run:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Ends the run: joins the telemetry's parts, then writes the results, then closes."""
-        if self._claim is None:
+        if self._lock is None:
             return
         self.sync()
         with naming(f"{self.folder}: joining the telemetry"):
@@ -240,8 +240,8 @@ class Run:
     def close(self) -> None:
         """Gives the directory back; a second call does nothing."""
         self._close_metrics()
-        if self._claim is not None:
-            self._claim.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +290,7 @@ def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]
     added = list(evaluations)
     _check_evaluations(added)
     read_head(folder)
-    claim = Claim(folder, patience=10.0)  # another evaluation may be writing just now
+    lock = claim(folder, patience=10.0)  # another evaluation may be writing just now
     try:
         results = read_results(folder)
         if results is None:
@@ -299,7 +299,7 @@ def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]
         merged = {(entry["protocol"], entry.get("model"), entry.get("seed")): entry for entry in both}
         atomic_json(folder / RESULTS, {**results, "evaluations": list(merged.values())})
     finally:
-        claim.release()
+        lock.release()
 
 
 def differences(

@@ -1,23 +1,25 @@
 """Claims on a study's cells by atomic files, so that workers on any number of machines share a folder and no database.
 
-A claim is a file ``NAME.claim-GENERATION`` that its holder touches every few seconds. One that was not touched for
-`EXPIRY` seconds is dead; so is one whose holder ran under this kernel and no longer holds the file's lock, which needs
-no waiting. A dead claim is never removed by another than its successor: who takes over creates the next generation,
-which only one can, and steps back if another claim turns out to be alive.
+A claim is a file ``NAME.claim-GENERATION`` that its holder touches every few seconds (the heartbeat) and keeps locked.
+It is dead when it was not touched for `EXPIRY` seconds, and at once when its holder ran under this kernel and no longer
+has the lock (between machines locks are not to be relied on). Only its successor removes a dead claim: whoever takes
+over creates the next generation, which only one worker can, and steps back if another claim turns out to be alive.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-EXPIRY = 90.0  # seconds without a sign of life
-BEAT_EVERY = 10.0  # seconds between signs of life
+from ssl_bench.records.lock import Lock, is_locked
+
+EXPIRY = 90.0  # seconds without a heartbeat until a claim is dead
+BEAT_EVERY = 10.0  # seconds between heartbeats
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Holder:
 class CellClaim:
     """A claim that this process holds; made by `CellClaim.acquire`."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
+    def __init__(self, path: Path, lock: Lock) -> None:
+        self.path, self._lock = path, lock
+        self._last_beat = time.monotonic()
 
     @classmethod
     def acquire(cls, folder: Path, name: str, *, owner: str = "", expiry: float = EXPIRY) -> "CellClaim | None":
@@ -63,32 +66,31 @@ class CellClaim:
             return None
         path = folder / f"{name}.claim-{max(earlier, default=0) + 1}"
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            # Locked before it has contents: whoever reads this kernel's boot in the file may rely on the lock.
+            lock = Lock(path, json.dumps(vars(Holder.here(owner))), new=True)
         except FileExistsError:
             return None  # another was faster
-        # The lock before the contents: who finds this kernel's boot in the file may rely on the lock.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.write(descriptor, json.dumps(vars(Holder.here(owner))).encode())
-        claim = cls(path, descriptor)
-        others = {number: other for number, other in _claims(folder, name).items() if other != path}
-        if any(_alive(other, owner, expiry) for other in others.values()):
+        claim = cls(path, lock)
+        others = [other for other in _claims(folder, name).values() if other != path]
+        if any(_alive(other, owner, expiry) for other in others):
             claim.release()
             return None
-        for other in others.values():
+        for other in others:
             other.unlink(missing_ok=True)
         return claim
 
     def beat(self) -> None:
-        """A sign of life."""
-        with contextlib.suppress(FileNotFoundError):  # taken for dead and taken over: the run's own lock protects it
-            os.utime(self.path)
+        """Keeps the claim alive; cheap enough to call at every look."""
+        if time.monotonic() - self._last_beat > BEAT_EVERY:
+            self._last_beat = time.monotonic()
+            with contextlib.suppress(FileNotFoundError):  # thought dead and taken over: the run's own lock protects it
+                os.utime(self.path)
 
     def release(self) -> None:
         """Gives the name back; a second call does nothing."""
-        if self._descriptor >= 0:
+        if self._lock.held:
             self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._lock.release()
 
 
 def holder(folder: Path, name: str, *, expiry: float = EXPIRY) -> str | None:
@@ -119,7 +121,7 @@ def _alive(path: Path, owner: str, expiry: float) -> bool:
             return True  # just created
         if owner and held.owner == owner:
             return False
-        return held.boot != _boot() or not held.boot or _locked(path)
+        return held.boot != _boot() or not held.boot or is_locked(path)
     except FileNotFoundError:
         return False
 
@@ -129,17 +131,6 @@ def _read(path: Path) -> Holder | None:
         return Holder(**json.loads(path.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-
-
-def _locked(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _clock(folder: Path) -> float:

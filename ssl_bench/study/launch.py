@@ -18,7 +18,7 @@ from typing import IO
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.study.cells import CellStore, State
-from ssl_bench.study.claims import BEAT_EVERY, CellClaim
+from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
 
 POLL = 0.1  # seconds between looks at the processes
@@ -119,7 +119,6 @@ class CellProcess:
     command: list[str]
     process: subprocess.Popen[bytes]
     started: float = field(default_factory=time.monotonic)
-    last_beat: float = field(default_factory=time.monotonic)
 
     @classmethod
     def start(
@@ -135,12 +134,6 @@ class CellProcess:
         words = command(cell, store.folder(cell))
         with open(store.log(cell), "ab") as log:
             return cls(cell, claim, words, _spawn(words, environment, log))
-
-    def beat(self) -> None:
-        """Keeps the claim alive; cheap enough to call at every look."""
-        if time.monotonic() - self.last_beat > BEAT_EVERY:
-            self.last_beat = time.monotonic()
-            self.claim.beat()
 
     def end(self, store: CellStore, code: int) -> State:
         """After the process's end: keeps its error if it has one, gives the claim back, and says what came out."""
@@ -272,7 +265,7 @@ class LocalLauncher:
     def _reap(self, waiting: list[Cell]) -> None:
         """Notes the processes that have ended; one that was asked to stop by somebody else goes on."""
         for number, child in list(self.running.items()):
-            child.beat()
+            child.claim.beat()
             code = child.process.poll()
             if code is None:
                 continue
@@ -295,7 +288,7 @@ class LocalLauncher:
         try:
             for child in self.running.values():
                 while child.process.poll() is None:
-                    child.beat()
+                    child.claim.beat()
                     time.sleep(POLL)
         finally:
             for child in self.running.values():

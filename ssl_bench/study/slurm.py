@@ -71,7 +71,7 @@ class CellJob:
     @staticmethod
     def _wait(child: CellProcess) -> int:
         while (code := child.process.poll()) is None:
-            child.beat()
+            child.claim.beat()
             time.sleep(POLL)
         return code
 

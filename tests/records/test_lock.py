@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from made_run import open_run
 
-from ssl_bench.records.lock import Claim, InUseError, is_claimed
+from ssl_bench.records.lock import InUseError, claim, is_claimed
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ssl_bench.records.lock import Claim
-claim = Claim(Path(sys.argv[1]))
+from ssl_bench.records.lock import claim
+lock = claim(Path(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -27,8 +27,8 @@ time.sleep(60)
 HOLDER_WITH_WORKER = """
 import os, sys, time
 from pathlib import Path
-from ssl_bench.records.lock import Claim
-claim = Claim(Path(sys.argv[1]))
+from ssl_bench.records.lock import claim
+lock = claim(Path(sys.argv[1]))
 worker = os.fork()
 if worker == 0:
     time.sleep(20)
@@ -69,7 +69,7 @@ def test_a_forked_worker_does_not_keep_its_dead_parent_s_claim(tmp_path: Path) -
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not is_claimed(tmp_path)
-        Claim(tmp_path).release()
+        claim(tmp_path).release()
 
 
 def test_claims_exclude_each_other_within_a_process_too_and_end_with_close(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_dead_workers_claim_on_another_machine_expires(tmp_path: Path, elsewhe
     elsewhere("theirs")
     claim = CellClaim.acquire(tmp_path, "a")
     assert claim is not None
-    os.close(claim._descriptor)  # it dies: the lock is gone, the file stays
+    claim._lock.release()  # it dies: the lock is gone, the file stays
     elsewhere("ours")
     assert CellClaim.acquire(tmp_path, "a") is None
     old = time.time() - 100
@@ -241,7 +241,10 @@ def test_a_dead_workers_claim_on_another_machine_expires(tmp_path: Path, elsewhe
     assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
 
 
-def test_a_sign_of_life_keeps_a_claim(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
+def test_a_heartbeat_keeps_a_claim(
+    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_claims, "BEAT_EVERY", -1.0)
     elsewhere("theirs")
     claim = CellClaim.acquire(tmp_path, "a")
     assert claim is not None
