@@ -1,11 +1,13 @@
 """The layer statistics of a run: small parquet parts while it runs, one parquet file when it has finished."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ssl_bench.records.storage import atomic_file, naming, sync_file, sync_folder
@@ -17,15 +19,15 @@ _ROWS_PER_GROUP = 1 << 17  # fixed, so that the finished file depends on the row
 class TelemetryStore:
     """Appends blocks of telemetry to a run directory; a block's steps come after those of the block before.
 
-    Parts are named by their first step, so that their order is their names' order. Once ``telemetry.parquet`` is there
-    it holds everything and parts beside it are leftovers of a crash.
+    Parts are named after their first step, so the order of their names is the order of their rows. Once
+    ``telemetry.parquet`` exists it holds everything, and parts beside it are leftovers of a crash.
 
     Args:
-        run_dir: the run's directory; the parts' sub-folder is made with the first block.
+        run_dir: the run's directory; the sub-folder for the parts is made with the first block.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+        self._folder, self._whole = run_dir / _FOLDER, run_dir / _FILE
         self._unsynced: list[Path] = []
         self._last_step = -1
         self._schema: pa.Schema | None = None
@@ -34,8 +36,9 @@ class TelemetryStore:
         """Writes one block as one part.
 
         Args:
-            columns: equally long 1-d columns by name: tensors on the CPU, arrays or lists; "step" (the steps completed,
-                as in the metrics) is one of them. Strings are dictionary-encoded. Rows need not be sorted by step.
+            columns: 1-d columns of equal length by name: tensors on the CPU, arrays or lists; "step" (the number of
+                steps completed, as in the metrics) is one of them. Strings are dictionary-encoded. Rows need not be
+                sorted by step.
 
         Raises:
             ValueError: no step column, columns of different lengths or other columns than before, or a step that an
@@ -45,49 +48,47 @@ class TelemetryStore:
         table = _table(columns)
         if table.num_rows == 0:
             return
-        steps = table["step"].to_numpy()
-        if steps[0] <= self._last_step:
-            raise ValueError(f"telemetry: a block starts at step {steps[0]}, but step {self._last_step} is recorded")
+        first = table["step"][0].as_py()
+        if first <= self._last_step:
+            raise ValueError(f"telemetry: the first step must be > {self._last_step}, the last recorded, got {first}")
         if self._schema is not None and table.schema != self._schema:
-            raise ValueError(f"telemetry: columns are {_describe(table.schema)}, before {_describe(self._schema)}")
-        folder = self._run_dir / _FOLDER
-        with naming(f"{folder}: making the folder"):
-            folder.mkdir(exist_ok=True)
-        path = folder / f"part-{steps[0]:08d}.parquet"
+            raise ValueError(f"telemetry: columns must be {_line(self._schema)}, got {_line(table.schema)}")
+        with naming(f"{self._folder}: making the folder"):
+            self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"part-{first:08d}.parquet"
         _write(table, path, sync=False)
         self._unsynced.append(path)
-        self._schema = table.schema
-        self._last_step = int(steps[-1])
+        self._schema, self._last_step = table.schema, table["step"][-1].as_py()
 
     def sync(self) -> None:
         """Makes the parts written so far survive a power failure; called before a checkpoint, which relies on them."""
         if self._unsynced:
             for path in self._unsynced:
                 sync_file(path)
-            sync_folder(self._run_dir / _FOLDER)
-            sync_folder(self._run_dir)
+            sync_folder(self._folder)
+            sync_folder(self._folder.parent)
             self._unsynced.clear()
 
     def truncate_to(self, step: int) -> None:
-        """Drops every row beyond a step."""
-        whole = self._run_dir / _FILE
-        if whole.exists():  # killed after the consolidation but before the results: it becomes a part again
-            table = pq.read_table(whole)
+        """Drops every row after a step."""
+        if self._whole.exists():  # killed after the parts were joined but before the results: it becomes a part again
             for path in self._parts():
                 path.unlink()
-            self._rewrite(table, step, self._run_dir / _FOLDER / "part-00000000.parquet")
-            whole.unlink()
-        else:
-            for path in reversed(self._parts()):
-                table = pq.read_table(path)
-                if table["step"][-1].as_py() <= step:
-                    break
-                self._rewrite(table, step, path)
-        parts = self._parts()
-        self._last_step = pq.read_table(parts[-1])["step"][-1].as_py() if parts else -1
-        self._schema = pq.read_schema(parts[-1]).remove_metadata() if parts else None
-        if (self._run_dir / _FOLDER).is_dir():
-            sync_folder(self._run_dir / _FOLDER)
+            self._folder.mkdir(exist_ok=True)
+            os.replace(self._whole, self._folder / "part-00000000.parquet")
+        self._schema, self._last_step = None, -1
+        for path in reversed(self._parts()):
+            before = pq.read_table(path)
+            table = before.filter(pc.less_equal(before["step"], step))
+            if table.num_rows == 0:
+                path.unlink()
+                continue
+            if table.num_rows < before.num_rows:
+                _write(table, path, sync=True)
+            self._schema, self._last_step = table.schema.remove_metadata(), table["step"][-1].as_py()
+            break
+        if self._folder.is_dir():
+            sync_folder(self._folder)
 
     def consolidate(self) -> None:
         """Joins the parts into ``telemetry.parquet`` and deletes them.
@@ -95,29 +96,20 @@ class TelemetryStore:
         The file is the same, bit for bit, however the rows were spread over the parts.
         """
         parts = self._parts()
-        whole = self._run_dir / _FILE
-        if parts and not whole.exists():
-            schema = pq.read_schema(parts[0])
-            with atomic_file(whole) as file, pq.ParquetWriter(file, schema, **_options(schema)) as writer:
-                for group in _row_groups(parts):
-                    writer.write_table(group, row_group_size=_ROWS_PER_GROUP)
+        if parts and not self._whole.exists():
+            table = read_telemetry(self._folder.parent)
+            schema = table.schema
+            with atomic_file(self._whole) as file, pq.ParquetWriter(file, schema, **_options(schema)) as writer:
+                for batch in table.to_batches(max_chunksize=_ROWS_PER_GROUP):
+                    writer.write_table(_canonical(batch), row_group_size=_ROWS_PER_GROUP)
         for path in parts:
             path.unlink()
         self._unsynced.clear()
-        if (self._run_dir / _FOLDER).is_dir():
-            (self._run_dir / _FOLDER).rmdir()
+        if self._folder.is_dir():
+            self._folder.rmdir()
 
     def _parts(self) -> list[Path]:
-        return sorted((self._run_dir / _FOLDER).glob("part-*.parquet"))
-
-    def _rewrite(self, table: pa.Table, step: int, path: Path) -> None:
-        """Replaces a part by its rows up to a step; without any, deletes it."""
-        kept = table.slice(0, int(np.searchsorted(table["step"].to_numpy(), step, side="right")))
-        if kept.num_rows:
-            path.parent.mkdir(exist_ok=True)
-            _write(kept, path, sync=True)
-        else:
-            path.unlink(missing_ok=True)
+        return sorted(self._folder.glob("part-*.parquet"))
 
 
 def read_telemetry(run_dir: str | Path) -> pa.Table:
@@ -129,26 +121,23 @@ def read_telemetry(run_dir: str | Path) -> pa.Table:
     Raises:
         ValueError: a file is damaged; its name and what is wrong, in one line.
     """
-    run_dir = Path(run_dir)
+    whole, folder = Path(run_dir) / _FILE, Path(run_dir) / _FOLDER
     for attempt in (1, 2):
-        whole = run_dir / _FILE
-        paths = [whole] if whole.exists() else sorted((run_dir / _FOLDER).glob("part-*.parquet"))
-        tables = []
+        paths = [whole] if whole.exists() else sorted(folder.glob("part-*.parquet"))
+        if not paths:
+            break
         try:
-            for path in paths:
-                tables.append(pq.read_table(path))
+            return ds.dataset(list(map(str, paths))).to_table().unify_dictionaries().combine_chunks()
         except FileNotFoundError:
-            if attempt == 1:  # the parts have just been joined
-                continue
-            raise
+            if attempt == 2:  # at first it only means that the parts have just been joined
+                raise
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"telemetry: {path} is damaged: {' '.join(str(error).split())}") from error
-        break
-    return pa.concat_tables(tables).unify_dictionaries().combine_chunks() if tables else pa.table({})
+            raise ValueError(f"telemetry of {run_dir}: damaged: {' '.join(str(error).split())}") from error
+    return pa.table({})
 
 
 def _options(schema: pa.Schema) -> dict[str, Any]:
-    """How the columns are written: measured values seldom repeat, so a dictionary of them only costs."""
+    """How the columns are written: measured values seldom repeat, so a dictionary of them only costs space."""
     floats = [field.name for field in schema if pa.types.is_floating(field.type)]
     others = [field.name for field in schema if not pa.types.is_floating(field.type)]
     return {"compression": "zstd", "use_dictionary": others, "use_byte_stream_split": floats}
@@ -159,49 +148,26 @@ def _write(table: pa.Table, path: Path, *, sync: bool) -> None:
         pq.write_table(table, file, row_group_size=_ROWS_PER_GROUP, **_options(table.schema))
 
 
-def _row_groups(parts: list[Path]) -> Iterator[pa.Table]:
-    """The parts' rows in tables of exactly the row-group size, each built in one canonical way."""
-    pending: list[pa.Table] = []
-    rows = 0
-    for path in parts:
-        pending.append(pq.read_table(path))
-        rows += pending[-1].num_rows
-        while rows >= _ROWS_PER_GROUP:
-            table = pa.concat_tables(pending)
-            yield _canonical(table.slice(0, _ROWS_PER_GROUP))
-            pending = [table.slice(_ROWS_PER_GROUP)]
-            rows = pending[0].num_rows
-    if rows:
-        yield _canonical(pa.concat_tables(pending))
-
-
-def _canonical(table: pa.Table) -> pa.Table:
-    """The table with one chunk per column and dictionaries in the order of first appearance."""
-    columns = []
-    for column in table.columns:
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type).combine_chunks().dictionary_encode()
-        columns.append(column)
-    return pa.table(columns, names=table.column_names).combine_chunks()
+def _canonical(batch: pa.RecordBatch) -> pa.Table:
+    """The rows with their dictionaries in the order of first appearance, not in that of the parts they came from."""
+    columns = [
+        column.cast(column.type.value_type).dictionary_encode() if pa.types.is_dictionary(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.table(columns, names=batch.schema.names)
 
 
 def _table(columns: Mapping[str, Any]) -> pa.Table:
     """A block's columns as a table, sorted by step; rows of one step keep their order."""
     if "step" not in columns:
-        raise ValueError(f"telemetry: no column 'step' among {', '.join(columns) or 'no columns'}")
+        raise ValueError(f"telemetry: columns must have 'step' among them, got {', '.join(columns) or 'none'}")
     arrays = {}
     for name, column in columns.items():
         array = pa.array(column.numpy() if hasattr(column, "numpy") else column)
         arrays[name] = array.dictionary_encode() if pa.types.is_string(array.type) else array
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"telemetry: columns of different lengths: {lengths}")
     table = pa.table({**arrays, "step": arrays["step"].cast(pa.int64())})
-    steps = table["step"].to_numpy()
-    if (np.diff(steps) < 0).any():
-        table = table.take(np.argsort(steps, kind="stable"))
-    return table
+    return table.sort_by("step").combine_chunks()  # a stable sort
 
 
-def _describe(schema: pa.Schema) -> str:
+def _line(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
