@@ -13,7 +13,7 @@ strings "nan", "inf" and "-inf".
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -39,7 +39,6 @@ from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming
 from ssl_bench.records.telemetry import TelemetryStore, read_telemetry
 
 __all__ = [
-    "IGNORED_KEYS",
     "InUseError",
     "RecordError",
     "Run",
@@ -53,8 +52,7 @@ __all__ = [
 
 Resume = Literal["never", "auto"]
 
-# Keys of a recipe, with all below them, that cannot change a run's result: a run continues under another value.
-IGNORED_KEYS = frozenset({"run_dir", "resume", "workers", "data.workers", "data.cache_dir", "debug", "tracker", "log"})
+Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
 
 
 class Run:
@@ -89,7 +87,7 @@ class Run:
         *,
         resume: Resume,
         main_process: bool,
-        ignore: Collection[str] = IGNORED_KEYS,
+        differences: Differences | None = None,
     ) -> "Run":
         """Claims a run directory, made if need be, for a new run or to continue the one it holds.
 
@@ -99,7 +97,7 @@ class Run:
             identity: the hash of what in the recipe can change the result; equal identities are the same experiment.
             resume: "never" refuses a directory that holds a run; "auto" continues it if it has the same identity.
             main_process: whether this process writes; exactly one does.
-            ignore: dotted keys of the recipe that are left out when a difference is listed.
+            differences: (recorded recipe, given recipe) -> lines that say where they differ, for the refusal.
 
         Raises:
             InUseError: a live process holds the directory.
@@ -120,7 +118,7 @@ class Run:
                 for part in (folder, *(folder / name for name in ("telemetry", "checkpoints", "snapshots"))):
                     remove_temporaries(part)
             if (folder / RUN).exists():
-                _check_same(folder, recipe, identity, resume, ignore)
+                _check_same(folder, recipe, identity, resume, differences)
             return cls(folder, recipe, identity, lock)
         except BaseException:
             lock.release()
@@ -302,37 +300,6 @@ def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]
         lock.release()
 
 
-def differences(
-    recorded: Mapping[str, Any], asked: Mapping[str, Any], ignore: Collection[str] = IGNORED_KEYS
-) -> list[str]:
-    """The differences of two nested recipes, e.g. ``optimizer.lr: run has 1.0, asked for 2.0``, by key.
-
-    Args:
-        recorded: the recipe of the run on disk.
-        asked: the recipe given now.
-        ignore: dotted keys that are left out, with all below them.
-    """
-    left, right = _flattened(jsonable(recorded)), _flattened(jsonable(asked))
-    lines = []
-    for key in sorted(left.keys() | right.keys()):
-        if any(key == name or key.startswith(f"{name}.") for name in ignore):
-            continue
-        has, wants = (json.dumps(side[key]) if key in side else "nothing" for side in (left, right))
-        if has != wants and not (key in left and key in right and left[key] == right[key]):
-            lines.append(f"{key}: run has {has}, asked for {wants}")
-    return lines
-
-
-def _flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flattened(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _refuse_foreign(folder: Path) -> None:
     """Refuses a directory that has files but no run; hidden files do not count."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -343,15 +310,15 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _check_same(
-    folder: Path, recipe: Mapping[str, Any], identity: str, resume: Resume, ignore: Collection[str]
+    folder: Path, recipe: Mapping[str, Any], identity: str, resume: Resume, differences: Differences | None
 ) -> None:
     """Refuses to continue the directory's run unless that is asked for and it is the same experiment."""
     if resume == "never":
         raise RecordError(f"run_dir {folder}: it holds a run; continue it with resume=auto or choose another run_dir")
     head = read_head(folder)
     if head["identity"] != identity:
-        lines = differences(head["recipe"], recipe, ignore)
-        reason = "; ".join(lines) or f"identity: run has {head['identity']}, asked for {identity}"
+        reason = "; ".join(differences(head["recipe"], recipe)) if differences else ""
+        reason = reason or f"identity: run has {head['identity']}, asked for {identity}"
         raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
 
 

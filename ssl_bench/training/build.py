@@ -25,7 +25,7 @@ from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.recipe import registry
-from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten
+from ssl_bench.recipe.schema import Recipe, differences, flatten
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import synchronize_batch_norm
@@ -106,7 +106,7 @@ def session(recipe: Recipe) -> Session:
         identity=recipe.identity(),
         title=recipe.name(),
         resume=recipe.resume,
-        ignore=IRRELEVANT,
+        differences=differences,
         keep=recipe.checkpoint.keep,
         keep_last=recipe.checkpoint.final,
         tracker=flatten(recipe.to_dict()) if recipe.tracker else None,

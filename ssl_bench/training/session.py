@@ -1,6 +1,6 @@
 """A run in its directory: the processes it runs on, its record and checkpoints, signals and the terminal."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -52,7 +52,7 @@ class Session:
         identity: the hash of what in the recipe can change the result.
         title: what the progress bar shows.
         resume: "auto" continues the run in the directory from its last checkpoint; "never" refuses one that has a run.
-        ignore: keys of the recipe that may differ when a run continues.
+        differences: lists what tells two recipes apart, for the error of a directory that holds another run.
         keep: how many checkpoints stay on disk.
         keep_last: whether the last one stays after the run has ended.
         tracker: whether one of Accelerate's trackers gets the metrics too.
@@ -70,13 +70,13 @@ class Session:
         identity: str,
         title: str,
         resume: Resume,
-        ignore: frozenset[str],
+        differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
         keep: int,
         keep_last: bool,
         tracker: Mapping[str, Any] | None,
     ) -> None:
         self.processes, self.folder, self.title = processes, Path(folder), title
-        self._recipe, self._identity, self._resume, self._ignore = recipe, identity, resume, ignore
+        self._recipe, self._identity, self._resume, self._differences = recipe, identity, resume, differences
         self._keep_last, self._tracker = keep_last, tracker
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, warn=processes.say)
         self._interrupt = Interrupt()
@@ -89,7 +89,7 @@ class Session:
             self._identity,
             resume=self._resume,
             main_process=self.processes.main,
-            ignore=self._ignore,
+            differences=self._differences,
         )
         self._interrupt.__enter__()
         return self

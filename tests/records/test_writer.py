@@ -10,8 +10,9 @@ import torch
 from made_run import RECIPE, begun, block, ended, open_run
 from tiny_disk import mounted
 
+from ssl_bench.recipe.schema import differences
 from ssl_bench.records.storage import TEMPORARY
-from ssl_bench.records.writer import RecordError, Run, add_evaluations, differences, read_run
+from ssl_bench.records.writer import RecordError, Run, add_evaluations, read_run
 
 # Opening --------------------------------------------------------------------------------------------------------------
 
@@ -29,9 +30,9 @@ def test_a_used_directory_is_refused_under_never(tmp_path: Path) -> None:
 
 def test_another_recipe_is_refused_with_the_difference_key_by_key(tmp_path: Path) -> None:
     begun(tmp_path)
-    other = {**RECIPE, "optimizer": {"name": "lars", "lr": 2.0, "eta": 0.1}, "run_dir": "elsewhere", "workers": 3}
+    other = {**RECIPE, "optimizer": {"name": "lars", "lr": 2.0, "eta": 0.1}, "run_dir": "elsewhere"}
     with pytest.raises(RecordError) as caught:
-        open_run(tmp_path, recipe=other, identity="id1")
+        open_run(tmp_path, recipe=other, identity="id1", differences=differences)
     assert str(caught.value).endswith(
         "it holds a run of another recipe: optimizer.betas: run has [0.9, 0.999], asked for nothing; "
         "optimizer.eta: run has nothing, asked for 0.1; optimizer.lr: run has 1.0, asked for 2.0"
@@ -41,10 +42,13 @@ def test_another_recipe_is_refused_with_the_difference_key_by_key(tmp_path: Path
     open_run(tmp_path, recipe=other).close()  # the same identity: only what cannot change the result differs
 
 
-def test_differences_compare_values_and_ignore_whole_branches() -> None:
+def test_differences_compare_values_and_ignore_what_cannot_change_a_result() -> None:
     assert differences({"a": 1, "b": {}}, {"a": 1.0, "b": {}}) == []
-    assert differences({"x": {"y": 1}, "xz": 1}, {"x": {"y": 2}, "xz": 2}, {"x"}) == ["xz: run has 1, asked for 2"]
+    assert differences({"data": {"workers": 1}, "x": 1}, {"data": {"workers": 2}, "x": 2}) == [
+        "x: run has 1, asked for 2"
+    ]
     assert differences({"n": None}, {"n": "nan"}) == ['n: run has null, asked for "nan"']
+    assert differences({}, {"loss_scale": 1.0}) == []  # a record from before the key, at the value it then had
 
 
 def test_a_foreign_directory_and_a_file_are_refused_untouched(tmp_path: Path) -> None:
