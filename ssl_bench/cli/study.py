@@ -6,28 +6,30 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-Name = Annotated[str, typer.Argument(help="A shipped study's name, or a YAML file's path.")]
-Words = Annotated[list[str] | None, typer.Argument(help="key=value, for every cell.")]
+Name = Annotated[str, typer.Argument(help="A shipped study's name, or the path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for every cell.")]
 Runs = Annotated[str, typer.Option(help="Folder of all runs.")]
-Seeds = Annotated[str | None, typer.Option(help="Instead of the study's, e.g. 0,1,2.")]
+Seeds = Annotated[str | None, typer.Option(help="Instead of the study's own, e.g. 0,1,2.")]
 DataPath = Annotated[
-    list[str] | None, typer.Option(help="DATASET=FOLDER: read that data set there; give it once for each data set.")
+    list[str] | None, typer.Option(help="DATASET=FOLDER: where to read that data set; repeat for several data sets.")
 ]
 Launcher = Annotated[str, typer.Option(help="local or slurm.")]
-Workers = Annotated[int | None, typer.Option(help="Cells at a time; left out: what the machine carries.")]
+Workers = Annotated[int | None, typer.Option(help="Cells to run at a time; left out: as many as fit.")]
 PerGpu = Annotated[int, typer.Option(help="Cells that may share a GPU, as far as its memory allows.")]
 Slurm = Annotated[
     list[str] | None,
-    typer.Option(help="KEY=VALUE: timeout_min, gpus_per_node, cpus_per_task, mem_gb, or any of sbatch's parameters."),
+    typer.Option(help="KEY=VALUE: timeout_min, gpus_per_node, cpus_per_task, mem_gb, or any parameter of sbatch."),
 ]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells with an estimate of the time; run nothing.")]
-PrintCommands = Annotated[bool, typer.Option("--print-commands", help="Print the missing cells' shell lines instead.")]
+PrintCommands = Annotated[
+    bool, typer.Option("--print-commands", help="Print the missing cells' command lines; run nothing.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 class _RunByDefault(TyperGroup):
-    """A group whose first command is meant where none is named: ``study table1`` is ``study run table1``."""
+    """A group that runs its first command where none is named: ``study table1`` is ``study run table1``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -41,7 +43,7 @@ study_app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, rich_markup_mod
 @study_app.command()
 def run(
     name: Name,
-    words: Words = None,
+    overrides: Overrides = None,
     runs: Runs = "runs",
     seeds: Seeds = None,
     data_path: DataPath = None,
@@ -54,7 +56,7 @@ def run(
     retry_failed: RetryFailed = False,
     debug: Debug = False,
 ) -> None:
-    """Run what is missing of a study; the word run may be left out."""
+    """Run what is missing of a study; 'run' may be left out."""
 
     def command() -> int:
         from ssl_bench.study.run import study_main
@@ -62,7 +64,7 @@ def run(
         return study_main(
             name,
             runs=runs,
-            overrides=words or [],
+            overrides=overrides or [],
             seeds=_seeds(seeds),
             data_paths=_pairs("--data-path", data_path),
             launcher=launcher,
@@ -80,26 +82,26 @@ def run(
 @study_app.command()
 def status(
     name: Name,
-    words: Words = None,
+    overrides: Overrides = None,
     runs: Runs = "runs",
     seeds: Seeds = None,
     data_path: DataPath = None,
     debug: Debug = False,
 ) -> None:
-    """Say what is done, running, failed, diverged and missing of a study."""
+    """Show which cells of a study are done, running, failed, diverged or missing."""
 
     def command() -> int:
         from ssl_bench.study.run import status_main
 
         paths = _pairs("--data-path", data_path)
-        return status_main(name, runs=runs, overrides=words or [], seeds=_seeds(seeds), data_paths=paths)
+        return status_main(name, runs=runs, overrides=overrides or [], seeds=_seeds(seeds), data_paths=paths)
 
     _exit(command, debug)
 
 
 def tune(
-    name: Annotated[str, typer.Argument(help="A shipped search's name, or a YAML file's path.")],
-    words: Words = None,
+    name: Annotated[str, typer.Argument(help="A shipped search's name, or the path of a YAML file.")],
+    overrides: Overrides = None,
     runs: Runs = "runs",
     data_path: DataPath = None,
     workers: Workers = None,
@@ -115,7 +117,7 @@ def tune(
         return tune_main(
             name,
             runs=runs,
-            overrides=words or [],
+            overrides=overrides or [],
             data_paths=_pairs("--data-path", data_path),
             workers=workers,
             per_gpu=per_gpu,
@@ -127,7 +129,7 @@ def tune(
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to ``ssl-bench``."""
-    app.add_typer(study_app, name="study", help="Run a grid of recipes, or say what is done of it.")
+    app.add_typer(study_app, name="study", help="Run a grid of recipes, or show its status.")
     app.command()(tune)
 
 
@@ -142,12 +144,12 @@ def _seeds(text: str | None) -> list[int] | None:
         return None
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"--seeds: got {text!r}, allowed: whole numbers with commas, e.g. 0,1,2")
+        raise ValueError(f"--seeds must be integers with commas between them, e.g. 0,1,2, got {text!r}")
     return [int(part) for part in parts]
 
 
 def _pairs(option: str, given: Sequence[str] | None) -> dict[str, str]:
     for text in given or ():
         if not all(text.partition("=")):
-            raise ValueError(f"{option}: got {text!r}, allowed: KEY=VALUE")
+            raise ValueError(f"{option} must be KEY=VALUE, got {text!r}")
     return dict(text.split("=", 1) for text in given or ())

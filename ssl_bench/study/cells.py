@@ -1,4 +1,4 @@
-"""Where a study's cells live, and what each has come to.
+"""Where a study's cells live, and the state of each.
 
     RUNS/STUDY/NAME/            the cell's run directory; NAME ends in the recipe's identity
     RUNS/.cells/NAME.log        what its processes printed
@@ -11,14 +11,14 @@ A run that another study below RUNS made of the same recipe is the same experime
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssl_bench.records.lock import is_claimed
 from ssl_bench.records.reader import RUN, RecordError, read_head, read_results
-from ssl_bench.records.storage import atomic_json, jsonable
+from ssl_bench.records.storage import atomic_json
 from ssl_bench.study.claims import CellClaim, holder
 from ssl_bench.study.grid import Cell
 
@@ -30,7 +30,7 @@ LOG_LINES = 30  # of a failed run's output, kept with the error
 
 @dataclass(frozen=True)
 class State:
-    """What a cell has come to.
+    """The state of a cell.
 
     Attributes:
         status: see `STATUSES`. An interrupted run has a record and no end; diverged and collapsed ones are done.
@@ -70,7 +70,7 @@ class CellStore:
         return self.notes / f"{cell.name}.log"
 
     def state(self, cell: Cell) -> State:
-        """What the cell has come to; never fails for a damaged record."""
+        """The state of the cell; a damaged record is a failure and no exception."""
         folder = self.folder(cell)
         claimed = is_claimed(folder)  # asked first: a run that ends meanwhile then shows its results
         status, damage = self.ending(cell)
@@ -78,12 +78,32 @@ class CellStore:
             return State(status)
         if damage:
             return State("failed", damage)
-        if claimed or (who := holder(self.notes, cell.name)):
-            return State("running", "" if claimed else str(who))
+        if claimed:
+            return State("running")
+        if who := holder(self.notes, cell.name):
+            return State("running", who)
         failure = self.failure(cell)
         if failure is not None:
             return State("failed", str(failure.get("error", "")))
         return State("interrupted" if (folder / RUN).exists() else "missing")
+
+    def ending(self, cell: Cell) -> tuple[Status | None, str]:
+        """How the cell's run ended.
+
+        Returns:
+            its status, or None where it has not ended; then also what is wrong with its record, or "".
+        """
+        folder = self.folder(cell)
+        try:
+            results = read_results(folder)
+            if results is None:
+                return None, ""
+            identity = read_head(folder)["identity"]
+        except (RecordError, OSError) as error:
+            return None, str(error)
+        if identity != cell.identity:
+            return None, f"{folder}: the identity of its run must be {cell.identity}, got {identity}"
+        return results["status"], ""
 
     def claim(self, cell: Cell) -> CellClaim | None:
         """Claims the cell for this worker; None if another has it."""
@@ -101,7 +121,7 @@ class CellStore:
         return found if isinstance(found, dict) else {"error": f"{path}: damaged"}
 
     def failed_at(self, cell: Cell) -> float:
-        """When it failed by the file system's clock; 0 if it has not."""
+        """When it failed, by the file system's clock; 0 if it has not."""
         try:
             return self._failure_path(cell).stat().st_mtime
         except FileNotFoundError:
@@ -114,7 +134,7 @@ class CellStore:
             cell: the cell.
             code: the process's exit code; negative for a signal.
             command: what was started.
-            reason: if it is known otherwise than from the output.
+            reason: if it is known from elsewhere than the output.
 
         Returns:
             the error in one line.
@@ -129,39 +149,15 @@ class CellStore:
             "log": lines,
         }
         self.notes.mkdir(parents=True, exist_ok=True)
-        atomic_json(self._failure_path(cell), jsonable(note))
+        atomic_json(self._failure_path(cell), note)
         return error
 
     def forget_failure(self, cell: Cell) -> None:
         """Before another attempt, and after one that succeeded."""
         self._failure_path(cell).unlink(missing_ok=True)
 
-    def ending(self, cell: Cell) -> tuple[Status | None, str]:
-        """How the cell's run ended.
-
-        Returns:
-            its status, or None where it has not ended; then also what is wrong with its record, or "".
-        """
-        folder = self.folder(cell)
-        try:
-            results = read_results(folder)
-            if results is None:
-                return None, ""
-            identity = read_head(folder)["identity"]
-        except (RecordError, OSError) as error:
-            return None, str(error)
-        if identity != cell.identity:
-            return None, f"{folder}: its run has the identity {identity}, the cell {cell.identity}"
-        return results["status"], ""
-
     def _failure_path(self, cell: Cell) -> Path:
         return self.notes / f"{cell.name}.failed.json"
-
-
-def count(states: Mapping[Any, State]) -> dict[Status, int]:
-    """How many cells have each status; only those that occur, in the order of `STATUSES`."""
-    found = [state.status for state in states.values()]
-    return {status: found.count(status) for status in STATUSES if status in found}
 
 
 def _tail(path: Path) -> list[str]:
@@ -174,7 +170,7 @@ def _tail(path: Path) -> list[str]:
 
 
 def _error_line(lines: Sequence[str], code: int) -> str:
-    """The line that says what went wrong: ours begins with "error:", a traceback ends with the exception."""
+    """The line that says what went wrong: ours begin with "error:", a traceback ends with the exception."""
     if code < 0:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
     ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""Claims on a study's cells by atomic files, so that workers on any number of machines share a folder and no database.
+"""Claims on a study's cells, as files: workers on any number of machines need a shared folder and no database.
 
 A claim is a file ``NAME.claim-GENERATION`` that its holder touches every few seconds (the heartbeat) and keeps locked.
 It is dead when it was not touched for `EXPIRY` seconds, and at once when its holder ran under this kernel and no longer
@@ -33,7 +33,7 @@ class Holder:
 
     @classmethod
     def here(cls, owner: str = "") -> "Holder":
-        """This process. `owner`: a name that outlives the process, such as a batch job's."""
+        """This process."""
         return cls(owner, os.getpid(), socket.gethostname(), _boot())
 
     def __str__(self) -> str:
@@ -54,8 +54,8 @@ class CellClaim:
         Args:
             folder: where all workers keep their claims; made if need be.
             name: the cell's.
-            owner: who asks, if that outlives a process: a claim of the same owner's earlier process is taken over.
-            expiry: seconds after which a claim without a sign of life is dead.
+            owner: a name that outlives the process (a batch job's): a claim of its earlier process is taken over.
+            expiry: seconds after which a claim without a heartbeat is dead.
 
         Raises:
             OSError: the folder cannot be written.
@@ -119,7 +119,7 @@ def _alive(path: Path, owner: str, expiry: float) -> bool:
         held = _read(path)
         if held is None:
             return True  # just created
-        if owner and held.owner == owner:
+        if owner and held.owner == owner:  # this job's process from before it was requeued
             return False
         return held.boot != _boot() or not held.boot or is_locked(path)
     except FileNotFoundError:
@@ -135,8 +135,11 @@ def _read(path: Path) -> Holder | None:
 
 def _clock(folder: Path) -> float:
     """The time by the file system's own clock, which a file server need not share with this machine."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as file:
-        return os.fstat(file.fileno()).st_mtime
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # somebody without write access asks for the status
+        return time.time()
 
 
 def _boot() -> str:

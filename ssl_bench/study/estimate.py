@@ -1,4 +1,4 @@
-"""How long a study will take, from a measured step: of its own runs where there are any, else of a few steps now."""
+"""How long a study will take, from the speed of its own runs where there are any, else of a few steps run now."""
 
 import importlib
 import os
@@ -18,11 +18,11 @@ from ssl_bench.records.reader import RecordError, RunRecord, read_run
 from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell
 
-STEPS = 5  # of a measurement; the first warms up and is left out
-BATCH = 256  # images of its steps, at most
+STEPS = 5  # of a measurement; the first warms up and is not counted
+BATCH = 256  # images in each of its steps, at most
 TIMEOUT = 900.0  # seconds
 
-# A short run of the same network on the same images, without what comes before and after the steps.
+# A short run of the same network on the same images, without what happens before, between and after the steps.
 SHORT = {
     "steps": str(STEPS),
     "seed": "0",
@@ -42,7 +42,7 @@ Workload = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Speed:
-    """What a workload was measured to do.
+    """The measured speed of a workload.
 
     Attributes:
         images_per_second: of training alone.
@@ -60,7 +60,7 @@ class Speed:
 
 
 def workload(recipe: Recipe) -> Workload:
-    """What decides the time per image; batch size and optimizer come on top, and are left out."""
+    """What mostly decides the time per image; the effect of the batch size and the optimizer is neglected."""
     data, model = recipe.data, recipe.model
     parts = (recipe.track, data.name, data.size, model.name, model.stem, recipe.method.target, recipe.precision)
     return tuple(map(str, parts))
@@ -70,15 +70,17 @@ def speeds(cells: Sequence[Cell], store: CellStore, *, measure: bool = True) -> 
     """The speed of every workload in a study, or why it is not known.
 
     Args:
-        cells: of the study.
+        cells: the study's.
         store: its runs.
         measure: whether a workload without runs is measured now, by a short run of its own.
     """
-    found: dict[Workload, Speed | str] = {}
-    for kind, members in _by_workload(cells).items():
-        recorded = _recorded(members, store)
-        found[kind] = recorded or (_measured(members[0]) if measure else "no run of it yet")
-    return found
+    groups: dict[Workload, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(workload(cell.recipe), []).append(cell)
+    return {
+        kind: _recorded(members, store) or (_measured(members[0]) if measure else "no run of it yet")
+        for kind, members in groups.items()
+    }
 
 
 def total_seconds(cells: Iterable[Cell], known: Mapping[Workload, Speed | str]) -> tuple[float, int]:
@@ -94,18 +96,11 @@ def total_seconds(cells: Iterable[Cell], known: Mapping[Workload, Speed | str]) 
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says it: 40 s, 12 min, 3.5 h, 12 days."""
+    """Seconds in a readable unit: 40 s, 12 min, 3.5 h, 12 days."""
     for limit, size, unit in ((100, 1, "s"), (6000, 60, "min"), (48 * 3600, 3600, "h")):
         if seconds < limit:
             return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86400:.1f} days"
-
-
-def _by_workload(cells: Sequence[Cell]) -> dict[Workload, list[Cell]]:
-    groups: dict[Workload, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(workload(cell.recipe), []).append(cell)
-    return groups
 
 
 def _recorded(cells: Sequence[Cell], store: CellStore) -> Speed | None:
@@ -135,22 +130,22 @@ def _measured(cell: Cell) -> Speed | str:
     batch_size = min(cell.recipe.batch_size, BATCH)
     with tempfile.TemporaryDirectory(prefix="ssl-bench-estimate-") as folder:
         run = Path(folder) / "run"
-        words = merge(cell.words, {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)})
+        overrides = merge(cell.overrides, {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)})
         try:
-            done = _bound_run([cell.track, *(f"{key}={value}" for key, value in words.items())])
+            done = _run_bound([cell.track, *(f"{key}={value}" for key, value in overrides.items())])
         except subprocess.TimeoutExpired:
             return f"{STEPS} steps took more than {TIMEOUT:.0f} s"
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             return lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
         try:
-            return _speed(read_run(run)) or "the short run left no speed"
+            return _speed(read_run(run)) or "the short run recorded no speed"
         except RecordError as error:
             return str(error)
 
 
-def _bound_run(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs `_measuring_process`, bound to this one: the pipe that it reads breaks when this process dies, however."""
+def _run_bound(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs `_measuring_process` for as long as this process lives: the pipe it reads closes when this one dies."""
     read, write = os.pipe()
     command = [sys.executable, "-m", "ssl_bench.study.estimate", *argv]
     try:
@@ -160,15 +155,15 @@ def _bound_run(argv: list[str]) -> subprocess.CompletedProcess[str]:
         os.close(write)
 
 
-def _measuring_process(track: str, *words: str) -> int:
-    """A track's command, in a process that ends at once when the one that started it has gone."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    return importlib.import_module(f"ssl_bench.{track}").main(list(words))
+def _measuring_process(track: str, *overrides: str) -> int:
+    """A track's command, in a process that exits at once when the one that started it is gone."""
 
+    def end_with_parent() -> None:
+        os.read(sys.stdin.fileno(), 1)  # nobody writes: it returns when the other end is closed
+        os._exit(1)
 
-def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # nobody writes: it returns when the other end is closed
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    return importlib.import_module(f"ssl_bench.{track}").main(list(overrides))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,30 @@
 """A study's file: base settings, blocks of axes and seeds, expanded into cells, each one recipe.
 
 # What it costs, on what hardware, and what to expect.
-base: {protocol: paper, precision: bf16}   # keys of every cell, as on the command line
+base: {protocol: paper, precision: bf16}   # overrides of every cell, as on the command line
 include: [table1_clf_cifar10]              # further studies whose cells belong to this one
 seeds: [0, 1, 2]                           # [0] if left out
 blocks:
   - track: classify                        # or pretrain
-    set: {data: cifar10}                   # keys of this block's cells
+    set: {data: cifar10}                   # overrides of this block's cells
     axes:                                  # the product of the axes is taken
       - {batch_size: [512, 1024], optimizer.lr: [1, 2]}          # lists that go together, like zip
       - [{optimizer: lars}, {optimizer: tvlars, optimizer.decay: 1.0e-4}]   # cases
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe.compose import CONFIGS, compose, merge
+import yaml
+
+from ssl_bench.recipe.compose import CONFIGS, compose, load_yaml, merge
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.runtime.suggestion import nearest
-from ssl_bench.study.files import Words, about, as_words, find_file, parse_file, read_text
 
 STUDIES = CONFIGS / "study"
 TRACKS = ("pretrain", "classify")
@@ -31,6 +33,8 @@ LAUNCHERS_KEYS = ("run_dir", "resume")
 STUDY_KEYS = ("base", "include", "seeds", "blocks")
 BLOCK_KEYS = ("track", "set", "axes")
 
+Overrides = dict[str, str]  # key -> value, both as on a command line
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -38,14 +42,14 @@ class Cell:
 
     Attributes:
         study: the name of the study.
-        words: the keys that the study and the user set; the rest is the recipe's defaults.
+        overrides: the keys that the study and the user set; the rest of the recipe is defaults.
         varied: those of them in which the cells of its block differ, the seed included.
-        recipe: what they mean.
+        recipe: what they compose to.
     """
 
     study: str
-    words: Words
-    varied: Words
+    overrides: Overrides
+    varied: Overrides
     recipe: Recipe
 
     @property
@@ -58,19 +62,18 @@ class Cell:
 
     @cached_property
     def name(self) -> str:
-        """Its run's folder; holds the identity."""
+        """The name of its run directory; ends in the identity."""
         return self.recipe.name()
 
     @property
     def label(self) -> str:
         """What tells it from its neighbours, for a line of text."""
-        shown: Words = {key: self.words[key] for key in ("data", "method") if key in self.words}
-        shown |= self.varied
-        return " ".join([self.track, *(f"{key}={value}" for key, value in shown.items())])
+        shown = {key: self.overrides[key] for key in ("data", "method") if key in self.overrides} | self.varied
+        return f"{self.track} {_listing(shown)}".rstrip()
 
     def arguments(self) -> list[str]:
-        """The words of the track's command line."""
-        return [f"{key}={value}" for key, value in self.words.items()]
+        """The overrides as arguments of the track's command line."""
+        return [f"{key}={value}" for key, value in self.overrides.items()]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Study:
 
     Attributes:
         name: the file's name without its ending.
-        about: the file's head comment.
+        about: the comment at the head of the file.
         cells: in the order in which they run.
     """
 
@@ -104,29 +107,26 @@ def load_study(
 
     Args:
         source: a shipped study's name, or the path of a YAML file.
-        overrides: ``key=value`` words for every cell; they have the last word.
+        overrides: ``key=value`` for every cell; they win over the file's.
         seeds: instead of the file's.
         data_paths: for data sets by name, where to read them (``data.path``).
 
     Raises:
         ValueError: one line; an unknown key, an empty grid, a wrong recipe, or two cells that are one experiment.
     """
-    path = find_file(source, STUDIES, "study")
-    if seeds is not None:
-        _check_seeds(f"study {path.stem}", list(seeds))
-    user = dict(split_word(word) for word in overrides)
-    expansion = _Expansion(path.stem, user, None if seeds is None else list(seeds), dict(data_paths or {}))
-    text = read_text(path)
-    expansion.add(path, parse_file(f"study {path.stem}", text))
+    path, about, content = read_file(source, STUDIES, "study")
+    expansion = _Expansion(path.stem, dict(map(split_override, overrides)), seeds, dict(data_paths or {}))
+    expansion.add(path, content)
     expansion.check_distinct()
-    return Study(path.stem, about(text), tuple(expansion.cells))
+    return Study(path.stem, about, tuple(expansion.cells))
 
 
 class _Expansion:
     """Collects the cells of a file and of those that it includes."""
 
-    def __init__(self, study: str, user: Words, seeds: list[int] | None, data_paths: dict[str, str]):
-        self.study, self.user, self.seeds, self.data_paths = study, user, seeds, data_paths
+    def __init__(self, study: str, user: Overrides, seeds: Sequence[int] | None, data_paths: dict[str, str]):
+        self.study, self.user, self.data_paths = study, user, data_paths
+        self.seeds = None if seeds is None else list(seeds)
         self.cells: list[Cell] = []
         self.open: list[Path] = []
 
@@ -134,57 +134,57 @@ class _Expansion:
         """The cells of one file."""
         where = f"study {path.stem}"
         if path in self.open:
-            raise ValueError(f"{where}: it includes itself through {' -> '.join(one.stem for one in self.open)}")
+            raise ValueError(f"{where} includes itself through {' -> '.join(one.stem for one in self.open)}")
         _check_keys(where, content, STUDY_KEYS)
         if not content.get("blocks") and not content.get("include"):
-            raise ValueError(f"{where}: an empty grid: it has neither blocks nor include")
-        base = as_words(f"{where}: base", content.get("base") or {})
-        seeds = self.seeds or content.get("seeds", [0])
-        _check_seeds(where, seeds)
+            raise ValueError(f"{where} must have blocks or include, got neither (an empty grid)")
+        base = as_overrides(f"{where}: base", content.get("base") or {})
+        seeds = content.get("seeds", [0]) if self.seeds is None else self.seeds
+        good = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+        if not good or len(set(seeds)) < len(seeds):
+            raise ValueError(f"{where}: seeds must be a list of different integers >= 0, got {seeds!r}")
         self.open.append(path)
-        for name in _listed(where, "include", content.get("include") or []):
-            inner = find_file(name, STUDIES, "study", beside=path.parent)
-            self.add(inner, parse_file(f"study {inner.stem}", read_text(inner)))
+        for name in _listed(where, "include", content):
+            inner, _, inner_content = read_file(name, STUDIES, "study", beside=path.parent)
+            self.add(inner, inner_content)
         self.open.pop()
-        for number, block in enumerate(_listed(where, "blocks", content.get("blocks") or []), start=1):
+        for number, block in enumerate(_listed(where, "blocks", content), start=1):
             self._add_block(f"{where}: block {number}", block, base, seeds)
 
-    def _add_block(self, where: str, block: Any, base: Words, seeds: list[int]) -> None:
+    def _add_block(self, where: str, block: Any, base: Overrides, seeds: list[int]) -> None:
         if not isinstance(block, dict):
-            raise ValueError(f"{where}: got {block!r}, allowed: the keys {', '.join(BLOCK_KEYS)}")
+            raise ValueError(f"{where} must be a mapping with the keys {', '.join(BLOCK_KEYS)}, got {block!r}")
         _check_keys(where, block, BLOCK_KEYS)
         track = block.get("track")
         if track not in TRACKS:
-            raise ValueError(f"{where}: track: got {track!r}, allowed: {' or '.join(TRACKS)}")
-        fixed = merge(base, as_words(f"{where}: set", block.get("set") or {}))
+            raise ValueError(f"{where}: track must be {' or '.join(TRACKS)}, got {track!r}")
+        fixed = merge(base, as_overrides(f"{where}: set", block.get("set") or {}))
         axes = [
-            _axis(f"{where}: axis {number}", axis)
-            for number, axis in enumerate(_listed(where, "axes", block.get("axes") or []), start=1)
+            _axis(f"{where}: axis {number}", axis) for number, axis in enumerate(_listed(where, "axes", block), start=1)
         ]
-        _check_disjoint(where, axes)
+        for one, two in itertools.combinations([{key for case in axis for key in case} for axis in axes], 2):
+            if one & two:
+                raise ValueError(f"{where}: {min(one & two)!r} is in two axes; put it into one")
         for cases in itertools.product(*axes):
             varied = {key: value for case in cases for key, value in case.items()}
-            words = self._with_data_path(merge(merge(fixed, varied), self.user))
+            overrides = merge(merge(fixed, varied), self.user)
+            data_path = self.data_paths.get(overrides.get("data", "cifar10"))
+            if data_path and "data.path" not in self.user:
+                overrides["data.path"] = data_path
             for key in LAUNCHERS_KEYS:
-                if key in words:
-                    raise ValueError(f"{where}: {key} is set for each cell by what starts it; leave it out")
+                if key in overrides:
+                    raise ValueError(f"{where}: {key} is set for each cell by the launcher; leave it out")
             try:
-                recipe = compose(track, [f"{key}={value}" for key, value in words.items()])
+                recipe = compose(track, [f"{key}={value}" for key, value in overrides.items()])
             except ValueError as error:
                 raise ValueError(f"{where}: {_listing(varied) or 'its only cell'}: {error}") from None
-            self._add_seeds(words, varied, recipe, seeds)
-
-    def _add_seeds(self, words: Words, varied: Words, recipe: Recipe, seeds: list[int]) -> None:
-        if "seed" in words:
-            self.cells.append(Cell(self.study, words, varied, recipe))
-            return
-        for seed in seeds:
-            label = varied if len(seeds) == 1 else {**varied, "seed": str(seed)}
-            self.cells.append(Cell(self.study, {**words, "seed": str(seed)}, label, replace(recipe, seed=seed)))
-
-    def _with_data_path(self, words: Words) -> Words:
-        path = self.data_paths.get(words.get("data", "cifar10"))
-        return {**words, "data.path": path} if path and "data.path" not in self.user else words
+            if "seed" in overrides:
+                self.cells.append(Cell(self.study, overrides, varied, recipe))
+                continue
+            for seed in seeds:  # a recipe is composed once and not once a seed: composing is what takes the time
+                seeded = {**overrides, "seed": str(seed)}
+                shown = varied if len(seeds) == 1 else {**varied, "seed": str(seed)}
+                self.cells.append(Cell(self.study, seeded, shown, replace(recipe, seed=seed)))
 
     def check_distinct(self) -> None:
         """Refuses two cells of the same identity."""
@@ -198,28 +198,21 @@ class _Expansion:
                 )
 
 
-def _axis(where: str, axis: Any) -> list[Words]:
+def _axis(where: str, axis: Any) -> list[Overrides]:
     """The cases of one axis, from lists that go together or from a list of cases."""
     if isinstance(axis, dict) and axis:
         for key, values in axis.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"{where}: {key}: got {values!r}, allowed: a list of at least one value")
+                raise ValueError(f"{where}: {key} must be a list of at least one value, got {values!r}")
         lengths = {key: len(values) for key, values in axis.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"{where}: lists that go together have different lengths: {_listing(lengths)}")
+            raise ValueError(f"{where}: lists that go together must have the same length, got {_listing(lengths)}")
         rows = [dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)]
     elif isinstance(axis, list) and axis and all(isinstance(case, dict) for case in axis):
         rows = axis
     else:
-        raise ValueError(f"{where}: got {axis!r}, allowed: {{key: [values]}} or [{{key: value}}, ...], not empty")
-    return [as_words(where, row) for row in rows]
-
-
-def _check_disjoint(where: str, axes: Sequence[Sequence[Words]]) -> None:
-    keys = [{key for case in axis for key in case} for axis in axes]
-    for one, two in itertools.combinations(keys, 2):
-        if one & two:
-            raise ValueError(f"{where}: {sorted(one & two)[0]!r} is in two axes; put it into one")
+        raise ValueError(f"{where} must be {{key: [values]}} or [{{key: value}}, ...] and not empty, got {axis!r}")
+    return [as_overrides(where, row) for row in rows]
 
 
 def _check_keys(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -228,15 +221,10 @@ def _check_keys(where: str, content: Mapping[str, Any], known: Sequence[str]) ->
             raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)} (known here: {', '.join(known)})")
 
 
-def _check_seeds(where: str, seeds: Any) -> None:
-    good = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not good or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where}: seeds: got {seeds!r}, allowed: a list of different whole numbers >= 0")
-
-
-def _listed(where: str, key: str, value: Any) -> list[Any]:
+def _listed(where: str, key: str, content: Mapping[str, Any]) -> list[Any]:
+    value = content.get(key) or []
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {key}: got {value!r}, allowed: a list")
+        raise ValueError(f"{where}: {key} must be a list, got {value!r}")
     return value
 
 
@@ -244,8 +232,79 @@ def _listing(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def split_word(word: str) -> tuple[str, str]:
-    key, sign, value = word.partition("=")
+def split_override(text: str) -> tuple[str, str]:
+    """Key and value of a ``key=value``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    key, sign, value = text.partition("=")
     if not sign:
-        raise ValueError(f"cannot read {word!r}: expected key=value")
+        raise ValueError(f"an override must be key=value, got {text!r}")
     return key, value
+
+
+# Files of studies and searches ----------------------------------------------------------------------------------------
+
+
+def read_file(
+    source: str | Path, folder: Path, kind: str, beside: Path | None = None
+) -> tuple[Path, str, dict[str, Any]]:
+    """Reads a study's or a search's file.
+
+    Args:
+        source: the name of a file in `beside` or `folder`, or a path.
+        folder: of the shipped files.
+        kind: "study" or "search", for errors.
+        beside: a folder that is looked into first.
+
+    Returns:
+        its path, the comment at its head, and its contents.
+
+    Raises:
+        ValueError: there is no such file (lists the shipped ones and the nearest), or it holds no mapping.
+    """
+    name = str(source)
+    if isinstance(source, str) and re.fullmatch(r"[\w-]+", name):
+        candidates = [place / f"{name}.yaml" for place in (beside, folder) if place]
+    else:
+        candidates = [Path(name).resolve()]
+    path = next((one for one in candidates if one.is_file()), None)
+    if path is None:
+        known = sorted(one.stem for one in folder.glob("*.yaml"))
+        hint = f"(known: {', '.join(known)}; or a YAML file's path)"
+        raise ValueError(f"unknown {kind} {name!r}{nearest(name, known)} {hint}")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    content = load_yaml(f"{kind} {path.stem}", text)
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind} {path.stem} must be a mapping of keys to values, got {content!r}")
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in head)
+    return path, about, content
+
+
+def as_overrides(where: str, values: Any) -> Overrides:
+    """A mapping of the YAML as overrides of a command line.
+
+    Raises:
+        ValueError: it is none, or a value is a mapping.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping of keys to values, got {values!r}")
+    return {str(key): as_argument(f"{where}: {key}", value) for key, value in values.items()}
+
+
+def as_argument(where: str, value: Any) -> str:
+    """A value as it is written on a command line.
+
+    Raises:
+        ValueError: it is a mapping.
+    """
+    if isinstance(value, dict):
+        raise ValueError(f"{where} must be one value, got a mapping: write the keys below it with dots")
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

@@ -1,7 +1,7 @@
 """Runs cells on this machine: one process each, side by side on GPUs or cores, each with its own log.
 
 A cell that crashes takes nothing with it: its error is kept and the others go on. Several such launchers, here or on
-other machines, may work on the same runs folder at once; a cell's claim says who has it.
+other machines, may work on the same runs folder at once; a cell's claim says which of them runs it.
 """
 
 import os
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
@@ -25,8 +24,8 @@ POLL = 0.1  # seconds between looks at the processes
 LOOK_EVERY = 2.0  # seconds between looks for room and for cells, unless one of ours has ended
 CORES_PER_CELL = 4  # of a CPU run, where the number of workers is not given
 BYTES_PER_CELL = 4 << 30  # of main memory, likewise
-SETTLE = 60.0  # seconds until a run on a GPU shows the memory that it needs
-HEADROOM = 1.2  # of that memory, for another run like it
+SETTLE = 60.0  # seconds until a run on a GPU shows how much memory it needs
+HEADROOM = 1.2  # times that memory must be free for another run like it
 
 Command = Callable[[Cell, Path], list[str]]
 
@@ -50,19 +49,19 @@ def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
     """The places for processes on this machine.
 
     Args:
-        workers: how many cells run at a time; None = what the machine carries: `per_gpu` on each GPU, or on the CPU
-            one for each `CORES_PER_CELL` cores and `BYTES_PER_CELL` of free memory.
-        per_gpu: how many cells may share a GPU; as many do as its memory has room for.
+        workers: how many cells run at a time; None = as many as fit: `per_gpu` on each GPU, or on the CPU one for each
+            `CORES_PER_CELL` cores and `BYTES_PER_CELL` of free memory.
+        per_gpu: how many cells may share a GPU, as far as its memory allows.
 
     Raises:
         ValueError: fewer than one.
     """
     for name, value in (("workers", workers), ("per_gpu", per_gpu)):
         if value is not None and value < 1:
-            raise ValueError(f"study: {name}: got {value}, allowed: >= 1")
+            raise ValueError(f"{name} must be >= 1, got {value}")
     cores, gpus = _cores(), _gpus()
     if gpus:
-        # Rank by rank over the GPUs, so that fewer workers than places are spread out.
+        # Every GPU gets its first cell before any gets a second, so that few workers are spread out.
         places = [(gpu, {"CUDA_VISIBLE_DEVICES": gpu}) for _ in range(per_gpu) for gpu in gpus]
         count = min(workers or len(places), len(places))
     else:
@@ -86,6 +85,19 @@ def _gpus() -> list[str]:
     return given.split(",")[:count] if given else [str(index) for index in range(count)]
 
 
+def gpu_memory(gpu: str) -> tuple[float, float] | None:
+    """A GPU's used and total memory in MiB; None where nobody knows: no nvidia-smi, or its "[N/A]" (MIG)."""
+    # Not torch.cuda.mem_get_info: it opens a CUDA context, which would take some hundred MiB of every GPU for as long
+    # as the launcher lives, count as a run's memory here, and lock the runs out of a GPU in exclusive-process mode.
+    query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+        used, total = map(float, done.stdout.split("\n")[0].split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return used, total
+
+
 def local_command(cell: Cell, run_dir: Path) -> list[str]:
     """The cell as one process of this Python."""
     return [sys.executable, "-m", f"ssl_bench.{cell.track}", *_arguments(cell, run_dir)]
@@ -105,14 +117,7 @@ def _arguments(cell: Cell, run_dir: Path) -> list[str]:
 
 @dataclass
 class CellProcess:
-    """A cell that runs, with its claim.
-
-    Attributes:
-        cell: which.
-        claim: held until `end`.
-        command: what was started.
-        process: the child.
-    """
+    """A running cell with its claim, which is held until `end`."""
 
     cell: Cell
     claim: CellClaim
@@ -129,14 +134,27 @@ class CellProcess:
         environment: Mapping[str, str],
         command: Command = local_command,
     ) -> "CellProcess":
-        """Starts the cell's process, its output going to the cell's log."""
+        """Starts the cell's process, with its output going to the cell's log."""
         store.forget_failure(cell)
-        words = command(cell, store.folder(cell))
+        arguments = command(cell, store.folder(cell))
         with open(store.log(cell), "ab") as log:
-            return cls(cell, claim, words, _spawn(words, environment, log))
+            log.write(f"$ {shlex.join(arguments)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                arguments,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A Ctrl-C in the terminal reaches the launcher alone, which then asks each run once to stop.
+                start_new_session=True,
+                # A batch system may signal every process of a job; the launcher's warning must not kill the run.
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
+        return cls(cell, claim, arguments, process)
 
     def end(self, store: CellStore, code: int) -> State:
-        """After the process's end: keeps its error if it has one, gives the claim back, and says what came out."""
+        """After the process's end: keeps its error if there is one, releases the claim, and returns the new state."""
         try:
             if code == REQUEUE_EXIT_CODE:
                 return State("interrupted")
@@ -151,29 +169,9 @@ class CellProcess:
             self.claim.release()
 
     def stop(self) -> None:
-        """Asks the process to save and end; safe to call again."""
+        """Asks the process to save and exit; safe to call again."""
         if self.process.poll() is None:
             self.process.terminate()
-
-
-def _spawn(words: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    log.write(f"$ {shlex.join(words)}\n".encode())
-    log.flush()
-    # A batch system may signal every process of a job; what is meant for its launcher must not kill the run.
-    # Its own session: a Ctrl-C in the terminal reaches the launcher alone, which then asks each run once to stop.
-    return subprocess.Popen(
-        words,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_ignore_usr2,
-    )
-
-
-def _ignore_usr2() -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 class LocalLauncher:
@@ -237,9 +235,9 @@ class LocalLauncher:
             else:
                 self._start(free.pop(0), cell, claim)
         if left and not self.running and not self._waits:
-            # Theirs fall to this worker if they die.
+            # Not given up: if the other workers die, these cells fall to this one.
             self._waits = True
-            say(f"waiting for {len(left)} cells that other workers have")
+            say(f"waiting for {len(left)} cells that other workers are running")
         return left
 
     def _startable(self, cell: Cell, state: State) -> bool:
@@ -248,22 +246,17 @@ class LocalLauncher:
         return not state.ended
 
     def _start(self, slot: Slot, cell: Cell, claim: CellClaim) -> None:
-        # Between the look and the claim another worker may have finished it.
-        if not self._startable(cell, self._unclaimed_state(cell)):
+        # Asked again under the claim: another worker may have finished the cell between the look and the claim.
+        status, _ = self.store.ending(cell)
+        state = State(status or ("failed" if self.store.failed_at(cell) else "missing"))
+        if self._startable(cell, state):
+            self.running[slot.number] = CellProcess.start(cell, claim, self.store, slot.environment, self.command)
+        else:
             claim.release()
             self.done += 1
-            return
-        self.running[slot.number] = CellProcess.start(cell, claim, self.store, slot.environment, self.command)
-
-    def _unclaimed_state(self, cell: Cell) -> State:
-        """The state of a cell that this worker has claimed."""
-        status, _ = self.store.ending(cell)
-        if status is not None:
-            return State(status)
-        return State("failed" if self.store.failed_at(cell) else "missing")
 
     def _reap(self, waiting: list[Cell]) -> None:
-        """Notes the processes that have ended; one that was asked to stop by somebody else goes on."""
+        """Notes the processes that have ended; a run that somebody else asked to stop is started again."""
         for number, child in list(self.running.items()):
             child.claim.beat()
             code = child.process.poll()
@@ -282,7 +275,7 @@ class LocalLauncher:
             say(f"[{self.done}/{self.total}] {state.status} in {seconds:.0f} s: {child.cell.label}{detail}")
 
     def _stop_all(self) -> None:
-        """Asks all processes to save and end, and waits for them; a second Ctrl-C kills them."""
+        """Asks all processes to save and exit, and waits for them; a second Ctrl-C kills them."""
         for child in self.running.values():
             child.stop()
         try:
@@ -302,26 +295,15 @@ class LocalLauncher:
             self.running.clear()
 
     def _has_room(self, slot: Slot) -> bool:
-        """Whether the slot's GPU has the memory for another run like those that are on it."""
-        neighbours = [
-            self.running[other.number]
-            for other in self.places
-            if other.gpu == slot.gpu and other.number in self.running
-        ]
+        """Whether the slot's GPU has memory for another run like those that are on it; no, where nobody knows."""
+        shared = {other.number for other in self.places if other.gpu == slot.gpu}
+        neighbours = [child for number, child in self.running.items() if number in shared]
         if slot.gpu is None or not neighbours:
             return True
         if time.monotonic() - max(child.started for child in neighbours) < SETTLE:
             return False
-        try:
-            used, total = gpu_memory(slot.gpu)
-        except (OSError, subprocess.SubprocessError):
-            return False  # without nvidia-smi nobody knows
+        memory = gpu_memory(slot.gpu)
+        if memory is None:
+            return False
+        used, total = memory
         return total - used > HEADROOM * used / len(neighbours)
-
-
-def gpu_memory(gpu: str) -> tuple[float, float]:
-    """A GPU's used and total memory in MiB, by nvidia-smi, which needs no CUDA context of its own."""
-    query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-    used, total = done.stdout.strip().splitlines()[0].split(",")
-    return float(used), float(total)

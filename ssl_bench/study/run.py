@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ssl_bench.runtime.console import say
-from ssl_bench.study.cells import CellStore, State, count
+from ssl_bench.study.cells import STATUSES, CellStore, State
 from ssl_bench.study.estimate import Speed, duration, speeds, total_seconds, workload
 from ssl_bench.study.grid import Cell, Study, load_study
 
@@ -27,20 +27,20 @@ def study_main(
     print_commands: bool = False,
     retry_failed: bool = False,
 ) -> int:
-    """Does what is missing of a study.
+    """Runs what is missing of a study.
 
     Args:
         source: a shipped study's name, or a YAML file's path.
-        runs: the folder of all runs; this study's go to the folder of its name below it.
-        overrides: ``key=value`` words for every cell.
+        runs: the folder of all runs; this study's go to the sub-folder of its name.
+        overrides: ``key=value`` for every cell.
         seeds: instead of the study's.
         data_paths: where to read data sets, by name.
         launcher: "local" (this machine) or "slurm".
-        workers: cells at a time; None = what the machine carries, or on SLURM all at once.
+        workers: cells at a time; None = as many as fit, or on SLURM all at once.
         per_gpu: cells that may share a GPU.
         slurm: sbatch's parameters, for the launcher "slurm".
         dry_run: only list the cells, with an estimate of the time from a measured step.
-        print_commands: only print the missing cells' command lines for any other cluster.
+        print_commands: only print the missing cells' command lines, for any other cluster.
         retry_failed: try failed cells again.
 
     Returns:
@@ -50,50 +50,34 @@ def study_main(
         ValueError: one line; the study or an argument is wrong.
     """
     if launcher not in get_args(LauncherName):
-        raise ValueError(f"study: launcher: got {launcher!r}, allowed: {' or '.join(get_args(LauncherName))}")
+        raise ValueError(f"launcher must be {' or '.join(get_args(LauncherName))}, got {launcher!r}")
     study = load_study(source, overrides=overrides, seeds=seeds, data_paths=data_paths)
     store = CellStore(runs)
     if dry_run:
         _list_cells(study, store, workers, per_gpu)
         return 0
-    return run_study(
-        study,
-        store,
-        launcher=launcher,
-        workers=workers,
-        per_gpu=per_gpu,
-        slurm=slurm,
-        print_commands=print_commands,
-        retry_failed=retry_failed,
-    )
-
-
-def run_study(
-    study: Study,
-    store: CellStore,
-    *,
-    launcher: str = "local",
-    workers: int | None = None,
-    per_gpu: int = 1,
-    slurm: Mapping[str, str] | None = None,
-    print_commands: bool = False,
-    retry_failed: bool = False,
-) -> int:
-    """Does what is missing of an expanded study; see `study_main`."""
     if print_commands:
         from ssl_bench.study import launch
 
-        states = {cell: store.state(cell) for cell in study.cells}
-        print("\n".join(launch.print_commands([cell for cell in study.cells if not states[cell].ended], store)))
+        missing = [cell for cell in study.cells if not store.state(cell).ended]
+        print("\n".join(launch.print_commands(missing, store)))
         return 0
     if launcher == "slurm":
         from ssl_bench.study.slurm import submit
 
         return submit(study, store, parameters=slurm or {}, at_once=workers, retry_failed=retry_failed)
+    return run_study(study, store, workers=workers, per_gpu=per_gpu, retry_failed=retry_failed)
+
+
+def run_study(
+    study: Study, store: CellStore, *, workers: int | None = None, per_gpu: int = 1, retry_failed: bool = False
+) -> int:
+    """Runs what is missing of an expanded study on this machine; see `study_main`."""
     from ssl_bench.study.launch import LocalLauncher, slots
 
     code = LocalLauncher(store, slots(workers, per_gpu), retry_failed=retry_failed).run(study.cells)
-    say(f"{study.name}: {summary(study, store)} (in {store.runs})")
+    states = {cell: store.state(cell) for cell in study.cells}
+    say(f"{study.name}: {_counts(states)} (in {store.runs})")
     return code
 
 
@@ -122,17 +106,14 @@ def status_main(
     return int(not all(state.ended for state in states.values()))
 
 
-def summary(study: Study, store: CellStore) -> str:
-    """The cells by status in one line, e.g. ``216 cells: 200 finished, 4 diverged, 12 missing``."""
-    return _counts({cell: store.state(cell) for cell in study.cells})
-
-
 def _counts(states: Mapping[Cell, State]) -> str:
-    return f"{len(states)} cells: " + ", ".join(f"{number} {status}" for status, number in count(states).items())
+    """The cells by status in one line, e.g. ``216 cells: 200 finished, 4 diverged, 12 missing``."""
+    found = [state.status for state in states.values()]
+    return f"{len(found)} cells: " + ", ".join(f"{found.count(one)} {one}" for one in STATUSES if one in found)
 
 
 def _list_cells(study: Study, store: CellStore, workers: int | None, per_gpu: int) -> None:
-    """The dry run: every cell, its state, and the training time that it has still to come."""
+    """The dry run: every cell, its state, and the training time it still needs."""
     from ssl_bench.study.launch import slots
 
     print(study.about + "\n" if study.about else "")
@@ -145,14 +126,11 @@ def _list_cells(study: Study, store: CellStore, workers: int | None, per_gpu: in
         print(f"{states[cell].status:<11} {time:>9}  {cell.label}")
     for kind, speed in known.items():
         what = " ".join(part for part in kind if part not in ("None", ""))
-        print(
-            f"{what}: "
-            + (f"{speed.images_per_second:.0f} images/s" if isinstance(speed, Speed) else f"unknown: {speed}")
-        )
+        rate = f"{speed.images_per_second:.0f} images/s" if isinstance(speed, Speed) else f"unknown: {speed}"
+        print(f"{what}: {rate}")
     seconds, unknown = total_seconds(left, known)
-    places = len(slots(workers, per_gpu))
     print(
         f"{study.name}: {_counts(states)}; {duration(seconds)} of training left at this speed, one cell at a time"
         + (f", and {unknown} cells of unknown speed" if unknown else "")
-        + f"; this machine runs {places} at a time; evaluations come on top"
+        + f"; this machine runs {len(slots(workers, per_gpu))} at a time; evaluations come on top"
     )

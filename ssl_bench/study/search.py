@@ -2,12 +2,12 @@
 
 # What it costs, and what to expect.
 track: classify
-base: {protocol: fair, data: cifar10, epochs: 10}   # keys of every run
+base: {protocol: fair, data: cifar10, epochs: 10}   # overrides of every run
 holdout: 0.1      # share of each class of the train set that selects
 trials: 16        # for each optimizer
 select: test-v1   # the protocol whose top-1 on the held-out images decides
 seed: 0           # of the trials' runs and of the points
-seeds: [0, 1, 2]  # of the final runs, on all of train
+seeds: [0, 1, 2]  # of the final runs, on the whole train set
 arms:
   - set: {optimizer: lars}
     space:
@@ -15,6 +15,7 @@ arms:
       optimizer.nesterov: {choices: [false, true]}
 """
 
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 from ssl_bench.recipe.compose import CONFIGS
 from ssl_bench.recipe.registry import explain
 from ssl_bench.runtime.suggestion import nearest
-from ssl_bench.study.files import Words, about, as_word, find_file, parse_file, read_text
+from ssl_bench.study.grid import Overrides, as_argument, read_file
 
 SEARCHES = CONFIGS / "tune"
 DIGITS = 4  # significant ones of a point's numbers, as they stand on the command line
@@ -34,7 +35,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Range:
-    """The interval of a number; whole numbers where both ends are."""
+    """The interval of a number; of integers if both ends are."""
 
     __pydantic_config__ = _STRICT
     low: int | float
@@ -59,7 +60,7 @@ Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choic
 
 @dataclass(frozen=True)
 class Arm:
-    """One optimizer with what is tuned of it."""
+    """One optimizer and the space of what is tuned."""
 
     __pydantic_config__ = _STRICT
     set: dict[str, Any]
@@ -67,12 +68,12 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{key}={as_word(key, value)}" for key, value in self.set.items())
+        return " ".join(f"{key}={as_argument(key, value)}" for key, value in self.set.items())
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search as its file has it; see the module."""
+    """A search's file; see the module."""
 
     __pydantic_config__ = _STRICT
     track: Literal["pretrain", "classify"]
@@ -97,23 +98,42 @@ def load_search(source: str | Path) -> tuple[str, str, Search]:
     Raises:
         ValueError: one line that names the key, what was given and what is allowed.
     """
-    path = find_file(source, SEARCHES, "search")
-    text = read_text(path)
+    path, about, content = read_file(source, SEARCHES, "search")
     where = f"search {path.stem}"
-    content = parse_file(where, text)
     try:
         search = TypeAdapter(Search).validate_python(content)
     except ValidationError as error:
-        # A misspelt key also makes the right one missing; it is the better thing to name.
+        # A misspelt key also makes the right one missing; the misspelt one is the better one to name.
         unknown = [one["loc"] for one in error.errors() if one["type"] == "unexpected_keyword_argument"]
-        if unknown:
-            raise ValueError(f"{where}: {_unknown(unknown[0])}") from None
-        raise ValueError(f"{where}: {explain(error)}") from None
+        if not unknown:
+            raise ValueError(f"{where}: {explain(error)}") from None
+        *scope, key = map(str, unknown[0])
+        kind = {"range": Range, "choices": Choices}.get(scope[-1], Arm) if scope else Search
+        known = [one.name for one in fields(kind)]
+        hint = f"{nearest(key, known)} (known here: {', '.join(known)})"
+        raise ValueError(f"{where}: unknown key {key!r}{hint}") from None
     _check(where, search)
-    return path.stem, about(text), search
+    return path.stem, about, search
 
 
-def points(arm: Arm, trials: int, seed: int) -> list[Words]:
+def _check(where: str, search: Search) -> None:
+    """Refuses what no single field can tell."""
+    if len(set(search.seeds)) < len(search.seeds):
+        raise ValueError(f"{where}: seeds must be different, got {search.seeds}")
+    labels = [arm.label for arm in search.arms]
+    for arm in search.arms:
+        if labels.count(arm.label) > 1:
+            raise ValueError(f"{where}: two arms are {arm.label!r}")
+        for key, values in arm.space.items():
+            if key in arm.set:
+                raise ValueError(f"{where}: {arm.label}: {key!r} is both set and searched")
+            if isinstance(values, Range) and not (values.low < values.high and (values.low > 0 or not values.log)):
+                allowed = "0 < low < high" if values.log else "low < high"
+                got = f"low = {values.low}, high = {values.high}"
+                raise ValueError(f"{where}: {arm.label}: {key} must have {allowed}, got {got}")
+
+
+def points(arm: Arm, trials: int, seed: int) -> list[Overrides]:
     """The trials of an arm: Optuna's scrambled Sobol sequence over its space, the same for equal arguments.
 
     Args:
@@ -121,8 +141,6 @@ def points(arm: Arm, trials: int, seed: int) -> list[Words]:
         trials: how many.
         seed: of the scrambling.
     """
-    import warnings
-
     import optuna
 
     distributions = {key: _distribution(values) for key, values in arm.space.items()}
@@ -134,14 +152,12 @@ def points(arm: Arm, trials: int, seed: int) -> list[Words]:
     try:
         study = optuna.create_study(sampler=sampler)
         # The sampler learns its space from the first completed trial, and would draw that one at random.
-        known = {
-            key: values.choices[0] if isinstance(values, Choices) else values.low for key, values in arm.space.items()
-        }
+        known = {key: one.choices[0] if isinstance(one, Choices) else one.low for key, one in arm.space.items()}
         study.add_trial(optuna.trial.create_trial(params=known, distributions=distributions, value=0.0))
         found = []
         for _ in range(trials):
             trial = study.ask(distributions)
-            found.append({key: as_word(key, _rounded(value)) for key, value in trial.params.items()})
+            found.append({key: as_argument(key, _rounded(value)) for key, value in trial.params.items()})
             study.tell(trial, 0.0)
     finally:
         optuna.logging.set_verbosity(level)
@@ -160,26 +176,3 @@ def _distribution(values: Range | Choices) -> Any:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-
-
-def _check(where: str, search: Search) -> None:
-    """What no single field can tell."""
-    if len(set(search.seeds)) < len(search.seeds):
-        raise ValueError(f"{where}: seeds: got {search.seeds}, allowed: different ones")
-    labels = [arm.label for arm in search.arms]
-    for arm in search.arms:
-        if labels.count(arm.label) > 1:
-            raise ValueError(f"{where}: two arms are {arm.label!r}")
-        for key, values in arm.space.items():
-            if key in arm.set:
-                raise ValueError(f"{where}: {arm.label}: {key!r} is both set and searched")
-            if isinstance(values, Range) and not (values.low < values.high and (values.low > 0 or not values.log)):
-                allowed = "0 < low < high" if values.log else "low < high"
-                raise ValueError(f"{where}: {arm.label}: {key}: got {values.low} to {values.high}, allowed: {allowed}")
-
-
-def _unknown(location: tuple[Any, ...]) -> str:
-    *scope, key = map(str, location)
-    kind = {"range": Range, "choices": Choices}.get(scope[-1]) if scope else Search
-    known = [one.name for one in fields(kind or Arm)]
-    return f"unknown key {key!r}{nearest(key, known)} (known here: {', '.join(known)})"

@@ -16,9 +16,10 @@ from ssl_bench.study.launch import POLL, CellProcess
 # Submitit's own parameters, which are numbers; every other is handed to sbatch as it is.
 NUMBERS = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb", "signal_delay_s")
 DEFAULTS = {"timeout_min": 24 * 60, "cpus_per_task": 4}
-MAX_TIMEOUTS = 1000  # how often a task that hits its time limit is requeued: as often as it takes
+MAX_TIMEOUTS = 1000  # how often a task that hits its time limit is requeued: in effect without limit
 
-# Between a run's answer to a SIGTERM that is not ours and its restart: long enough for SLURM to kill what it wants to.
+# Seconds between a run's exit after a SIGTERM that was not ours and its restart: long enough for SLURM to kill the job
+# if that is what the signal announced.
 KILL_WAIT = 60.0
 
 
@@ -26,7 +27,7 @@ class CellJob:
     """One task of the array; pickled by submitit and called on the node.
 
     Args:
-        cell: which.
+        cell: which cell.
         runs: the folder of all runs, seen by every node.
         job: a name of this submission and cell, which outlives a requeue: the claims' owner.
     """
@@ -58,7 +59,7 @@ class CellJob:
         return "interrupted"
 
     def checkpoint(self) -> Any:
-        """SLURM is about to take the node away: the run saves, and the job is queued again."""
+        """Called by submitit when SLURM is about to take the node away: the run saves, and the job is requeued."""
         from submitit.helpers import DelayedSubmission
 
         self._preempted = True
@@ -91,7 +92,7 @@ def submit(
         store: the runs, on a file system that every node sees.
         parameters: submitit's ``timeout_min``, ``gpus_per_node``, ``cpus_per_task``, ``mem_gb``; any other is sbatch's
             (``partition``, ``account``, ``constraint``, ...).
-        at_once: tasks that run at a time; None = as many as SLURM lets.
+        at_once: tasks that run at a time; None = as many as SLURM allows.
         retry_failed: submit failed cells too.
 
     Returns:
@@ -100,10 +101,14 @@ def submit(
     Raises:
         ValueError: submitit is not installed, there is no SLURM here, or a parameter is wrong.
     """
-    submitit = _submitit()
-    states = {cell: store.state(cell) for cell in study.cells}
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("--launcher slurm needs the package submitit: pip install 'ssl-bench[slurm]'") from None
+    if shutil.which("sbatch") is None:
+        raise ValueError("--launcher slurm needs sbatch, which is not here; for other clusters see --print-commands")
     wanted = ("missing", "interrupted", *(("failed",) if retry_failed else ()))
-    cells = [cell for cell in study.cells if states[cell].status in wanted]
+    cells = [cell for cell in study.cells if store.state(cell).status in wanted]
     if not cells:
         say(f"{study.name}: nothing to submit")
         return 0
@@ -119,25 +124,15 @@ def submit(
 
 
 def _parameters(given: Mapping[str, str]) -> dict[str, Any]:
-    """Submitit's parameters from the user's words."""
+    """The user's ``--slurm`` as submitit's parameters."""
     parameters: dict[str, Any] = dict(DEFAULTS)
     for name in NUMBERS:
         if name in given:
             try:
                 number = float(given[name])
             except ValueError:
-                raise ValueError(f"slurm: {name}: got {given[name]!r}, allowed: a number") from None
+                raise ValueError(f"--slurm {name} must be a number, got {given[name]!r}") from None
             key = "slurm_signal_delay_s" if name == "signal_delay_s" else name
             parameters[key] = number if name == "mem_gb" else int(number)
     rest = {name: value for name, value in given.items() if name not in NUMBERS}
     return {**parameters, "slurm_additional_parameters": rest} if rest else parameters
-
-
-def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError:
-        raise ValueError("slurm: needs the package submitit: pip install 'ssl-bench[slurm]'") from None
-    if shutil.which("sbatch") is None:
-        raise ValueError("slurm: there is no sbatch here; for other clusters see --print-commands")
-    return submitit

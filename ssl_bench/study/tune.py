@@ -19,12 +19,11 @@ from ssl_bench.records.reader import read_results
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.console import say
 from ssl_bench.study.cells import CellStore
-from ssl_bench.study.files import Words, as_words
-from ssl_bench.study.grid import Cell, Study, split_word
+from ssl_bench.study.grid import Cell, Overrides, Study, as_overrides, split_override
 from ssl_bench.study.run import run_study
 from ssl_bench.study.search import Arm, Search, load_search, points
 
-# Nothing but the last epoch is measured: no curve of the test set that could be selected from.
+# Measured after the last epoch alone: a curve of the test set would be something to select from.
 MEASURE_ONCE = {"classify": {"eval.test_every_epochs": "0"}, "pretrain": {"eval.online_every_epochs": "0"}}
 
 
@@ -33,13 +32,13 @@ class Trial:
     """One point of an arm's space, as a run."""
 
     arm: Arm
-    point: Words
+    point: Overrides
     cell: Cell
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: its top-1 in percent, or NaN and the word for what happened instead."""
+    """The result of a run: its status, and its top-1 in percent or NaN where it did not finish."""
 
     status: str
     top1: float
@@ -60,33 +59,36 @@ def tune_main(
     Args:
         source: a shipped search's name, or a YAML file's path.
         runs: the folder of all runs.
-        overrides: ``key=value`` words for every run.
+        overrides: ``key=value`` for every run.
         data_paths: where to read data sets, by name.
-        workers: runs at a time; None = what the machine carries.
+        workers: runs at a time; None = as many as fit.
         per_gpu: runs that may share a GPU.
         retry_failed: try failed runs again.
 
     Returns:
-        the exit code: 0; 1 when runs failed, whereupon nothing is selected; `REQUEUE_EXIT_CODE` after a signal.
+        the exit code: 0; 1 when runs failed, and then nothing is selected; `REQUEUE_EXIT_CODE` after a signal.
 
     Raises:
         ValueError: one line; the search or an override is wrong.
     """
     name, _, search = load_search(source)
-    make = _Maker(name, search, dict(map(split_word, overrides)), dict(data_paths or {}))
+    make = _Maker(name, search, dict(map(split_override, overrides)), dict(data_paths or {}))
     trials = [trial for arm in search.arms for trial in make.trials(arm)]
     store = CellStore(runs)
-    options: dict[str, Any] = {"workers": workers, "per_gpu": per_gpu, "retry_failed": retry_failed}
+
+    def run(cells: Iterable[Cell]) -> int:
+        # Small spaces of choices repeat points; equal ones are one run.
+        study = Study(name, "", tuple({cell.identity: cell for cell in cells}.values()))
+        return run_study(study, store, workers=workers, per_gpu=per_gpu, retry_failed=retry_failed)
+
     say(f"{name}: {search.trials} trials for each of {len(search.arms)} arms on held-out train images")
-    code = run_study(Study(name, "", _distinct(trial.cell for trial in trials)), store, **options)
-    if code:
+    if code := run(trial.cell for trial in trials):
         return code
     scores = {trial: _outcome(trial.cell, store, search.select) for trial in trials}
     best = {arm.label: _best([trial for trial in trials if trial.arm is arm], scores) for arm in search.arms}
     finals = {label: make.finals(trial) if trial else [] for label, trial in best.items()}
     say(f"{name}: the best trial of each on all train images, seeds {', '.join(map(str, search.seeds))}")
-    code = run_study(Study(name, "", _distinct(cell for cells in finals.values() for cell in cells)), store, **options)
-    if code:
+    if code := run(cell for cells in finals.values() for cell in cells):
         return code
     tested = {label: [_outcome(cell, store, search.select) for cell in cells] for label, cells in finals.items()}
     path = store.runs / name / "tune.json"
@@ -99,21 +101,18 @@ def tune_main(
 class _Maker:
     """Makes a search's runs."""
 
-    def __init__(self, name: str, search: Search, user: Words, data_paths: dict[str, str]):
+    def __init__(self, name: str, search: Search, user: Overrides, data_paths: dict[str, str]):
         self.name, self.search, self.user, self.data_paths = name, search, user, data_paths
-        for arm in search.arms:
-            for key in user:
-                if key in arm.space or key in ("data.holdout", "seed"):
-                    raise ValueError(f"search {name}: {key} is chosen by the search; it cannot be set besides")
+        for key in user:
+            if key in ("data.holdout", "seed") or any(key in arm.space for arm in search.arms):
+                raise ValueError(f"search {name}: {key} is chosen by the search and cannot be overridden")
 
     def trials(self, arm: Arm) -> list[Trial]:
         """The trials of one arm."""
         search = self.search
         held = {"data.holdout": f"{search.holdout:g}"}
-        found = []
-        for point in points(arm, search.trials, search.seed):
-            found.append(Trial(arm, point, self._cell(arm, point, held, search.seed)))
-        return found
+        found = points(arm, search.trials, search.seed)
+        return [Trial(arm, point, self._cell(arm, point, held, search.seed)) for point in found]
 
     def finals(self, trial: Trial) -> list[Cell]:
         """The runs of a selected point on the whole train set."""
@@ -121,31 +120,26 @@ class _Maker:
         return [
             replace(
                 first,
-                words={**first.words, "seed": str(seed)},
+                overrides={**first.overrides, "seed": str(seed)},
                 varied={**first.varied, "seed": str(seed)},
                 recipe=replace(first.recipe, seed=seed),
             )
             for seed in self.search.seeds
         ]
 
-    def _cell(self, arm: Arm, point: Words, held: Words, seed: int) -> Cell:
+    def _cell(self, arm: Arm, point: Overrides, held: Overrides, seed: int) -> Cell:
         where = f"search {self.name}"
-        chosen = as_words(where, arm.set) | point
-        words = merge(merge(as_words(where, self.search.base), chosen), self.user)
-        words |= MEASURE_ONCE[self.search.track] | held | {"seed": str(seed)}
-        path = self.data_paths.get(words.get("data", "cifar10"))
+        chosen = as_overrides(where, arm.set) | point
+        overrides = merge(merge(as_overrides(where, self.search.base), chosen), self.user)
+        overrides |= MEASURE_ONCE[self.search.track] | held | {"seed": str(seed)}
+        path = self.data_paths.get(overrides.get("data", "cifar10"))
         if path:
-            words = {"data.path": path, **words}
+            overrides = {"data.path": path, **overrides}
         try:
-            recipe = compose(self.search.track, [f"{key}={value}" for key, value in words.items()])
+            recipe = compose(self.search.track, [f"{key}={value}" for key, value in overrides.items()])
         except ValueError as error:
             raise ValueError(f"{where}: {arm.label}: {error}") from None
-        return Cell(self.name, words, {**chosen, **held}, recipe)
-
-
-def _distinct(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """Small spaces of choices repeat points; equal ones are one run."""
-    return tuple({cell.identity: cell for cell in cells}.values())
+        return Cell(self.name, overrides, {**chosen, **held}, recipe)
 
 
 def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
@@ -155,7 +149,7 @@ def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
         ValueError: the run was not measured by it.
     """
     results = read_results(store.folder(cell))
-    assert results is not None  # the launcher said so
+    assert results is not None  # the launcher reported that the run has ended
     if results["status"] != "finished":
         return Outcome(results["status"], math.nan)
     entries = [entry for entry in results["evaluations"] if entry.get("model", "trained") == "trained"]
@@ -163,13 +157,13 @@ def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
         if entry["protocol"] == protocol:
             return Outcome(results["status"], float(entry["metrics"]["top1"]))
     known = ", ".join(entry["protocol"] for entry in entries) or "none"
-    raise ValueError(f"search {cell.study}: select: got {protocol!r}, its runs are measured by: {known}")
+    raise ValueError(f"search {cell.study}: select must be a protocol of its runs ({known}), got {protocol!r}")
 
 
 def _best(trials: Sequence[Trial], scores: Mapping[Trial, Outcome]) -> Trial | None:
-    """The first trial of the highest top-1, or None where none came to one."""
-    alive = [trial for trial in trials if not math.isnan(scores[trial].top1)]
-    return max(alive, key=lambda trial: scores[trial].top1, default=None)
+    """The first trial with the highest top-1, or None where no trial finished."""
+    finished = [trial for trial in trials if not math.isnan(scores[trial].top1)]
+    return max(finished, key=lambda trial: scores[trial].top1, default=None)
 
 
 def _record(
@@ -180,7 +174,10 @@ def _record(
     finals: Mapping[str, Sequence[Cell]],
     tested: Mapping[str, Sequence[Outcome]],
 ) -> dict[str, Any]:
-    """All that a reader needs to check the selection."""
+    """All that a reader needs to check the selection, the held-out indices themselves included."""
+    from ssl_bench.data.dataset import load_dataset
+    from ssl_bench.data.holdout import holdout_indices
+
     arms = {}
     for label, chosen in best.items():
         arms[label] = {
@@ -195,23 +192,21 @@ def _record(
                 for cell, outcome in zip(finals[label], tested[label], strict=True)
             ],
         }
-    held = _held_out(next(iter(scores)).cell)
-    return {"format": 1, "search": name, "select": search.select, "sampler": "optuna QMCSampler, scrambled Sobol",
-            "seed": search.seed, "holdout": {"fraction": search.holdout, **held}, "arms": arms}  # fmt: skip
-
-
-def _held_out(cell: Cell) -> dict[str, Any]:
-    """The held-out indices themselves, with their hash."""
-    from ssl_bench.data.dataset import load_dataset
-    from ssl_bench.data.holdout import holdout_indices
-
-    data, path = cell.recipe.data, cell.words.get("data.path")
+    cell = next(iter(scores)).cell
+    data, path = cell.recipe.data, cell.overrides.get("data.path")
     train = load_dataset(
         data.name, path=path, size=data.size, resident=False, workers=0, cache_dir=data.cache_dir
     ).train
-    indices = holdout_indices(train.labels, float(cell.words["data.holdout"]))[1].tolist()
-    digest = hashlib.sha256(json.dumps(indices).encode()).hexdigest()
-    return {"images": len(indices), "of": len(train.labels), "sha256": digest, "indices": indices}
+    indices = holdout_indices(train.labels, data.holdout)[1].tolist()
+    holdout = {
+        "fraction": search.holdout,
+        "images": len(indices),
+        "of": len(train.labels),
+        "sha256": hashlib.sha256(json.dumps(indices).encode()).hexdigest(),
+        "indices": indices,
+    }
+    return {"format": 1, "search": name, "select": search.select, "sampler": "optuna QMCSampler, scrambled Sobol",
+            "seed": search.seed, "holdout": holdout, "arms": arms}  # fmt: skip
 
 
 def _print(
@@ -223,14 +218,14 @@ def _print(
     print(f"{search.select} top-1 in %; test: all train images, last step, seeds {', '.join(map(str, search.seeds))}")
     for label, chosen in best.items():
         if chosen is None:
-            print(f"  {label}: {_words(scores[trial] for trial in scores if trial.arm.label == label)}")
+            print(f"  {label}: {_summary(scores[trial] for trial in scores if trial.arm.label == label)}")
             continue
         point = " ".join(f"{key}={value}" for key, value in chosen.point.items())
-        print(f"  {label}: held out {scores[chosen].top1:.2f}, test {_words(tested[label])}; {point}")
+        print(f"  {label}: held out {scores[chosen].top1:.2f}, test {_summary(tested[label])}; {point}")
 
 
-def _words(outcomes: Iterable[Outcome]) -> str:
-    """Outcomes in a few words; what diverged or collapsed is no number."""
+def _summary(outcomes: Iterable[Outcome]) -> str:
+    """Mean and standard deviation of what finished, and the number of runs that diverged or collapsed."""
     outcomes = list(outcomes)
     values = [outcome.top1 for outcome in outcomes if outcome.status == "finished"]
     spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""

@@ -57,7 +57,7 @@ def fake(
     """A command that stands in for a cell's; behaviours by learning rate."""
 
     def command(cell: Cell, run_dir: Path) -> list[str]:
-        behaviour = (behaviours or {}).get(int(cell.words["optimizer.lr"]), otherwise)
+        behaviour = (behaviours or {}).get(int(cell.overrides["optimizer.lr"]), otherwise)
         return [sys.executable, "-S", "-E", str(FAKE), behaviour, str(run_dir), cell.identity, str(counter)]
 
     return command
@@ -291,7 +291,7 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(slots()) == 2
     monkeypatch.setattr(launch, "_cores", lambda: 1)
     assert [slot.environment for slot in slots(4)] == [{"OMP_NUM_THREADS": "1"}] * 4
-    with pytest.raises(ValueError, match="workers: got 0, allowed: >= 1"):
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
         slots(0)
 
 
@@ -320,6 +320,18 @@ def test_a_gpu_takes_another_cell_as_far_as_its_memory_allows(
     assert launcher._has_room(second) == room
     assert launcher._has_room(other)
     child.end(store, child.process.wait())
+
+
+def test_a_gpu_whose_memory_nvidia_smi_does_not_know_takes_one_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch.gpu_memory("0") is None  # not installed
+    for answer, memory in (("[N/A], [N/A]", None), ("1024, 81920", (1024.0, 81920.0))):
+        tool.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        tool.chmod(0o755)
+        assert launch.gpu_memory("0") == memory
 
 
 # SLURM ---------------------------------------------------------------------------------------------------------------
@@ -391,5 +403,5 @@ def test_slurms_parameters_are_told_apart() -> None:
         "mem_gb": 1.5,
         "slurm_additional_parameters": {"partition": "gpu"},
     }
-    with pytest.raises(ValueError, match="timeout_min: got 'a day', allowed: a number"):
+    with pytest.raises(ValueError, match="timeout_min must be a number, got 'a day'"):
         _parameters({"timeout_min": "a day"})

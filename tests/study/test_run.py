@@ -136,25 +136,25 @@ def test_included_studies_keep_their_base_and_seeds(tmp_path: Path) -> None:
     [
         ({"blcks": []}, r"study tiny: unknown key 'blcks'; did you mean 'blocks'\?"),
         (tiny(sets={}), r"block 1: unknown key 'sets'; did you mean 'set'\?"),
-        ({"base": {"data": "digits"}}, "an empty grid: it has neither blocks nor include"),
+        ({"base": {"data": "digits"}}, "study tiny must have blocks or include, got neither"),
         ({"blocks": []}, "an empty grid"),
-        (tiny(axes=[{"optimizer.lr": []}]), r"axis 1: optimizer.lr: got \[\], allowed: a list of at least one value"),
-        (tiny(axes=[{}]), "axis 1: got {}, allowed"),
-        (tiny(axes=[[]]), r"axis 1: got \[\], allowed"),
-        (tiny(axes=[{"optimizer.lr": [1, 2], "seed": [1]}]), "different lengths: optimizer.lr=2 seed=1"),
+        (tiny(axes=[{"optimizer.lr": []}]), r"axis 1: optimizer.lr must be a list of at least one value, got \[\]"),
+        (tiny(axes=[{}]), "axis 1 must be .*, got {}"),
+        (tiny(axes=[[]]), r"axis 1 must be .*, got \[\]"),
+        (tiny(axes=[{"optimizer.lr": [1, 2], "seed": [1]}]), "must have the same length, got optimizer.lr=2 seed=1"),
         (tiny(axes=[{"seed": [1]}, {"seed": [2]}]), "'seed' is in two axes"),
         (tiny(axes=[{"optimizer.lr": [1, 1.0]}]), "the same experiment .*optimizer.lr=1' and '.*optimizer.lr=1.0'"),
-        (tiny(track="pretraining"), "track: got 'pretraining', allowed: pretrain or classify"),
+        (tiny(track="pretraining"), "track must be pretrain or classify, got 'pretraining'"),
         (tiny(set={"optimizer.mometum": 0.5}), r"optimizer.lr=1: unknown key 'optimizer.mometum'; did you mean"),
-        (tiny(set={"optimizer": {"lr": 1}}), "set: optimizer: got a mapping"),
+        (tiny(set={"optimizer": {"lr": 1}}), "set: optimizer must be one value, got a mapping"),
         (tiny(set={"run_dir": "x"}), "run_dir is set for each cell"),
-        ({**tiny(), "seeds": []}, r"seeds: got \[\], allowed"),
-        ({**tiny(), "seeds": [1, 1]}, "seeds: got .* different whole numbers"),
+        ({**tiny(), "seeds": []}, r"seeds must be a list of different integers >= 0, got \[\]"),
+        ({**tiny(), "seeds": [1, 1]}, r"seeds must be a list of different integers >= 0, got \[1, 1\]"),
         ({**tiny(), "include": ["tiny"]}, "includes itself"),
         ({**tiny(), "include": ["smok"]}, r"unknown study 'smok'; did you mean 'smoke'\?"),
-        ("blocks: []\nblocks: []", 'invalid YAML in line 2: found duplicate key "blocks"'),
-        ("a: [", "invalid YAML"),
-        ("- 1", r"got \[1\], allowed: a mapping"),
+        ("blocks: []\nblocks: []", 'study tiny: invalid YAML in line 2: found duplicate key "blocks"'),
+        ("a: [", "study tiny: invalid YAML"),
+        ("- 1", r"must be a mapping of keys to values, got \[1\]"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_in_one_line(content: dict | str, message: str, tmp_path: Path) -> None:
@@ -295,5 +295,5 @@ def test_a_speed_that_cannot_be_measured_is_said_and_not_fatal(
 
 
 def test_an_unknown_launcher_is_refused() -> None:
-    with pytest.raises(ValueError, match="launcher: got 'condor', allowed: local or slurm"):
+    with pytest.raises(ValueError, match="launcher must be local or slurm, got 'condor'"):
         study_main("smoke", launcher="condor")

@@ -66,13 +66,13 @@ def test_choices_are_words_of_the_command_line() -> None:
         ({"trials": 0}, "trials must be greater than 0, got 0"),
         ({"holdout": 1.0}, "holdout must be less than 1, got 1.0"),
         ({"arms": []}, r"arms must have at least 1 item, got \[\]"),
-        ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], allowed: different ones"),
+        ({"seeds": [1, 1]}, r"seeds must be different, got \[1, 1\]"),
         ({"track": "tune"}, "track must be 'pretrain' or 'classify', got 'tune'"),
         ({"arms": [{"set": {"optimizer": "lars"}, "space": {}}]}, "space must have at least 1 item, got {}"),
         ({"arms": [{"set": {}, "space": {"a": {"low": 1, "hihg": 2}}}]}, r"unknown key 'hihg'; did you mean 'high'\?"),
         (
             {"arms": [{"set": {}, "space": {"a": {"low": 0, "high": 1, "log": True}}}]},
-            "a: got 0 to 1, allowed: 0 < low < high",
+            "a must have 0 < low < high, got low = 0, high = 1",
         ),
         ({"arms": [{"set": {"a": 1}, "space": {"a": {"low": 0, "high": 1}}}]}, "'a' is both set and searched"),
         ({"arms": SEARCH["arms"][:1] * 2}, "two arms are 'optimizer=lars'"),
@@ -214,7 +214,7 @@ def test_what_the_search_chooses_cannot_be_overridden(tmp_path: Path) -> None:
 
 def test_an_unknown_protocol_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "run_study", launcher(scored, []))
-    with pytest.raises(ValueError, match="select: got 'knn-v1', its runs are measured by: test-v1"):
+    with pytest.raises(ValueError, match=r"select must be a protocol of its runs \(test-v1\), got 'knn-v1'"):
         tune_main(write(tmp_path, {**SEARCH, "select": "knn-v1"}), runs=tmp_path / "runs")
 
 
