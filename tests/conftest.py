@@ -1,11 +1,12 @@
-"""What several test files share."""
+"""Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEST_DATA = "SSL_BENCH_TEST_DATA"  # environment variable, explained in CONTRIBUTING.md
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,9 @@ def _own_accelerator():
 
 @pytest.fixture
 def shared_data() -> Path:
-    """The folder with the real data sets beside the checkout; the test is skipped where it is not there."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("no ../shared/data beside this checkout")
-    return SHARED_DATA
+    """The folder with the real data sets (`cifar10`, `tiny-imagenet`); skips the test where none is named."""
+    if not (folder := os.environ.get(TEST_DATA)):
+        pytest.skip(f"{TEST_DATA} is not set: no real data sets to read")
+    if not Path(folder).is_dir():
+        pytest.fail(f"{TEST_DATA} must be a directory, got {folder!r}")
+    return Path(folder)
