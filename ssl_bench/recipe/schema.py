@@ -314,10 +314,10 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
         recorded: the recipe of a run on disk, of any age.
         asked: the recipe given now.
     """
-    sides = _relevant(recorded), _relevant(asked)
+    sides, absent = (_relevant(recorded), _relevant(asked)), object()
     lines = []
     for key in sorted(sides[0].keys() | sides[1].keys()):
-        has, wants = (json.dumps(side[key]) if key in side else "nothing" for side in sides)
-        if has != wants and sides[0].get(key, has) != sides[1].get(key, wants):  # 1 and 1.0 are equal
+        if sides[0].get(key, absent) != sides[1].get(key, absent):  # as values: 1 and 1.0 are equal
+            has, wants = (json.dumps(side[key]) if key in side else "nothing" for side in sides)
             lines.append(f"{key}: the run has {has}, asked for {wants}")
     return lines

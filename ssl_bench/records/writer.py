@@ -318,7 +318,7 @@ def _check_same(
     head = read_head(folder)
     if head["identity"] != identity:
         reason = "; ".join(differences(head["recipe"], recipe)) if differences else ""
-        reason = reason or f"identity: run has {head['identity']}, asked for {identity}"
+        reason = reason or f"identity: the run has {head['identity']}, asked for {identity}"
         raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
 
 

@@ -34,10 +34,10 @@ def test_another_recipe_is_refused_with_the_difference_key_by_key(tmp_path: Path
     with pytest.raises(RecordError) as caught:
         open_run(tmp_path, recipe=other, identity="id1", differences=differences)
     assert str(caught.value).endswith(
-        "it holds a run of another recipe: optimizer.betas: run has [0.9, 0.999], asked for nothing; "
-        "optimizer.eta: run has nothing, asked for 0.1; optimizer.lr: run has 1.0, asked for 2.0"
+        "it holds a run of another recipe: optimizer.betas: the run has [0.9, 0.999], asked for nothing; "
+        "optimizer.eta: the run has nothing, asked for 0.1; optimizer.lr: the run has 1.0, asked for 2.0"
     )
-    with pytest.raises(RecordError, match="identity: run has id0, asked for id1"):
+    with pytest.raises(RecordError, match="identity: the run has id0, asked for id1"):
         open_run(tmp_path, identity="id1")
     open_run(tmp_path, recipe=other).close()  # the same identity: only what cannot change the result differs
 
@@ -45,9 +45,9 @@ def test_another_recipe_is_refused_with_the_difference_key_by_key(tmp_path: Path
 def test_differences_compare_values_and_ignore_what_cannot_change_a_result() -> None:
     assert differences({"a": 1, "b": {}}, {"a": 1.0, "b": {}}) == []
     assert differences({"data": {"workers": 1}, "x": 1}, {"data": {"workers": 2}, "x": 2}) == [
-        "x: run has 1, asked for 2"
+        "x: the run has 1, asked for 2"
     ]
-    assert differences({"n": None}, {"n": "nan"}) == ['n: run has null, asked for "nan"']
+    assert differences({"n": None}, {"n": "nan"}) == ['n: the run has null, asked for "nan"']
     assert differences({}, {"loss_scale": 1.0}) == []  # a record from before the key, at the value it then had
 
 
