@@ -24,14 +24,14 @@ from ssl_bench.runtime.suggestion import nearest
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("data", "model", "method", "optimizer", "schedule", "eval", "protocol")
 PLUGINS = ("method", "optimizer", "schedule")  # whose own keys `registry` checks
-# The groups that take code from outside: its kind in `registry`, and the key that names it.
+# The groups whose choice may be code from outside: its kind in `registry`, and the key that holds its name.
 FOREIGN = {"data": ("dataset", "name"), "model": ("backbone", "name"), **{kind: (kind, "target") for kind in PLUGINS}}
 UNITS = ("steps", "epochs", "fraction")  # of one duration
 
-# What others call a key, for the suggestion beside an unknown one.
+# What other suites call a key, for suggestions.
 ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "dataset": "name", "num_workers": "workers"}
 
-# Read as YAML on a command line; everything else is text, whatever YAML makes of its colons, dates or backslashes.
+# What is read as YAML on a command line. The rest is text: paths with colons or backslashes, dates, 007, off.
 _NUMBER = r"[+-]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)(e[+-]?\d+)?"
 _YAML_VALUE = re.compile(rf"{_NUMBER}|true|false|null|\[.*\]|\{{.*\}}", re.IGNORECASE | re.DOTALL)
 
@@ -39,11 +39,11 @@ Tree = Mapping[str, Any]  # nested, by the sections of a recipe; never changed i
 
 
 def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a command line means.
+    """Composes the recipe of a command line.
 
     Args:
         track: "pretrain" or "classify"; the root file in ``configs/``.
-        overrides: ``key=value`` and ``group=choice``; of two for one key the last counts.
+        overrides: ``key=value`` and ``group=choice``; the last one of a key counts.
 
     Raises:
         ValueError: one line that names the key, what it must be and what was given.
@@ -51,30 +51,27 @@ def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
     given = dict(map(_split, overrides))
     tree = _from_files(track, {key: given.pop(key) for key in GROUPS if key in given})
     values = {key: _value(key, text) for key, text in given.items()}
-    for key in sorted(values):
+    for key in sorted(given):
         _check_key(key, tree)
         for twin in _twins(key):
-            if twin in values:
+            if twin in given:
                 raise ValueError(f"give {key} or {twin}, not both")
-    # A duration given in one unit replaces what the files say in another.
-    others = {twin for key in values for twin in _twins(key)}
-    dropped = {twin for twin in others if twin in known_keys() or twin.partition(".")[0] in PLUGINS}
-    values = dict.fromkeys(sorted(dropped)) | values
-
-    rules = tree.get("when") or []
-    tree = {key: value for key, value in tree.items() if key != "when"}
-    implied = _implied(rules, {"track": track, **flatten(_with(tree, values))}) if rules else {}
+            # A duration given in one unit replaces what the files say in another.
+            if twin in known_keys() or twin.partition(".")[0] in PLUGINS:
+                values[twin] = None
+    rules = tree.pop("when", [])
+    implied = _implied(rules, {"track": track, **flatten(_with(tree, values))})
     return build(track, _with(_with(tree, implied), values))
 
 
 def merge(overrides: dict[str, str], later: dict[str, str]) -> dict[str, str]:
-    """Overrides by key with later ones on top; a duration given anew replaces the same duration in another unit."""
+    """Merges overrides by key; later ones count, and a later duration replaces the same duration in another unit."""
     replaced = {twin for key in later for twin in _twins(key)}
     return {key: value for key, value in overrides.items() if key not in replaced} | later
 
 
 def build(track: str, plain: Tree) -> Recipe:
-    """A recipe from nested plain values such as `Recipe.to_dict` gives, checked whole.
+    """Checks nested plain values, such as `Recipe.to_dict` gives, and makes a recipe of them.
 
     Raises:
         ValueError: as `compose`.
@@ -108,7 +105,7 @@ def _recipe_checker() -> TypeAdapter[Recipe]:
 
 
 def _cross_check(recipe: Recipe) -> None:
-    """Checks what concerns several fields, and the names of code that the run will need."""
+    """Checks what depends on several fields, and that the code which the run names exists."""
     if (recipe.epochs is None) == (recipe.steps is None):
         raise ValueError(f"give exactly one of epochs and steps, got epochs={recipe.epochs} and steps={recipe.steps}")
     if recipe.chunk_size is not None and recipe.batch_size % recipe.chunk_size:
@@ -121,7 +118,7 @@ def _cross_check(recipe: Recipe) -> None:
     if ":" in recipe.model.name:  # others are timm's to know, which is not imported here
         registry.resolve("backbone", recipe.model.name)
     for name in recipe.eval.protocols if recipe.track == "pretrain" else ():
-        if not registry.resolve("evaluator", name).tabulated:
+        if not getattr(registry.resolve("evaluator", name), "tabulated", True):
             raise ValueError(
                 f"eval.protocols must be evaluators of a finished run, got {name!r}, a monitor "
                 "(eval.online_every_epochs switches it on)"
@@ -129,7 +126,7 @@ def _cross_check(recipe: Recipe) -> None:
 
 
 def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> Tree:
-    """A recorded recipe with some keys set anew.
+    """Sets some keys of a recorded recipe anew.
 
     Args:
         plain: nested, as `Recipe.to_dict` gives it.
@@ -187,22 +184,17 @@ def known_keys() -> tuple[str, ...]:
 
 
 def unknown_key(name: str, tree: Tree | None = None) -> str:
-    """The error for a key that does not exist: the key that was probably meant, and the keys of its section.
-
-    Args:
-        name: the dotted key.
-        tree: a recipe whose plug-ins' own keys are suggested too.
-    """
-    known = list(known_keys())
+    """The error for a key that does not exist: the key that was probably meant, and the keys of its section."""
+    known = list(known_keys())  # and those of the recipe's plug-ins
     for kind in PLUGINS:
         if target := ((tree or {}).get(kind) or {}).get("target"):
             known += [f"{kind}.{one}" for one in registry.options(registry.resolve(kind, target))]
-    scope, _, last = name.rpartition(".")
+    section, _, last = name.rpartition(".")
     same = [key for key in known if key.rpartition(".")[2] == ALIASES.get(last, last)]
     meant = f"; did you mean {same[0]!r}?" if same else nearest(name, known)
-    sections = list(dict.fromkeys(f"{key.partition('.')[0]}." for key in known if "." in key))
-    beside = [key for key in known if key.startswith(f"{scope}.")] if scope else [k for k in known if "." not in k]
-    beside = beside if f"{scope}." in sections else beside + [f"{section}*" for section in sections]
+    beside = [key for key in known if key.rpartition(".")[0] == section]
+    if not (section and beside):
+        beside += dict.fromkeys(f"{key.partition('.')[0]}.*" for key in known if "." in key)
     return f"unknown key {name!r}{meant} (known: {', '.join(beside)})"
 
 
@@ -222,7 +214,7 @@ def _split(override: str) -> tuple[str, str]:
 
 @cache
 def _value(key: str, text: str) -> Any:
-    """A command line's value: a number, true, false, null, a list or a mapping as in YAML; anything else is text."""
+    """Reads a command line's value: numbers, true, false, null, lists and mappings as YAML, anything else as text."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     if not _YAML_VALUE.fullmatch(text):
@@ -238,7 +230,7 @@ def _twins(key: str) -> list[str]:
 
 
 def _implied(rules: Iterable[Mapping[str, Any]], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What the ``when`` rules set whose conditions hold; ``${key}`` stands for that key's value."""
+    """The keys set by those ``when`` rules whose conditions hold; ``${key}`` stands for that key's value."""
     found: dict[str, Any] = {}
     for rule in rules:
         if all(flat.get(key) == wanted for key, wanted in rule["if"].items()):
@@ -247,20 +239,18 @@ def _implied(rules: Iterable[Mapping[str, Any]], flat: Mapping[str, Any]) -> dic
     return found | {key: flat[match[1]] for key, match in references.items() if match}
 
 
-def _from_files(track: str, chosen: Mapping[str, str]) -> Tree:
-    """The root file and one file of every group, merged; ``chosen`` groups are the user's, the others the files'."""
+def _from_files(track: str, chosen: Mapping[str, str]) -> dict[str, Any]:
+    """One file of each group and the root file, merged; groups that are not chosen are as the files say."""
     defaults, own = _read(CONFIGS / f"{track}.yaml")
     if "method" in chosen and "method" not in defaults:
         raise ValueError("the classification track has no method; leave out method=")
     contents = {}
     for group, choice in {**defaults, **chosen}.items():
         inner, contents[group] = _group_file(group, choice)
-        for other in inner.keys() - chosen.keys():  # TVLARS wants the constant schedule, say
+        for other in inner.keys() - chosen.keys():  # tvlars.yaml chooses the constant schedule
             contents[other] = _group_file(other, inner[other])[1]
-    tree: Tree = {}
-    for group, content in contents.items():
-        tree = _merged(tree, content if group == "protocol" else {group: content})  # protocols set any section's keys
-    return _merged(tree, own)
+    protocol = contents.pop("protocol")  # the only file that sets keys of all sections
+    return _merged(_merged(contents, protocol), own)
 
 
 def _group_file(group: str, choice: str) -> tuple[dict[str, str], Tree]:
@@ -285,7 +275,7 @@ def _read(path: Path) -> tuple[dict[str, str], Tree]:
 
 # OmegaConf takes 11 ms for what these lines do in a fraction of one, and a study composes hundreds of recipes.
 def _merged(below: Tree, above: Tree) -> dict[str, Any]:
-    """Two trees as one: sections are merged, of anything else ``above`` counts."""
+    """Merges two trees section by section; where both have a value, that of ``above`` counts."""
     result = dict(below)
     for name, value in above.items():
         old = result.get(name)

@@ -104,11 +104,14 @@ def resolve(kind: str, target: str) -> Any:
             raise ValueError(
                 f"unknown {kind} {target!r}{nearest(target, names)} (known: {', '.join(names)}; or package.module:Name)"
             )
-    except (ImportError, AttributeError) as error:
+        if kind == "evaluator" and inspect.isclass(found):
+            found = found()
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{kind} {target!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{kind} {target!r} must be a class or function, got {found!r}")
-    return found() if kind == "evaluator" and inspect.isclass(found) else found
+    if not callable(found) or (kind == "evaluator" and not hasattr(found, "name")):
+        wanted = "an object with a name that can be called" if kind == "evaluator" else "a class or function"
+        raise ValueError(f"{kind} {target!r} must be {wanted}, got {found!r}")
+    return found
 
 
 @cache

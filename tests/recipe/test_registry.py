@@ -1,10 +1,12 @@
 """Names become classes, and keyword values are checked against signatures."""
 
+from importlib.metadata import EntryPoint
 from typing import Literal
 
 import pytest
 
 from ssl_bench.recipe import registry
+from ssl_bench.recipe.compose import compose
 
 
 class Example:
@@ -29,6 +31,19 @@ class Open:
 
     def __init__(self, params, **anything):
         self.values = (params, anything)
+
+
+class Accuracy:
+    """An evaluator of a test."""
+
+    name = "accuracy-v1"
+
+    def __call__(self):
+        return {}
+
+
+def locate(path):
+    """A data set of a test."""
 
 
 HERE = f"{__name__}:Example"
@@ -85,3 +100,69 @@ def test_every_builtin_documents_every_keyword(kind):
     for name, factory in registry.builtin(kind).items():
         for option in registry.options(factory).values():
             assert option.help, f"{kind} {name} does not document {option.name}"
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Entry points as an installed package has them, one of each kind."""
+    objects = {"evaluator": "Accuracy", "dataset": "locate", "backbone": "locate", "optimizer": "Example"}
+    points = {
+        kind: {"mine": EntryPoint("mine", f"{__name__}:{name}", f"ssl_bench.{kind}s")} for kind, name in objects.items()
+    }
+    monkeypatch.setattr(registry, "installed", lambda kind: points.get(kind, {}))
+
+
+@pytest.mark.parametrize("name", ["mine", f"{__name__}:{{}}"])
+@pytest.mark.usefixtures("offered")
+def test_every_kind_comes_from_outside_by_entry_point_or_module(name):
+    evaluator = registry.resolve("evaluator", name.format("Accuracy"))
+    assert isinstance(evaluator, Accuracy)  # made where the name is a class's
+    assert registry.resolve("dataset", name.format("locate")) is locate
+    assert registry.resolve("backbone", name.format("locate")) is locate
+    data, model, optimizer, protocol = map(name.format, ("locate", "locate", "Example", "Accuracy"))
+    recipe = compose(
+        "pretrain",
+        [
+            f"data={data}",
+            f"model={model}",
+            f"optimizer={optimizer}",
+            "optimizer.lr=1",
+            f"eval.protocols=['{protocol}']",
+        ],
+    )
+    assert (recipe.data.name, recipe.model.name, recipe.optimizer.target) == (data, model, optimizer)
+    assert recipe.eval.protocols == [protocol]
+    assert recipe.name().startswith(f"{data.split(':')[-1]}-barlow_twins-{optimizer.split(':')[-1].lower()}-")
+
+
+def test_builtin_data_sets_and_backbones_are_known_to_their_folders_by_name():
+    assert registry.resolve("dataset", "cifar10") == "cifar10"
+    assert registry.resolve("backbone", "resnet18") == "resnet18"
+    assert registry.resolve("evaluator", "knn-v1").name == "knn-v1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.name=cifar"], r"unknown dataset 'cifar'; did you mean 'cifar10'\?"),
+        (["data=no.such:thing"], "dataset 'no.such:thing' cannot be imported: No module named 'no'"),
+        (["model.name=json:dumpz"], "backbone 'json:dumpz' cannot be imported: .* no attribute 'dumpz'"),
+        (
+            ["eval.protocols=['json:decoder']"],
+            "evaluator 'json:decoder' must be an object with a name that can be called, got <module",
+        ),
+        ([f"eval.protocols=[{__name__}:locate]"], "must be an object with a name that can be called"),
+        ([f"eval.protocols=[{__name__}:Example]"], "cannot be imported: .*missing"),
+        (["method=json:decoder"], "method 'json:decoder' must be a class or function, got <module"),
+        (["eval.protocols=[no.such:thing]"], "evaluator 'no.such:thing' cannot be imported"),
+    ],
+)
+def test_code_from_outside_is_refused_before_data_is_read(overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        compose("pretrain", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_path_of_a_data_set_from_outside_is_part_of_the_identity():
+    one, two = (compose("pretrain", [f"data={__name__}:locate", f"data.path={path}"]) for path in "ab")
+    assert one.identity() != two.identity()
