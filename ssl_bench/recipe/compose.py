@@ -6,7 +6,6 @@ command line. ``group=choice`` picks ``configs/group/choice.yaml``, or code from
 ``package.module:Name`` or by the name of its entry point; ``key=value`` sets a key.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -34,6 +33,8 @@ ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "dat
 # What is read as YAML on a command line. The rest is text: paths with colons or backslashes, dates, 007, off.
 _NUMBER = r"[+-]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)(e[+-]?\d+)?"
 _YAML_VALUE = re.compile(rf"{_NUMBER}|true|false|null|\[.*\]|\{{.*\}}", re.IGNORECASE | re.DOTALL)
+
+_CHECKER = TypeAdapter(Recipe)
 
 Tree = Mapping[str, Any]  # nested, by the sections of a recipe; never changed in place
 
@@ -80,16 +81,13 @@ def build(track: str, plain: Tree) -> Recipe:
     if track == "classify":
         plain.pop("method", None)
     for kind in PLUGINS:
-        node = plain.pop(kind, None)
-        if node is None:
-            continue
-        target = node.get("target")
-        if not target:
-            raise ValueError(f"{kind}.target must be a known name or package.module:Class, got {target}")
-        values = {name: value for name, value in node.items() if name != "target"}
-        plain[kind] = Plugin(target, registry.check(kind, target, values))
+        if (node := plain.pop(kind, None)) is not None:
+            values = dict(node)
+            if not (target := values.pop("target", None)):
+                raise ValueError(f"{kind}.target must be a known name or package.module:Name, got {target}")
+            plain[kind] = Plugin(target, registry.check(kind, target, values))
     try:
-        recipe = _recipe_checker().validate_python({"track": track, **plain})
+        recipe = _CHECKER.validate_python({"track": track, **plain})
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -97,11 +95,6 @@ def build(track: str, plain: Tree) -> Recipe:
         raise ValueError(registry.explain(error)) from None
     _cross_check(recipe)
     return recipe
-
-
-@cache
-def _recipe_checker() -> TypeAdapter[Recipe]:
-    return TypeAdapter(Recipe)  # takes 5 ms, and a study builds hundreds of recipes
 
 
 def _cross_check(recipe: Recipe) -> None:
@@ -174,13 +167,7 @@ def choices(group: str) -> tuple[str, ...]:
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every key of a recipe, dotted, without the plug-ins' own."""
-    names: list[str] = []
-    for field in dataclasses.fields(Recipe):
-        if field.type is Plugin or field.name == "track":
-            continue
-        inner = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
-        names += [f"{field.name}.{one.name}" for one in inner] or [field.name]
-    return tuple(names)
+    return tuple(key for key in flatten(Recipe("pretrain").to_dict()) if key not in ("track", *PLUGINS))
 
 
 def unknown_key(name: str, tree: Tree | None = None) -> str:
@@ -199,9 +186,8 @@ def unknown_key(name: str, tree: Tree | None = None) -> str:
 
 
 def _check_key(key: str, tree: Tree) -> None:
-    known = known_keys()
-    is_section = "." not in key and any(name.startswith(f"{key}.") for name in known)
-    if not (key in known or is_section or key.partition(".")[0] in PLUGINS):
+    """Refuses what is neither a key nor a section; the plug-ins' own keys are checked by `registry`."""
+    if key.partition(".")[0] not in PLUGINS and not any(f"{known}.".startswith(f"{key}.") for known in known_keys()):
         raise ValueError(unknown_key(key, tree))
 
 

@@ -143,20 +143,17 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
     result: dict[str, Any] = {}
     for name, value in values.items():
-        if name in units and value is None and (name not in known or len(_units(name)) > 1):
-            continue  # a duration that is given in another unit, or left at the plug-in's default
-        if name in units:
-            checker = known[name].checker if name in known else TypeAdapter(float)
-            try:
-                result[name] = checker.validate_python(value)
-            except ValidationError as error:
-                raise ValueError(explain(error, f"{kind}.{name}")) from None
-        elif open_ended:
-            result[name] = value
-        else:
+        if name not in units and not open_ended:
             raise ValueError(
                 f"unknown key '{kind}.{name}'{nearest(name, units)} ({target} takes: {', '.join(sorted(units))})"
             )
+        if name in units and value is None and (name not in known or len(_units(name)) > 1):
+            continue  # a duration that is given in another unit, or left at the plug-in's default
+        checker = known[name].checker if name in known else TypeAdapter(float if name in units else Any)
+        try:
+            result[name] = checker.validate_python(value)
+        except ValidationError as error:
+            raise ValueError(explain(error, f"{kind}.{name}")) from None
     for name, option in known.items():
         given = [f"{kind}.{unit}" for unit in _units(name) if unit in result]
         if len(given) > 1:
