@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_bench.recipe.compose import build, override
-from ssl_bench.records.writer import RecordError, add_evaluations, read_run
+from ssl_bench.records.reader import RecordError, read_run
+from ssl_bench.records.writer import add_evaluations
 
 # Where the images are and what is measured; never which images, which network, or how it was trained.
 MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.workers", "device")

@@ -1,4 +1,4 @@
-"""Checkpoints that a crash at any moment cannot damage, with a checksum of every file and the last few kept."""
+"""Checkpoints that no crash can damage: written whole or not at all, with checksums, the last few kept."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ssl_bench.records.storage import TEMPORARY, jsonable, naming, remove_atomically, sync_folder
+from ssl_bench.records.storage import TEMPORARY, jsonable, naming, one_line, remove_atomically, sync
 
 FORMAT = 1  # of a checkpoint folder; another number is refused by name
 
@@ -34,18 +34,18 @@ class CheckpointError(OSError):
 class Checkpoints:
     """A run's checkpoints: ``step-00000100/`` with state.pt, meta.json and SHA256SUMS (for ``sha256sum -c``) each.
 
-    One process saves; any number may load. What a killed save leaves behind is hidden under a temporary name and goes
-    when the run is opened again.
+    One process saves; any number may load. What a killed save leaves behind has a temporary name and is removed when
+    the run is opened again.
 
     Args:
         folder: where they are; made on the first save.
         keep: how many to keep, >= 1. A new one is complete before an old one goes, so the disk holds ``keep + 1``.
-        warn: takes a one-line message when a damaged checkpoint is passed over; logged by default.
+        warn: takes a one-line message when a damaged checkpoint is skipped; logged by default.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, warn: Callable[[str], None] = _LOG.warning) -> None:
         if keep < 1:
-            raise ValueError(f"checkpoint: keep is {keep}, allowed is an integer >= 1")
+            raise ValueError(f"checkpoint: keep must be >= 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
         self._warn = warn
@@ -63,7 +63,7 @@ class Checkpoints:
         """Writes one checkpoint, whole or not at all, then deletes those beyond the last ``keep``.
 
         A step that this object has saved, or loaded as the latest, is not written again. Checkpoints of later steps,
-        and those that ``load_latest`` found damaged, are deleted: they belong to a course that the run has left.
+        and those that ``load_latest`` found damaged, are deleted: the run continued from before them.
 
         Args:
             step: the number of steps completed, >= 0.
@@ -75,7 +75,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the disk is full or not writable. Nothing is left of this one; the earlier ones stay.
-            ValueError: something in ``state`` could be saved but not be loaded safely; its place is named.
+            ValueError: something in ``state`` could be saved but not be loaded safely; names where it is.
         """
         target = self._path(step)
         if step in self._current:
@@ -87,19 +87,20 @@ class Checkpoints:
             try:
                 if not self.folder.is_dir():
                     self.folder.mkdir(parents=True)
-                    sync_folder(self.folder.parent)
-                shutil.rmtree(temporary, ignore_errors=True)  # in a container every writer's process id may be the same
+                    sync(self.folder.parent)
+                # A dead writer's: in containers every trainer may have the same process id.
+                shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
                 sums = {_STATE: _write_state(temporary / _STATE, state), _META: _write(temporary / _META, text)}
                 _write(temporary / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-                sync_folder(temporary)
-                if target.exists():  # it is damaged or beyond what was loaded: nobody could want it any more
+                sync(temporary)
+                if target.exists():  # damaged, or later than what was loaded: nobody can want it any more
                     remove_atomically(target)
                 os.rename(temporary, target)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            sync_folder(self.folder)
+            sync(self.folder)
         self._current.add(step)
         self._damaged.discard(step)
         self._prune(step)
@@ -108,8 +109,8 @@ class Checkpoints:
     def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest undamaged checkpoint, or None where there is none at all.
 
-        A damaged one is passed over with a warning that names it and the reason. Nothing is unpickled blindly: files
-        are compared with their checksums first, and only tensors and primitives are accepted then.
+        A damaged one is skipped with a warning that names it and the reason. Nothing is unpickled blindly: files are
+        compared with their checksums first, and then only tensors and primitives are accepted.
 
         Returns:
             (step, state with all tensors on the CPU, meta).
@@ -124,12 +125,12 @@ class Checkpoints:
             except _DamagedError as error:
                 self._damaged.add(step)
                 reasons.append(str(error))
-                self._warn(f"checkpoint passed over: {error}")
+                self._warn(f"checkpoint skipped: {error}")
             else:
                 self._current.add(step)
                 return step, state, meta
         if reasons:
-            raise CheckpointError(f"checkpoint {self.folder}: every one is damaged: {'; '.join(reasons)}")
+            raise CheckpointError(f"checkpoints {self.folder}: every one is damaged: {'; '.join(reasons)}")
         return None
 
     def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,13 +145,13 @@ class Checkpoints:
             meta = json.loads((folder / _META).read_text())
             version = meta["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _DamagedError(f"{folder / _META}: {_line(error)}") from error
+            raise _DamagedError(f"{folder / _META}: {one_line(error)}") from error
         if version != FORMAT:
             raise CheckpointError(f"checkpoint {folder}: its format is {version}, this version reads {FORMAT}")
         try:
             state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for bytes that are no checkpoint, or a harmful one
-            raise _DamagedError(f"{folder / _STATE}: refused by torch.load: {_line(error)}") from error
+        except Exception as error:  # torch raises many kinds for files that are no checkpoint, or a harmful one
+            raise _DamagedError(f"{folder / _STATE}: refused by torch.load: {one_line(error)}") from error
         return state, meta
 
     def _path(self, step: int) -> Path:
@@ -166,14 +167,14 @@ class Checkpoints:
 
 
 class _DamagedError(CheckpointError):
-    """The checkpoint's files are not what was written."""
+    """The checkpoint's files are not those that were written."""
 
 
 class _HashingFile:
-    """A file that computes the SHA-256 of what passes through, so that a checkpoint's bytes are touched once.
+    """A file that computes the SHA-256 of what is written to it, so that a checkpoint need not be read again.
 
-    torch's writer, told of a failed write, raises a RuntimeError about file positions in its place. So a failure is
-    kept in ``error`` for the caller to raise, and what follows is swallowed.
+    torch's writer turns a failed write into a RuntimeError about file positions. So a failure is kept in ``error`` for
+    the caller to raise, and later writes are ignored.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -228,29 +229,23 @@ def _verify(folder: Path) -> None:
     except _DamagedError:
         raise
     except (OSError, ValueError) as error:
-        raise _DamagedError(f"{folder}: {_line(error)}") from error
+        raise _DamagedError(f"{folder}: {one_line(error)}") from error
 
 
 def _check(value: Any, where: str) -> None:
-    """Refuses what could be pickled but not be read back safely, before anything is written."""
+    """Refuses, before anything is written, what could be pickled but not be read back safely."""
     if type(value) in (torch.Tensor, torch.nn.Parameter) or type(value) in _PRIMITIVES:
         return
     if type(value) not in _CONTAINERS:
         raise ValueError(
-            f"checkpoint: {where} is a {type(value).__module__}.{type(value).__name__}; allowed are tensors, numbers, "
-            f"strings, bytes, None, and dicts, lists and tuples of them"
+            f"checkpoint: {where} must be a tensor, number, string, bytes, None, or a dict, list or tuple of them, "
+            f"got a {type(value).__module__}.{type(value).__name__}"
         )
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) not in (str, int):
-                raise ValueError(f"checkpoint: {where} has the key {key!r}; allowed are strings and integers")
+                raise ValueError(f"checkpoint: keys of {where} must be strings or integers, got {key!r}")
             _check(item, f"{where}.{key}")
     else:
         for index, item in enumerate(value):
             _check(item, f"{where}[{index}]")
-
-
-def _line(error: BaseException) -> str:
-    """An error's first words, on one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."

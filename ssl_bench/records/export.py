@@ -8,27 +8,27 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ssl_bench.records.reader import METRICS, RESULTS, RUN, SESSIONS, RecordError, RunRecord, find_runs, read_head
-from ssl_bench.records.storage import atomic_file
+from ssl_bench.records.storage import atomic_file, one_line
 from ssl_bench.runtime.console import say
 
 TEXTS = (RUN, METRICS, RESULTS, SESSIONS, "analysis.json")
 TELEMETRY = "telemetry.parquet"
 
-# Data sets that are the folder they lie in: there the path tells two experiments apart.
+# Data sets that are a folder: only its path tells two experiments apart, so a hash of it is kept.
 BY_PATH = ("folder", "hf")
 
 
 def export_records(runs: str | Path, output: str | Path) -> list[Path]:
     """Copies the records of all runs that have ended; `ssl-bench report` reads the copies like the runs.
 
-    Weights, snapshots and checkpoints stay behind. An absolute path, alone, as a ``key=path`` word or in a list, is cut
-    to its last part: it means something on one machine only. Runs that have not ended, and damaged ones, are named and
+    Weights, snapshots and checkpoints are left out. An absolute path, alone, as ``key=path`` or in a list, is cut to
+    its last part: it means something on one machine only. Runs that have not ended, and damaged ones, are named and
     left out.
 
     Args:
         runs: a folder of runs, at any depth, or a run.
-        output: the folder to copy to, with the same sub-folders (of a single run, with its name); a copy of the same
-            run that is there already is replaced.
+        output: the folder to copy to, with the same sub-folders (of a single run, with its name); an earlier copy of
+            the same run is replaced.
 
     Returns:
         the folders written.
@@ -40,7 +40,7 @@ def export_records(runs: str | Path, output: str | Path) -> list[Path]:
     source, target = Path(runs), Path(output)
     inner, outer = source.resolve(), target.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise ValueError(f"export: output {output}: allowed: a folder neither inside {runs} nor around it")
+        raise ValueError(f"export: output must be a folder neither inside {runs} nor around it, got {output}")
     records, skipped = find_runs(source)
     for one in skipped:
         say(f"left out: {one.reason}")
@@ -59,7 +59,7 @@ def export_records(runs: str | Path, output: str | Path) -> list[Path]:
 
 
 def _texts(record: RunRecord) -> dict[str, str] | None:
-    """The record's text files as they are to be written; None, and a line said, if one is damaged."""
+    """The record's text files as they are to be written; None, with a message, if one is damaged."""
     texts = {}
     for name in TEXTS:
         path = record.folder / name
@@ -67,54 +67,50 @@ def _texts(record: RunRecord) -> dict[str, str] | None:
             try:
                 texts[name] = _without_paths(path.read_text(), lines=name.endswith("l"))
             except ValueError as error:
-                say(f"left out: {path}: damaged: {' '.join(str(error).split())}")
+                say(f"left out: {path}: damaged: {one_line(error)}")
                 return None
     return texts
 
 
 def _write(record: RunRecord, texts: dict[str, str], folder: Path) -> None:
-    """One record's files; what the run no longer has goes."""
+    """One record's files; those of an earlier copy that the run no longer has are deleted."""
     if (folder / RUN).is_file() and (found := read_head(folder)["identity"]) != record.identity:
         raise RecordError(f"export: {folder}: it holds the record of another run ({found}); choose another output")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TEXTS:
+    for name in (*TEXTS, TELEMETRY):
         if name in texts:
-            with atomic_file(folder / name, sync=False) as file:
+            with atomic_file(folder / name, synced=False) as file:
                 file.write(texts[name].encode())
+        elif name == TELEMETRY and (record.folder / name).is_file():
+            shutil.copyfile(record.folder / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    if (record.folder / TELEMETRY).is_file():
-        shutil.copyfile(record.folder / TELEMETRY, folder / TELEMETRY)
-    else:
-        (folder / TELEMETRY).unlink(missing_ok=True)
 
 
 def _without_paths(text: str, *, lines: bool) -> str:
-    """A JSON file's text, or one of JSON lines, with the paths in its strings cut short."""
+    """The text of a JSON file, or of one of JSON lines, with the paths in its strings cut."""
     if lines:
-        return "".join(json.dumps(_shortened(json.loads(line))) + "\n" for line in text.splitlines())
+        return "".join(json.dumps(_cut(json.loads(line))) + "\n" for line in text.splitlines())
     value = json.loads(text)
     data = value.get("recipe", {}).get("data", {})
     if data.get("name") in BY_PATH and PurePath(data.get("path") or "").is_absolute():
         digest = hashlib.sha256(data["path"].encode()).hexdigest()[:8]
         data["path"] = f"{PurePath(data['path']).name}-{digest}"
-    return json.dumps(_shortened(value), indent=2) + "\n"
+    return json.dumps(_cut(value), indent=2) + "\n"
 
 
-def _shortened(value: Any) -> Any:
+def _cut(value: Any) -> Any:
+    """A value of JSON with the absolute paths in its strings cut to their last parts."""
     if isinstance(value, dict):
-        return {key: _shortened(item) for key, item in value.items()}
+        return {key: _cut(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shortened(item) for item in value]
-    return _cut(value) if isinstance(value, str) else value
-
-
-def _cut(text: str) -> str:
-    """A string with its absolute paths cut to their last parts."""
-    key, equals, word = text.partition("=")
-    if PurePath(text).is_absolute():
-        return PurePath(text).name or text
-    if PurePath(word).is_absolute():
-        return key + equals + PurePath(word).name
-    # In a list: whatever starts with a slash after a bracket, a comma, a quote or an equals sign.
-    return re.sub(r"(?<=[\[{(,'\"=:])/[^\]}),'\"]+", lambda match: PurePath(match[0]).name, text)
+        return [_cut(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    key, equals, argument = value.partition("=")
+    if PurePath(value).is_absolute():
+        return PurePath(value).name or value
+    if PurePath(argument).is_absolute():
+        return key + equals + PurePath(argument).name
+    # In a list: whatever starts with a slash after a bracket, a comma, a quote, a colon or an equals sign.
+    return re.sub(r"(?<=[\[{(,'\"=:])/[^\]}),'\"]+", lambda match: PurePath(match[0]).name, value)

@@ -1,4 +1,4 @@
-"""What a number needs beside it to be believed: code, packages, hardware and every effective setting."""
+"""What ran, for the record: code, packages, hardware and every effective setting."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ import torch
 
 import ssl_bench
 
-# Distribution names; one of faiss's is there, or none.
+# Distribution names; at most one of faiss's is installed.
 _PACKAGES = (
     *("torch", "torchvision", "timm", "accelerate", "faiss-gpu", "faiss-cpu", "faiss-gpu-cu12", "numpy"),
     *("pyarrow", "datasets"),
@@ -61,9 +61,9 @@ def now() -> str:
 
 
 def code_version() -> dict[str, Any]:
-    """The package's version, and the git commit it runs from with whether tracked files differ from it.
+    """The package's version, the git commit it runs from, and whether tracked files differ from that.
 
-    The commit is None for an installed package, also one that lies inside somebody else's checkout.
+    The commit is None for an installed package, even if it lies inside somebody else's checkout.
     """
     version: dict[str, Any] = {"version": ssl_bench.__version__, "commit": None, "dirty": None}
     folder = Path(ssl_bench.__file__).resolve().parent
@@ -112,12 +112,11 @@ def hardware() -> dict[str, Any]:
 
 def _cpu_model() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # no Linux
-    return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def torch_settings() -> dict[str, Any]:
@@ -137,16 +136,12 @@ def describe_groups(param_groups: Iterable[Mapping[str, Any]]) -> list[dict[str,
     Args:
         param_groups: in the form of ``torch.optim.Optimizer.param_groups``.
     """
-    groups = []
-    for group in param_groups:
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        parameters = list(group["params"])
-        groups.append(
-            {
-                **settings,
-                "tensors": len(parameters),
-                "elements": sum(parameter.numel() for parameter in parameters),
-                "param_names": list(group.get("param_names", [])),
-            }
-        )
-    return groups
+    return [
+        {
+            **{key: value for key, value in group.items() if key not in ("params", "param_names")},
+            "tensors": len(group["params"]),
+            "elements": sum(parameter.numel() for parameter in group["params"]),
+            "param_names": list(group.get("param_names", [])),
+        }
+        for group in param_groups
+    ]

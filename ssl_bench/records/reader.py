@@ -1,4 +1,4 @@
-"""Reading run directories, in whatever state a run is or was left: one, or all below a folder."""
+"""Reads run directories, one or all below a folder, whatever state the runs are in."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssl_bench.records.lock import is_claimed
-from ssl_bench.records.storage import restored
+from ssl_bench.records.storage import one_line, restored
 
 FORMAT = 1  # of a run directory; another number is refused by name
 
@@ -22,7 +22,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The reading side of a run directory.
+    """What a run directory holds.
 
     Attributes:
         folder: the run directory.
@@ -30,7 +30,7 @@ class RunRecord:
         identity: the hash of what in the recipe can change the result.
         recipe: the resolved recipe, nested.
         provenance: all of run.json.
-        metrics: the rows of metrics.jsonl by ascending step; a last line that was cut short is left out.
+        metrics: the rows of metrics.jsonl by ascending step, without a last line that was cut short.
         results: results.json, or None before the end.
     """
 
@@ -45,7 +45,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A folder that should be a run's and cannot be read, with the reason in one line."""
+    """A folder that looks like a run's and cannot be read, with the reason in one line."""
 
     folder: Path
     reason: str
@@ -55,7 +55,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
     """Reads a run directory, whatever state the run is in.
 
     Raises:
-        RecordError: no run, a damaged file, or another format version: one line that names it.
+        RecordError: no run, a damaged file, or another format version; one line that names it.
     """
     folder = Path(run_dir)
     if not (folder / RUN).is_file():
@@ -101,7 +101,7 @@ def find_runs(folder: str | Path) -> tuple[list[RunRecord], list[Skipped]]:
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """run.json, checked for its format and for what every reader needs."""
+    """run.json, with its format and the keys that every reader needs checked."""
     head = _read_json(folder / RUN)
     for key, kind in (("identity", str), ("recipe", dict)):
         if not isinstance(head.get(key), kind):
@@ -110,7 +110,7 @@ def read_head(folder: Path) -> dict[str, Any]:
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
-    """results.json with its numbers restored, checked for its format and status; None where the run has not ended."""
+    """results.json, checked and with its numbers restored; None where the run has not ended."""
     path = folder / RESULTS
     if not path.exists():
         return None
@@ -121,7 +121,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of metrics.jsonl with their contents; a last one that a killed writer cut short is left out.
+    """The lines of metrics.jsonl with their contents, without a last one that a killed writer cut short.
 
     Raises:
         RecordError: a line before the last is damaged.
@@ -132,34 +132,23 @@ def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
     lines = path.read_bytes().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = _parse_row(line)
-        if row is not None:
-            rows.append((line, row))
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append((line, restored(row)))
         elif number < len(lines):
-            raise RecordError(f"{path}: damaged: line {number} of {len(lines)} is no row with a step")
+            raise RecordError(f"{path}: damaged: line {number} of {len(lines)} is not a row with a step")
     return rows
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return restored(row) if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of this format version.
-
-    Raises:
-        RecordError: unreadable, no JSON object, or another version.
-    """
+    """A JSON file of this format version."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+        raise RecordError(f"{path}: damaged: {one_line(error)}") from error
     if not isinstance(value, dict) or "format" not in value:
         raise RecordError(f"{path}: not written by ssl_bench: it has no 'format'")
     if value["format"] != FORMAT:

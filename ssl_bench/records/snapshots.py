@@ -1,4 +1,4 @@
-"""A run's weights at chosen steps, kept beside its record for measurements afterwards (`ssl_bench.cli.analyze`)."""
+"""A run's weights at chosen steps, kept beside its record for later measurements (`ssl_bench.cli.analyze`)."""
 
 from pathlib import Path
 
@@ -7,25 +7,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ssl_bench.records.storage import atomic_file, naming
+from ssl_bench.records.storage import atomic_file, naming, one_line
 
 
 class Snapshots:
     """The weights of the whole network (projector or head included, optimizer not), one file for each step.
 
     Args:
-        run_dir: the run's folder; the files lie in its folder ``snapshots``.
+        run_dir: the run's directory; the files are in its sub-folder ``snapshots``.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "snapshots"
 
     def path(self, step: int) -> Path:
-        """Where the weights after ``step`` steps lie."""
+        """The file of the weights after ``step`` steps."""
         return self.folder / f"step-{step:09d}.safetensors"
 
     def steps(self) -> list[int]:
-        """The steps that are there, ascending."""
+        """The steps that have a file, ascending."""
         names = [path.stem.removeprefix("step-") for path in self.folder.glob("step-*.safetensors")]
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -42,12 +42,12 @@ class Snapshots:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in module.state_dict().items()
         }
-        # On the disk before a checkpoint that follows it: a run that goes on from there does not write it again.
+        # Synced, as a checkpoint may follow: a run that continues from there does not write this file again.
         with atomic_file(self.path(step)) as file:
             file.write(save(tensors, metadata={"step": str(step)}))
 
     def load(self, step: int, module: nn.Module) -> None:
-        """Puts the weights of a step into a network of the same architecture.
+        """Loads the weights of a step into a network of the same architecture.
 
         Raises:
             ValueError: one line; no such file, a damaged one, or another architecture's.
@@ -58,6 +58,4 @@ class Snapshots:
         try:
             module.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"snapshot {path}: damaged, or another network's ({' '.join(str(error).split())[:200]})"
-            ) from error
+            raise ValueError(f"snapshot {path}: damaged, or another network's ({one_line(error)})") from error

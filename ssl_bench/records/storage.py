@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# A name that starts so belongs to a write that has not finished. Whoever holds the folder's claim may delete it.
+# The start of the name of an unfinished write. Whoever has locked the folder may delete such files.
 TEMPORARY = ".tmp-"
 
-# JSON has no numbers for these. They are written as strings, which float() of most languages reads back.
+# JSON has no numbers for these. They are written as strings that float() reads back.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -27,33 +27,33 @@ def naming(action: str, error_class: type[OSError] = OSError) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        named = error_class(f"{action}: {reason}")
+        named = error_class(f"{action}: {error.strerror or one_line(error)}")
         named.errno = error.errno
         raise named from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the folder's entries (a new file, a rename) survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, cut after 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's entries (a new file, a rename), survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)  # fsync needs no write access
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Makes a file's bytes survive a power failure."""
-    sync_folder(path)  # the same system call: fsync needs no write access
-
-
 @contextmanager
-def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is whole; on an error nothing is left behind.
+def atomic_file(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
+    """A file to write that gets its name only when it is whole; on an error nothing is left behind.
 
     Args:
         path: the final name. A file of that name is replaced, and stays as it is until then.
-        sync: wait until the bytes and the name are on the disk. Without it the file survives a killed process but not
+        synced: wait until the bytes and the name are on the disk. Otherwise the file survives a killed process but not
             a power failure.
 
     Raises:
@@ -65,14 +65,14 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
-                if sync:
+                if synced:
                     os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        if sync:
-            sync_folder(path.parent)
+        if synced:
+            sync(path.parent)
 
 
 def atomic_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ def atomic_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def remove_atomically(folder: Path) -> None:
-    """Removes a folder so that a reader sees all of it or nothing, even if this process is killed on the way."""
+    """Removes a folder so that readers see all of it or nothing, even if this process is killed halfway."""
     doomed = folder.with_name(f"{TEMPORARY}old-{os.getpid()}-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -91,9 +91,9 @@ def remove_atomically(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> int:
-    """Deletes what writers that died left in a folder (not in its sub-folders).
+    """Deletes what dead writers left in a folder (not in its sub-folders).
 
-    Call it only while holding the folder's claim: a live writer's file looks the same.
+    Call it only with the run directory locked: a live writer's file looks the same.
 
     Returns:
         how many files and folders were deleted.
@@ -112,10 +112,10 @@ def remove_temporaries(folder: Path) -> int:
 def jsonable(value: Any, where: str = "") -> Any:
     """The JSON form of nested mappings, lists, numbers (of numpy and torch too), strings and paths.
 
-    JSON knows no NaN and no infinity: they become the strings "nan", "inf" and "-inf" (``restored`` reads them back).
+    JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf" (``restored`` reads them back).
 
     Raises:
-        ValueError: for anything else, naming its place.
+        ValueError: for anything else; names where it is.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -131,7 +131,7 @@ def jsonable(value: Any, where: str = "") -> Any:
         return os.fspath(value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return jsonable(value.item(), where)
-    raise ValueError(f"record: {where or 'value'} is a {type(value).__name__}, which JSON cannot hold")
+    raise ValueError(f"record: {where or 'value'} must be a value that JSON can hold, got a {type(value).__name__}")
 
 
 def restored(value: Any) -> Any:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from ssl_bench.records.storage import atomic_file, naming, sync_file, sync_folder
+from ssl_bench.records.storage import atomic_file, naming, one_line, sync
 
 _FILE, _FOLDER = "telemetry.parquet", "telemetry"
 _ROWS_PER_GROUP = 1 << 17  # fixed, so that the finished file depends on the rows alone
@@ -56,17 +56,15 @@ class TelemetryStore:
         with naming(f"{self._folder}: making the folder"):
             self._folder.mkdir(exist_ok=True)
         path = self._folder / f"part-{first:08d}.parquet"
-        _write(table, path, sync=False)
+        _write(table, path, synced=False)
         self._unsynced.append(path)
         self._schema, self._last_step = table.schema, table["step"][-1].as_py()
 
     def sync(self) -> None:
         """Makes the parts written so far survive a power failure; called before a checkpoint, which relies on them."""
         if self._unsynced:
-            for path in self._unsynced:
-                sync_file(path)
-            sync_folder(self._folder)
-            sync_folder(self._folder.parent)
+            for path in (*self._unsynced, self._folder, self._folder.parent):
+                sync(path)
             self._unsynced.clear()
 
     def truncate_to(self, step: int) -> None:
@@ -84,11 +82,11 @@ class TelemetryStore:
                 path.unlink()
                 continue
             if table.num_rows < before.num_rows:
-                _write(table, path, sync=True)
+                _write(table, path, synced=True)
             self._schema, self._last_step = table.schema.remove_metadata(), table["step"][-1].as_py()
             break
         if self._folder.is_dir():
-            sync_folder(self._folder)
+            sync(self._folder)
 
     def consolidate(self) -> None:
         """Joins the parts into ``telemetry.parquet`` and deletes them.
@@ -132,7 +130,7 @@ def read_telemetry(run_dir: str | Path) -> pa.Table:
             if attempt == 2:  # at first it only means that the parts have just been joined
                 raise
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"telemetry of {run_dir}: damaged: {' '.join(str(error).split())}") from error
+            raise ValueError(f"telemetry of {run_dir}: damaged: {one_line(error)}") from error
     return pa.table({})
 
 
@@ -143,8 +141,8 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
     return {"compression": "zstd", "use_dictionary": others, "use_byte_stream_split": floats}
 
 
-def _write(table: pa.Table, path: Path, *, sync: bool) -> None:
-    with atomic_file(path, sync=sync) as file:
+def _write(table: pa.Table, path: Path, *, synced: bool) -> None:
+    with atomic_file(path, synced=synced) as file:
         pq.write_table(table, file, row_group_size=_ROWS_PER_GROUP, **_options(table.schema))
 
 

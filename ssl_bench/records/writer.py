@@ -15,10 +15,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from ssl_bench.records.lock import InUseError, Lock, claim
+from ssl_bench.records.lock import Lock, claim
 from ssl_bench.records.reader import (
     FORMAT,
     METRICS,
@@ -27,31 +26,14 @@ from ssl_bench.records.reader import (
     SESSIONS,
     Ending,
     RecordError,
-    RunRecord,
-    Skipped,
-    find_runs,
     metric_rows,
     read_head,
     read_results,
-    read_run,
 )
-from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming, remove_temporaries, sync_folder
-from ssl_bench.records.telemetry import TelemetryStore, read_telemetry
-
-__all__ = [
-    "InUseError",
-    "RecordError",
-    "Run",
-    "RunRecord",
-    "Skipped",
-    "add_evaluations",
-    "find_runs",
-    "read_run",
-    "read_telemetry",
-]
+from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming, remove_temporaries, sync
+from ssl_bench.records.telemetry import TelemetryStore
 
 Resume = Literal["never", "auto"]
-
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
 
 
@@ -70,8 +52,7 @@ class Run:
         self.folder = folder
         self.resumed = lock is not None and (folder / RUN).exists()
         self.results = read_results(folder)
-        self._recipe = recipe
-        self._identity = identity
+        self._recipe, self._identity = recipe, identity
         self._lock = lock
         self._telemetry = TelemetryStore(folder)
         self._metrics: int | None = None  # file descriptor, opened with the first row
@@ -89,7 +70,7 @@ class Run:
         main_process: bool,
         differences: Differences | None = None,
     ) -> "Run":
-        """Claims a run directory, made if need be, for a new run or to continue the one it holds.
+        """Locks a run directory, made if need be, for a new run or to continue the one it holds.
 
         Args:
             run_dir: the directory.
@@ -101,17 +82,21 @@ class Run:
 
         Raises:
             InUseError: a live process holds the directory.
-            RecordError: it holds a run that must not be continued, or files that are no run's.
+            RecordError: it holds a run that must not be continued, or files that are not a run's.
             OSError: it cannot be made or written.
         """
         if resume not in get_args(Resume):
-            raise ValueError(f"resume is {resume!r}, allowed are {', '.join(get_args(Resume))}")
+            raise ValueError(f"resume must be {' or '.join(get_args(Resume))}, got {resume!r}")
         folder = Path(run_dir)
         if not main_process:
             return cls(folder, recipe, identity, None)
         with naming(f"run_dir {folder}: making the directory"):
             folder.mkdir(parents=True, exist_ok=True)
-            _refuse_foreign(folder)
+            names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if names and RUN not in names:  # before anything is written: somebody's own files must stay as they are
+            raise RecordError(
+                f"run_dir {folder} must be a run's directory, empty or new, got {names[0]!r} and no {RUN} in it"
+            )
         lock = claim(folder)
         try:
             with naming(f"run_dir {folder}: removing temporary files"):
@@ -144,7 +129,7 @@ class Run:
             os.close(descriptor)
 
     def truncate_to(self, step: int | None) -> None:
-        """Drops what was recorded beyond a checkpoint, so that continuing leaves no gap and no double line.
+        """Drops what was recorded after a checkpoint, so that continuing leaves no gap and no double line.
 
         A resumed run must call it once before it logs.
 
@@ -163,7 +148,7 @@ class Run:
             with atomic_file(self.folder / METRICS) as file:
                 file.writelines(line for line, _ in kept)
         self._last_step = kept[-1][1]["step"] if kept else -1
-        with naming(f"{self.folder}: dropping telemetry beyond step {step}"):
+        with naming(f"{self.folder}: dropping telemetry after step {step}"):
             self._telemetry.truncate_to(step)
         self._positioned = True
 
@@ -174,16 +159,14 @@ class Run:
             row: numbers and strings; "step" (the steps completed) is one of them and larger than in the row before.
 
         Raises:
-            ValueError: the step does not grow, or a value is nothing that JSON can hold.
+            ValueError: the step does not grow, or JSON cannot hold a value.
             OSError: the disk is full or not writable. The file then ends with the row before.
         """
-        if self._lock is None:
+        if not self._may_log():
             return
         step = int(row["step"])
-        if not self._positioned:
-            raise RuntimeError("record: a resumed run must call truncate_to before it logs")
         if step <= self._last_step:
-            raise ValueError(f"record: a row of step {step} after one of step {self._last_step}; steps must grow")
+            raise ValueError(f"record: step must be > {self._last_step}, the last recorded, got {step}")
         if self._metrics is None:
             self._metrics = self._open(METRICS)
         self._append(self._metrics, METRICS, {**row, "step": step})
@@ -191,11 +174,13 @@ class Run:
 
     def log_telemetry(self, columns: Mapping[str, Any]) -> None:
         """Writes one block of layer statistics as a parquet part (see ``TelemetryStore.append``)."""
-        if self._lock is None:
-            return
-        if not self._positioned:
+        if self._may_log():
+            self._telemetry.append(columns)
+
+    def _may_log(self) -> bool:
+        if self._lock is not None and not self._positioned:
             raise RuntimeError("record: a resumed run must call truncate_to before it logs")
-        self._telemetry.append(columns)
+        return self._lock is not None
 
     def sync(self) -> None:
         """Makes all rows so far survive a power failure; call it before saving a checkpoint, which relies on them."""
@@ -205,7 +190,7 @@ class Run:
             if self._metrics is not None:
                 os.fsync(self._metrics)
             self._telemetry.sync()
-            sync_folder(self.folder)
+            sync(self.folder)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json`` atomically; with it the run has ended.
@@ -215,12 +200,12 @@ class Run:
                 "protocol") and whatever else came out.
 
         Raises:
-            ValueError: no such status, or an evaluation without a protocol.
+            ValueError: another status, or an evaluation without a protocol.
         """
         if self._lock is None:
             return
         if results.get("status") not in get_args(Ending):
-            raise ValueError(f"results: status is {results.get('status')!r}, allowed are {', '.join(get_args(Ending))}")
+            raise ValueError(f"results: status must be {' or '.join(get_args(Ending))}, got {results.get('status')!r}")
         evaluations = list(results.get("evaluations", []))
         _check_evaluations(evaluations)
         atomic_json(self.folder / RESULTS, {"format": FORMAT, **results, "evaluations": evaluations})
@@ -236,7 +221,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Gives the directory back; a second call does nothing."""
+        """Releases the directory; a second call does nothing."""
         self._close_metrics()
         if self._lock is not None:
             self._lock.release()
@@ -244,9 +229,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _open(self, name: str) -> int:
@@ -300,15 +283,6 @@ def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]
         lock.release()
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Refuses a directory that has files but no run; hidden files do not count."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if names and RUN not in names:
-        raise RecordError(
-            f"run_dir {folder}: it holds {names[0]!r} and no {RUN}, so it is no run's; choose an empty or new directory"
-        )
-
-
 def _check_same(
     folder: Path, recipe: Mapping[str, Any], identity: str, resume: Resume, differences: Differences | None
 ) -> None:
@@ -325,4 +299,4 @@ def _check_same(
 def _check_evaluations(evaluations: Iterable[Mapping[str, Any]]) -> None:
     for entry in evaluations:
         if not isinstance(entry.get("protocol"), str):
-            raise ValueError(f"results: an evaluation names no protocol; it has {', '.join(entry) or 'nothing'}")
+            raise ValueError(f"results: an evaluation must name its protocol, got {', '.join(entry) or 'nothing'}")

@@ -11,8 +11,9 @@ from made_run import RECIPE, begun, block, ended, open_run
 from tiny_disk import mounted
 
 from ssl_bench.recipe.schema import differences
+from ssl_bench.records.reader import RecordError, read_run
 from ssl_bench.records.storage import TEMPORARY
-from ssl_bench.records.writer import RecordError, Run, add_evaluations, read_run
+from ssl_bench.records.writer import Run, add_evaluations
 
 # Opening --------------------------------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def test_a_used_directory_is_refused_under_never(tmp_path: Path) -> None:
     with open_run(tmp_path / "a") as run:  # the refusal gave the claim back
         assert run.resumed
         assert run.results is None
-    with pytest.raises(ValueError, match="resume is 'always', allowed are never, auto"):
+    with pytest.raises(ValueError, match="resume must be never or auto, got 'always'"):
         open_run(tmp_path / "b", resume="always")
 
 
@@ -54,7 +55,7 @@ def test_differences_compare_values_and_ignore_what_cannot_change_a_result() -> 
 def test_a_foreign_directory_and_a_file_are_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    with pytest.raises(RecordError, match=r"photos: it holds 'cat\.jpg' and no run\.json"):
+    with pytest.raises(RecordError, match=r"photos must be a run's directory, .*, got 'cat\.jpg' and no run\.json"):
         open_run(tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
     for path in ("photos/cat.jpg", "photos/cat.jpg/run"):
@@ -116,9 +117,9 @@ def test_rows_are_valid_json_also_when_not_finite_and_come_back_as_floats(tmp_pa
         run.write_provenance({})
         run.log({"step": torch.tensor(1), "loss": float("nan"), "lr": np.float32(0.5), "max": -math.inf})
         assert lines(tmp_path) == ['{"step": 1, "loss": "nan", "lr": 0.5, "max": "-inf"}']  # visible before the close
-        with pytest.raises(ValueError, match="a row of step 1 after one of step 1"):
+        with pytest.raises(ValueError, match="step must be > 1, the last recorded, got 1"):
             run.log({"step": 1})
-        with pytest.raises(ValueError, match="record: loss is a Tensor, which JSON cannot hold"):
+        with pytest.raises(ValueError, match="record: loss must be a value that JSON can hold, got a Tensor"):
             run.log({"step": 2, "loss": torch.ones(2)})
         run.log({"step": 2, "loss": math.inf})
     first, second = read_run(tmp_path).metrics
@@ -141,7 +142,7 @@ def test_a_resumed_run_goes_on_without_gap_or_double_line(tmp_path: Path) -> Non
         with pytest.raises(RuntimeError, match="truncate_to"):
             run.log_telemetry(block(0, 1))
         run.truncate_to(10)
-        with pytest.raises(ValueError, match="a row of step 10 after one of step 10"):
+        with pytest.raises(ValueError, match="step must be > 10, the last recorded, got 10"):
             run.log({"step": 10})
         run.log({"step": 15, "loss": 1 / 15})
     assert lines(tmp_path) == [json.dumps({"step": step, "loss": 1 / step}) for step in (5, 10, 15)]
@@ -191,7 +192,7 @@ def test_evaluations_of_the_same_protocol_and_seed_are_replaced_and_others_kept(
         ("linear-v1", 0, 3.0),
         ("linear-v1", 1, 4.0),
     ]
-    with pytest.raises(ValueError, match="an evaluation names no protocol; it has top1"):
+    with pytest.raises(ValueError, match="an evaluation must name its protocol, got top1"):
         add_evaluations(tmp_path, [{"top1": 1.0}])
     begun(tmp_path / "b")
     with pytest.raises(RecordError, match=r"b: the run has not ended"):
@@ -201,6 +202,6 @@ def test_evaluations_of_the_same_protocol_and_seed_are_replaced_and_others_kept(
 def test_results_need_a_known_status(tmp_path: Path) -> None:
     with (
         open_run(tmp_path) as run,
-        pytest.raises(ValueError, match="'done', allowed are finished, diverged, collapsed"),
+        pytest.raises(ValueError, match="status must be finished or diverged or collapsed, got 'done'"),
     ):
         run.write_results({"status": "done"})
