@@ -1,20 +1,19 @@
-"""What a run shows on the terminal: a progress bar where someone is looking, and plain lines elsewhere."""
+"""A run's messages and progress: a bar on a terminal, a line every so often in a log file."""
 
 import sys
 import time
 from typing import Any, Self
 
-# Seconds between lines where no terminal can show a bar (a batch job's log file).
-LINE_EVERY = 30.0
+LINE_EVERY = 30.0  # seconds between lines where no terminal can show a bar (a batch job's log file)
 
 
 def say(message: str) -> None:
-    """One line on standard error; standard output is for results."""
+    """Prints one line on standard error; standard output is for results."""
     print(message, file=sys.stderr, flush=True)
 
 
 class Ticker:
-    """Says how far something long has come, every so often; call it with (what, done, total)."""
+    """Prints the progress of something long every so often; call it with (what, done, total)."""
 
     def __init__(self, *, enabled: bool = True):
         self.enabled, self._said = enabled, time.monotonic()
@@ -30,8 +29,8 @@ class Progress:
 
     Args:
         total: the run's length in steps.
-        title: what runs.
-        enabled: false on all processes but the first.
+        title: the run's name.
+        enabled: False on all processes but the first.
     """
 
     def __init__(self, total: int, title: str, *, enabled: bool = True):

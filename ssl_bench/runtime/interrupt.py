@@ -1,4 +1,4 @@
-"""Stopping a run politely: SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a requeue instead of killing."""
+"""Graceful stops: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save a checkpoint and exit instead of killing it."""
 
 import os
 import signal
@@ -6,21 +6,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Self
 
-if TYPE_CHECKING:  # a launcher that only starts runs needs the signals and not torch
+if TYPE_CHECKING:  # a launcher, which only starts runs, needs the signals but not torch
     import torch
 
-# What a run that stopped for a signal, with its checkpoint written, exits with: sysexits.h's EX_TEMPFAIL, "try again".
-# A SLURM script requeues on it; ``resume=auto`` continues the run.
+# The exit code of a run that a signal stopped and that has saved: EX_TEMPFAIL ("try again") of sysexits.h. A SLURM
+# script can requeue on it; ``resume=auto`` continues the run.
 REQUEUE_EXIT_CODE = 75
 
-# SIGUSR1 is what SLURM's --signal=USR1@60 sends ahead of a preemption or time limit.
+# SLURM sends SIGUSR1 ahead of a preemption or time limit if asked to by --signal=USR1@60.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # One Ctrl-C reaches a torchrun worker twice: from the terminal, which signals the whole process group, and from
-# torchrun, which passes it on. Only a Ctrl-C this long after the first is a second one.
+# torchrun, which passes it on. Only a Ctrl-C this long after the first counts as a second one.
 _SECOND_CTRL_C_AFTER = 2.0  # seconds
 
 
@@ -29,9 +29,9 @@ class Interrupt:
 
     The first signal of any kind asks the run to finish its step, save and exit with ``REQUEUE_EXIT_CODE``. Further
     SIGTERM and SIGUSR1 change nothing. A second Ctrl-C raises KeyboardInterrupt, except inside ``saving``, where it is
-    ignored. Each signal is answered by one line on standard error. The handlers before are put back on leaving.
+    ignored. Each signal is answered by one line on standard error. The previous handlers are restored on leaving.
 
-    Python installs signal handlers in the main thread only; in any other the context does nothing.
+    Python installs signal handlers in the main thread only; in any other thread the context does nothing.
 
         with Interrupt() as interrupt:
             for step in range(...):
@@ -50,17 +50,17 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was signalled. Costs nothing; other processes may not have been."""
+        """Whether this process was signalled; others may not have been. Costs nothing."""
         return self.signal_name is not None
 
     def agreed(self, device: "torch.device | str | None" = None) -> bool:
         """Whether any process was signalled: the same answer on all of them.
 
-        With several processes this is a collective call and waits for the device, so ask every so many steps, in the
-        same steps on every process.
+        With several processes this is a collective call that waits for the device, so ask only every so many steps,
+        in the same steps on every process.
 
         Args:
-            device: where the process group reduces tensors: the GPU under NCCL, the CPU (default) under gloo.
+            device: where the process group reduces tensors: the GPU with NCCL, the CPU (default) with gloo.
         """
         import torch
         import torch.distributed as dist
@@ -73,7 +73,7 @@ class Interrupt:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Inside this block even a second Ctrl-C waits: it is answered, and ignored."""
+        """Inside this block even a second Ctrl-C is ignored, so that the checkpoint is written whole."""
         self._saving = True
         try:
             yield
@@ -86,11 +86,9 @@ class Interrupt:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not installed from Python and so cannot be put back by it.
+            # None: the handler was not installed from Python, and cannot be restored from it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
@@ -104,9 +102,9 @@ class Interrupt:
         elif number == signal.SIGINT and time.monotonic() - self._first_at > _SECOND_CTRL_C_AFTER:
             raise KeyboardInterrupt
         else:
-            _say(f"{name}: ignored, the run is stopping since {self.signal_name}")
+            _say(f"{name}: ignored, already stopping after {self.signal_name}")
 
 
 def _say(message: str) -> None:
-    # Not print: a handler may run inside a print of the main program, and buffered output refuses to be re-entered.
+    # Not print: a handler may interrupt a print of the main program, and buffered output cannot be re-entered.
     os.write(2, f"ssl-bench: {message}\n".encode())

@@ -1,9 +1,9 @@
-"""The streams of randomness of a run, each a pure function of (seed, stream, step)."""
+"""A run's random numbers: separate streams, each a pure function of (seed, stream, step)."""
 
 import torch
 
-# Streams of randomness that must not overlap. A new stream takes a new number; a used number is never reassigned,
-# because recorded runs depend on it.
+# Streams that must not overlap. A new stream gets a new number; no number is ever reused, because recorded runs depend
+# on it.
 PERMUTATION = 0
 VIEW1 = 1
 VIEW2 = 2
@@ -13,11 +13,11 @@ LAYERS = 5
 PROJECTOR = 6
 ANALYSIS = 7
 
-_MASK = (1 << 62) - 1  # torch takes 63 bits; one is left for callers that count up from a seed
+_MASK = (1 << 62) - 1  # torch takes 63 bits; one is left free for callers that count up from a seed
 
 
 def _mix(value: int) -> int:
-    """One round of splitmix64: neighbouring inputs give unrelated outputs (seeds 0, 1, 2 are what users choose)."""
+    """One round of splitmix64: users choose seeds 0, 1, 2, and neighbouring inputs must give unrelated outputs."""
     value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
+from ssl_bench.runtime.memory import available_memory
 from ssl_bench.study.cells import CellStore, State
 from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
@@ -65,8 +66,6 @@ def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
         places = [(gpu, {"CUDA_VISIBLE_DEVICES": gpu}) for _ in range(per_gpu) for gpu in gpus]
         count = min(workers or len(places), len(places))
     else:
-        from ssl_bench.runtime.memory import available_memory
-
         count = workers or max(1, min(cores // CORES_PER_CELL, available_memory() // BYTES_PER_CELL))
         places = [(None, {})] * count  # type: ignore[list-item]
     threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}

@@ -82,7 +82,7 @@ def test_a_second_sigterm_outside_the_save_is_answered_and_ignored() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         assert "finishing this step" in process.stderr.readline()
-        assert "SIGTERM: ignored, the run is stopping since SIGTERM" in process.stderr.readline()
+        assert "SIGTERM: ignored, already stopping after SIGTERM" in process.stderr.readline()
         process.communicate("\n\n", timeout=30)
     assert process.returncode == REQUEUE_EXIT_CODE
 

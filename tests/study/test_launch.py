@@ -284,10 +284,10 @@ def test_who_is_slower_in_taking_over_steps_back(
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpus", list)
     monkeypatch.setattr(launch, "_cores", lambda: 16)
-    monkeypatch.setattr("ssl_bench.runtime.memory.available_memory", lambda: 64 << 30)
+    monkeypatch.setattr(launch, "available_memory", lambda: 64 << 30)
     assert [slot.environment for slot in slots()] == [{"OMP_NUM_THREADS": "4"}] * 4
     assert [slot.environment for slot in slots(3)] == [{"OMP_NUM_THREADS": "5"}] * 3
-    monkeypatch.setattr("ssl_bench.runtime.memory.available_memory", lambda: 9 << 30)
+    monkeypatch.setattr(launch, "available_memory", lambda: 9 << 30)
     assert len(slots()) == 2
     monkeypatch.setattr(launch, "_cores", lambda: 1)
     assert [slot.environment for slot in slots(4)] == [{"OMP_NUM_THREADS": "1"}] * 4
