@@ -29,19 +29,7 @@ def study_main(
 ) -> int:
     """Runs what is missing of a study.
 
-    Args:
-        source: a shipped study's name, or a YAML file's path.
-        runs: the folder of all runs; this study's go to the sub-folder of its name.
-        overrides: ``key=value`` for every cell.
-        seeds: instead of the study's.
-        data_paths: where to read data sets, by name.
-        launcher: "local" (this machine) or "slurm".
-        workers: cells at a time; None = as many as fit, or on SLURM all at once.
-        per_gpu: cells that may share a GPU.
-        slurm: sbatch's parameters, for the launcher "slurm".
-        dry_run: only list the cells, with an estimate of the time from a measured step.
-        print_commands: only print the missing cells' command lines, for any other cluster.
-        retry_failed: try failed cells again.
+    Args: those of ``ssl-bench study run --help``; `workers` None = as many as fit, or on SLURM all at once.
 
     Returns:
         the exit code: 0 when all is done (or submitted), 1 when cells failed, `REQUEUE_EXIT_CODE` after a signal.

@@ -44,6 +44,15 @@ class Outcome:
     top1: float
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """An arm's trials on held-out images, the best of them, and its test over the seeds."""
+
+    trials: list[tuple[Trial, Outcome]]
+    best: Trial | None  # None where no trial finished
+    tests: list[tuple[Cell, Outcome]]
+
+
 def tune_main(
     source: str | Path,
     *,
@@ -56,14 +65,7 @@ def tune_main(
 ) -> int:
     """Runs what is missing of a search, selects, and tests what was selected.
 
-    Args:
-        source: a shipped search's name, or a YAML file's path.
-        runs: the folder of all runs.
-        overrides: ``key=value`` for every run.
-        data_paths: where to read data sets, by name.
-        workers: runs at a time; None = as many as fit.
-        per_gpu: runs that may share a GPU.
-        retry_failed: try failed runs again.
+    Args: those of ``ssl-bench tune --help``.
 
     Returns:
         the exit code: 0; 1 when runs failed, and then nothing is selected; `REQUEUE_EXIT_CODE` after a signal.
@@ -73,7 +75,7 @@ def tune_main(
     """
     name, _, search = load_search(source)
     make = _Maker(name, search, dict(map(split_override, overrides)), dict(data_paths or {}))
-    trials = [trial for arm in search.arms for trial in make.trials(arm)]
+    trials = {arm.label: make.trials(arm) for arm in search.arms}
     store = CellStore(runs)
 
     def run(cells: Iterable[Cell]) -> int:
@@ -81,19 +83,24 @@ def tune_main(
         study = Study(name, "", tuple({cell.identity: cell for cell in cells}.values()))
         return run_study(study, store, workers=workers, per_gpu=per_gpu, retry_failed=retry_failed)
 
+    def outcome(cell: Cell) -> Outcome:
+        return _outcome(cell, store, search.select)
+
     say(f"{name}: {search.trials} trials for each of {len(search.arms)} arms on held-out train images")
-    if code := run(trial.cell for trial in trials):
+    if code := run(trial.cell for members in trials.values() for trial in members):
         return code
-    scores = {trial: _outcome(trial.cell, store, search.select) for trial in trials}
-    best = {arm.label: _best([trial for trial in trials if trial.arm is arm], scores) for arm in search.arms}
+    scores = {label: [(trial, outcome(trial.cell)) for trial in members] for label, members in trials.items()}
+    best = {label: _best(scored) for label, scored in scores.items()}
     finals = {label: make.finals(trial) if trial else [] for label, trial in best.items()}
     say(f"{name}: the best trial of each on all train images, seeds {', '.join(map(str, search.seeds))}")
     if code := run(cell for cells in finals.values() for cell in cells):
         return code
-    tested = {label: [_outcome(cell, store, search.select) for cell in cells] for label, cells in finals.items()}
+    tuned = {
+        label: Tuned(scores[label], best[label], [(cell, outcome(cell)) for cell in finals[label]]) for label in trials
+    }
     path = store.runs / name / "tune.json"
-    atomic_json(path, _record(name, search, scores, best, finals, tested))
-    _print(search, scores, best, tested)
+    atomic_json(path, _record(name, search, tuned))
+    _print(search, tuned)
     print(f"all trials and the held-out indices: {path}")
     return 0
 
@@ -160,39 +167,26 @@ def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
     raise ValueError(f"search {cell.study}: select must be a protocol of its runs ({known}), got {protocol!r}")
 
 
-def _best(trials: Sequence[Trial], scores: Mapping[Trial, Outcome]) -> Trial | None:
+def _best(scored: Sequence[tuple[Trial, Outcome]]) -> Trial | None:
     """The first trial with the highest top-1, or None where no trial finished."""
-    finished = [trial for trial in trials if not math.isnan(scores[trial].top1)]
-    return max(finished, key=lambda trial: scores[trial].top1, default=None)
+    finished = [(trial, outcome.top1) for trial, outcome in scored if not math.isnan(outcome.top1)]
+    return max(finished, key=lambda pair: pair[1])[0] if finished else None
 
 
-def _record(
-    name: str,
-    search: Search,
-    scores: Mapping[Trial, Outcome],
-    best: Mapping[str, Trial | None],
-    finals: Mapping[str, Sequence[Cell]],
-    tested: Mapping[str, Sequence[Outcome]],
-) -> dict[str, Any]:
+def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, Any]:
     """All that a reader needs to check the selection, the held-out indices themselves included."""
     from ssl_bench.data.dataset import load_dataset
     from ssl_bench.data.holdout import holdout_indices
 
-    arms = {}
-    for label, chosen in best.items():
-        arms[label] = {
-            "trials": [
-                {"point": trial.point, "run": trial.cell.name, **vars(outcome)}
-                for trial, outcome in scores.items()
-                if trial.arm.label == label
-            ],
-            "chosen": chosen.point if chosen else None,
-            "test": [
-                {"seed": cell.recipe.seed, "run": cell.name, **vars(outcome)}
-                for cell, outcome in zip(finals[label], tested[label], strict=True)
-            ],
+    arms = {
+        label: {
+            "trials": [{"point": one.point, "run": one.cell.name, **vars(outcome)} for one, outcome in arm.trials],
+            "chosen": arm.best.point if arm.best else None,
+            "test": [{"seed": cell.recipe.seed, "run": cell.name, **vars(outcome)} for cell, outcome in arm.tests],
         }
-    cell = next(iter(scores)).cell
+        for label, arm in tuned.items()
+    }
+    cell = next(iter(tuned.values())).trials[0][0].cell
     data, path = cell.recipe.data, cell.overrides.get("data.path")
     train = load_dataset(
         data.name, path=path, size=data.size, resident=False, workers=0, cache_dir=data.cache_dir
@@ -209,19 +203,15 @@ def _record(
             "seed": search.seed, "holdout": holdout, "arms": arms}  # fmt: skip
 
 
-def _print(
-    search: Search,
-    scores: Mapping[Trial, Outcome],
-    best: Mapping[str, Trial | None],
-    tested: Mapping[str, Sequence[Outcome]],
-) -> None:
+def _print(search: Search, tuned: Mapping[str, Tuned]) -> None:
     print(f"{search.select} top-1 in %; test: all train images, last step, seeds {', '.join(map(str, search.seeds))}")
-    for label, chosen in best.items():
-        if chosen is None:
-            print(f"  {label}: {_summary(scores[trial] for trial in scores if trial.arm.label == label)}")
+    for label, arm in tuned.items():
+        if arm.best is None:
+            print(f"  {label}: {_summary(outcome for _, outcome in arm.trials)}")
             continue
-        point = " ".join(f"{key}={value}" for key, value in chosen.point.items())
-        print(f"  {label}: held out {scores[chosen].top1:.2f}, test {_summary(tested[label])}; {point}")
+        held_out = dict(arm.trials)[arm.best].top1
+        point = " ".join(f"{key}={value}" for key, value in arm.best.point.items())
+        print(f"  {label}: held out {held_out:.2f}, test {_summary(outcome for _, outcome in arm.tests)}; {point}")
 
 
 def _summary(outcomes: Iterable[Outcome]) -> str:
