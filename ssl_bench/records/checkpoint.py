@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,7 +82,8 @@ class Checkpoints:
         if step in self._current:
             return target
         _check(state, "state")
-        text = json.dumps(jsonable({"format": FORMAT, "step": step, **meta}), indent=2, allow_nan=False) + "\n"
+        head = jsonable({"format": FORMAT, "step": step, **meta})
+        text = (json.dumps(head, indent=2, allow_nan=False) + "\n").encode()
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{target.name}"
         with naming(f"checkpoint {target}: not written, earlier checkpoints are untouched", CheckpointError):
             try:
@@ -91,8 +93,9 @@ class Checkpoints:
                 # A dead writer's: in containers every trainer may have the same process id.
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                sums = {_STATE: _write_state(temporary / _STATE, state), _META: _write(temporary / _META, text)}
-                _write(temporary / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+                sums = f"{_write(temporary / _STATE, partial(torch.save, dict(state)))}  {_STATE}\n"
+                sums += f"{_write(temporary / _META, lambda file: file.write(text))}  {_META}\n"
+                _write(temporary / _SUMS, lambda file: file.write(sums.encode()))
                 sync(temporary)
                 if target.exists():  # damaged, or later than what was loaded: nobody can want it any more
                     remove_atomically(target)
@@ -197,24 +200,15 @@ class _HashingFile:
         self._file.flush()
 
 
-def _write_state(path: Path, state: Mapping[str, Any]) -> str:
-    """Saves the state, waits for the disk, and returns the file's SHA-256."""
+def _write(path: Path, dump: Callable[[Any], object]) -> str:
+    """Writes a file by ``dump(file)``, waits for the disk, and returns its SHA-256."""
     with open(path, "wb", buffering=0) as file:
         hashing = _HashingFile(file)
-        torch.save(dict(state), hashing)  # type: ignore[arg-type]
+        dump(hashing)
         if hashing.error is not None:
             raise hashing.error
         os.fsync(file.fileno())
     return hashing.sha256.hexdigest()
-
-
-def _write(path: Path, text: str) -> str:
-    """Writes a small file, waits for the disk, and returns its SHA-256."""
-    with open(path, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _verify(folder: Path) -> None:
