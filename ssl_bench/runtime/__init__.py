@@ -1,1 +1,1 @@
-"""The process a run lives in: its peers, random streams, signals, memory and terminal."""
+"""The process that a run lives in: collectives, CUDA graphs, random streams, signals, memory, terminal."""

@@ -1,8 +1,8 @@
-"""CUDA graphs: a piece of a step recorded once, and from then on started as one, so that no kernel waits for the host.
+"""CUDA graphs: part of a step is recorded once and then launched as a whole, so that no kernel waits for the host.
 
-A step of ResNet-18 at B = 512 starts some 800 kernels; one by one that takes the host longer than a large GPU computes.
-What is recorded reads and writes fixed places in memory: inputs are copied into them, and results lie in them. Whatever
-Python decides is decided at the recording.
+A step of ResNet-18 at B = 512 starts some 800 kernels; launching them one by one takes the host longer than a large GPU
+needs to compute them. A recording reads and writes fixed memory: inputs are copied into it, results are read from it.
+Whatever Python decides is decided once, when recording.
 """
 
 import warnings
@@ -16,25 +16,28 @@ from torch import Tensor
 T = TypeVar("T")
 Replay = Callable[[], object]
 
-# Calls before the recording: libraries choose their algorithms and allocate, compilers compile.
+# Calls before recording, in which libraries choose their algorithms and allocate, and compilers compile.
 WARM_UP = 3
 
-# Largest relative distance between plain and replayed work. Both start the same kernels; those that add in an order of
-# their own differ by some 1e-3.
+# Largest relative distance allowed between plain and replayed work. Both start the same kernels, but kernels without a
+# fixed order of summation differ by about 1e-3.
 TOLERANCE = 0.01
 
 
 class Recorder(Protocol):
-    """Records device work."""
+    """Records device work for replay."""
 
-    waited: bool  # whether the work that ran last waited for the device, so that it cannot be recorded
+    waited: bool  # whether the last work that was run waited for the device, in which case it cannot be recorded
 
     def run(self, work: Callable[[], T]) -> T:
-        """Does the work where it will be recorded, in order with the caller's."""
+        """Runs the work plainly, on the stream on which it will be recorded and ordered with the caller's stream."""
         ...
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        """Records the work without doing it: where its results will lie, and what does it.
+        """Records the work without running it.
+
+        Returns:
+            its results, whose memory each replay fills, and the function that replays it.
 
         Raises:
             RuntimeError: the work waits for the device, or reads what only the host knows.
@@ -42,19 +45,23 @@ class Recorder(Protocol):
         ...
 
     def turn(self) -> AbstractContextManager[None]:
-        """Surrounds one replay with what fills its inputs and reads its results: after those of earlier turns, whatever
-        streams they were queued on."""
+        """A context for one replay, including the copies that fill its inputs and read its results.
+
+        It waits for earlier turns, whatever streams they were queued on.
+        """
         ...
 
 
 class GraphRecorder:
-    """Records CUDA graphs, each recorder on a stream of its own: cuBLAS keeps one workspace for each stream, and two
-    graphs that may run side by side must not share one."""
+    """Records CUDA graphs, each recorder on its own stream.
+
+    cuBLAS keeps one workspace per stream, and two graphs that may run side by side must not share one.
+    """
 
     def __init__(self) -> None:
         self.waited = False
         self._stream: Any = None
-        self._turned: Any = None  # an event, after the last turn
+        self._turned: Any = None  # the event at the end of the last turn
 
     def run(self, work: Callable[[], T]) -> T:
         """See `Recorder`."""
@@ -72,7 +79,7 @@ class GraphRecorder:
         current.wait_stream(self._stream)
         self.waited = any("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
         for warning in caught:
-            if "ynchroniz" not in str(warning.message):  # nor what torch says of the mode itself
+            if "ynchroniz" not in str(warning.message):  # these are ours: the waits, and torch's note on the debug mode
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return result
 
@@ -80,11 +87,11 @@ class GraphRecorder:
         """See `Recorder`."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Other threads (those that pin memory) may go on; "global" would call that an error.
+            # "global" would make it an error that other threads (those that pin memory) go on working.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
         finally:
-            torch.cuda.set_stream(current)  # which a capture that fails leaves undone
+            torch.cuda.set_stream(current)  # a failed capture does not restore it
         return result, graph.replay
 
     @contextmanager
@@ -100,10 +107,10 @@ class GraphRecorder:
 
 
 class Replayed:
-    """A function of tensors without side effects, replayed for inputs of the shapes that it is called with first.
+    """A function of tensors without side effects, replayed for inputs of the shapes that it is first called with.
 
-    The call after the recording goes both ways; where the two differ, or nothing could be recorded, a warning says so
-    and the function is called plainly from then on.
+    The call after recording runs both ways. If the results differ, or nothing could be recorded, a warning says so and
+    the function is called plainly from then on.
 
     Args:
         function: maps tensors of one device to a tensor.
@@ -113,13 +120,13 @@ class Replayed:
     def __init__(self, function: Callable[..., Tensor], recorder: Recorder | None = None) -> None:
         self._function, self._recorder = function, recorder or GraphRecorder()
         self._calls: dict[Any, int] = {}
-        self._shape: Any = None  # of the inputs that were recorded; once there is one, no other is
+        self._shape: Any = None  # of the recorded inputs; only one shape is ever recorded
         self._inputs: list[Tensor] = []
         self._recorded: tuple[Tensor, Replay] | None = None
         self._checked = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the function returns, in memory of its own."""
+        """Returns the function's result, in memory that no later replay overwrites."""
         shape = signature(inputs)
         if self._shape is None:
             self._calls[shape] = self._calls.get(shape, 0) + 1
@@ -145,12 +152,12 @@ class Replayed:
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         output = self._recorder.run(lambda: self._function(*inputs))
-        if output.is_cuda:  # made on the recorder's stream, used on the caller's
+        if output.is_cuda:  # allocated on the recorder's stream, used on the caller's
             output.record_stream(torch.cuda.current_stream())
         return output
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
-        if self._recorder.waited:  # known before a recording, which would break off in the middle
+        if self._recorder.waited:  # a recording would fail half-way
             self._give_up("it waits for the device")
             return
         self._inputs = [x.clone() for x in inputs]
@@ -162,23 +169,23 @@ class Replayed:
     def _give_up(self, reason: str) -> None:
         self._recorded, self._inputs = None, []
         name = getattr(self._function, "__qualname__", type(self._function).__name__)
-        warnings.warn(f"{name}: without a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{name} runs without a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def signature(tensors: Sequence[Tensor]) -> Any:
-    """What a recording takes for granted of its inputs: equal for tensors that can stand for each other."""
+    """Shape, dtype and strides of the inputs: equal for inputs that one recording can serve."""
     return tuple((x.shape, x.dtype, x.stride()) for x in tensors)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Overwrites each target."""
+    """Copies each source into its target."""
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
 
 def distance(expected: Sequence[Tensor | None], got: Sequence[Tensor | None]) -> float:
-    """|expected - got| / |expected| over all tensors; infinite where one exists on one side only. Waits."""
+    """|expected - got| / |expected| over all tensors; infinite if one is None on one side only. Waits for the GPU."""
     squares, size = 0.0, 0.0
     for a, b in zip(expected, got, strict=True):
         if a is None or b is None:
@@ -191,5 +198,5 @@ def distance(expected: Sequence[Tensor | None], got: Sequence[Tensor | None]) ->
 
 
 def first_line(error: RuntimeError) -> str:
-    """The first error's first line; leaving a recording that failed raises another."""
+    """The first line of the original error: leaving a failed recording raises another one on top."""
     return str(error.__context__ or error).splitlines()[0]

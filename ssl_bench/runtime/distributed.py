@@ -1,9 +1,8 @@
-"""What several processes need so that a run is the same experiment on any number of them.
+"""Collectives that make a run the same experiment on any number of processes.
 
 Every function also works in a single process without a process group, where it costs nothing.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,22 +16,18 @@ _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _verified_shapes: set[tuple[torch.Size, torch.dtype]] = set()
 
 
-def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def world_size() -> int:
     """The number of processes, 1 without a process group."""
-    return dist.get_world_size() if _initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process's number in [0, world_size()), 0 without a process group."""
-    return dist.get_rank() if _initialized() else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """Gives every process the object that process ``source`` passed (pickled: for the run's own objects only)."""
+    """Returns, on every process, the object that process ``source`` passed. It is pickled: our own objects only."""
     if world_size() == 1:
         return value
     box = [value]
@@ -41,16 +36,17 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    """(n, ...) of the same shape on every process -> (W * n, ...) in the order of the ranks; no gradient."""
+    """(n, ...) of the same shape on every process -> (W * n, ...) in rank order; no gradient."""
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    # The list form: the one-tensor form's name changes between torch releases.
+    # The list form, because the name of the one-tensor form changes between torch releases.
     dist.all_gather(list(out.chunk(world_size())), x.contiguous())
     return out
 
 
 def _refuse_uneven(x: Tensor) -> None:
-    """Raises on every process if the shapes differ; on a GPU at a shape's first use only (it waits for the device)."""
+    """Raises on every process if the shapes differ between processes."""
     key = (x.shape, x.dtype)
+    # Reading the shapes back waits for the device, so on a GPU each shape is checked at its first use only.
     if x.device.type != "cpu" and key in _verified_shapes:
         return
     shape = torch.zeros(1, 8, dtype=torch.int64, device=x.device)
@@ -58,7 +54,7 @@ def _refuse_uneven(x: Tensor) -> None:
     shapes = _all_gather(shape).cpu()
     if not (shapes == shapes[0]).all():
         got = [tuple(row[1 : 1 + int(row[0])].tolist()) for row in shapes]
-        raise ValueError(f"gather: x has shapes {got} on ranks 0, 1, ...; every process must hold the same shape")
+        raise ValueError(f"gather: x must have one shape on all processes, got shapes {got} on ranks 0, 1, ...")
     _verified_shapes.add(key)
 
 
@@ -74,11 +70,11 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Concatenates the processes' rows, differentiably, so that each computes the loss of the global batch.
+    """Concatenates the processes' rows, differentiably, so that each process computes the loss of the global batch.
 
-    The backward pass returns world_size times the local slice of the gradient: each process computes the same global
-    loss, its parameters' gradient is W times its own rows' share, and DistributedDataParallel's average over the W
-    processes is then exactly the gradient of the global loss. No communication is needed in the backward pass.
+    The backward pass returns world_size times the local slice of the gradient, without communication: every process
+    computes the same global loss, so its parameters' gradient is W times its own rows' share, and
+    DistributedDataParallel's average over the W processes is exactly the gradient of the global loss.
 
     Args:
         x: (n, ...) this process's rows, of the same shape on every process.
@@ -95,42 +91,11 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x)
 
 
-def gather_rows(local: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """Concatenates the processes' rows, of which each may hold another number (evaluation); no gradient.
-
-    Args:
-        local: (n, ...) this process's rows; n may be 0, the other sizes and the dtype are the same on every process.
-        counts: the number of rows that each rank should hold; None to accept what they hold.
-
-    Returns:
-        (sum of n, ...) the rows of rank 0, then of rank 1, ..., on every process.
-
-    Raises:
-        ValueError: on every process, if a process holds another number of rows than ``counts`` says.
-    """
-    local = local.detach()
-    held = [local.shape[0]]
-    if world_size() > 1:
-        held = _all_gather(torch.tensor([local.shape[0]], device=local.device)).tolist()
-    if counts is not None and held != list(counts):
-        raise ValueError(f"gather_rows: ranks 0, 1, ... hold {held} rows, but {list(counts)} are expected")
-    if world_size() == 1:
-        return local
-    padded = local.new_zeros((max(held), *local.shape[1:]))
-    padded[: local.shape[0]] = local
-    return torch.cat([rows[:n] for rows, n in zip(_all_gather(padded).chunk(world_size()), held, strict=True)])
-
-
-def _checksum(x: Tensor) -> Tensor:
-    """The sum of the bit patterns modulo 2^64: exact, independent of the order of summation, and defined for NaN."""
-    bits = x.detach().contiguous().view(_INTEGER[x.element_size()])
-    return bits.sum(dtype=torch.int64)
-
-
 def assert_equal_parameters(module: nn.Module) -> None:
     """Checks that the parameters are bitwise equal on every process, by one checksum per parameter.
 
-    Costs one read of the parameters, one small collective and one wait for the device.
+    Costs one read of the parameters, one small collective and one wait for the device. A checksum is the sum of the
+    bit patterns modulo 2^64: exact, independent of the order of summation, and defined for NaN.
 
     Args:
         module: the model, wrapped in DistributedDataParallel or not.
@@ -141,7 +106,8 @@ def assert_equal_parameters(module: nn.Module) -> None:
     if world_size() == 1:
         return
     names, parameters = zip(*module.named_parameters(), strict=True)
-    sums = _all_gather(torch.stack([_checksum(p) for p in parameters])[None]).cpu()  # (W, P)
+    bits = [p.detach().contiguous().view(_INTEGER[p.element_size()]) for p in parameters]
+    sums = _all_gather(torch.stack([b.sum(dtype=torch.int64) for b in bits])[None]).cpu()  # (W, P)
     differs = sums != sums[0]
     if differs.any():
         first = int(differs.any(dim=0).nonzero()[0])
@@ -150,14 +116,14 @@ def assert_equal_parameters(module: nn.Module) -> None:
 
 
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
-    """Replaces every batch norm by one over the batch of all processes; nothing changes in a single process.
+    """Replaces every batch norm by one over the batch of all processes; changes nothing in a single process.
 
     Args:
         module: the model, not yet wrapped in DistributedDataParallel. Its children are replaced in place; parameters,
             buffers and the state dict's keys stay the same.
 
     Returns:
-        the module; another one only if ``module`` itself is a batch norm.
+        ``module`` itself, or its replacement if it is a batch norm.
     """
     if world_size() == 1:
         return module

@@ -25,7 +25,7 @@ def _mix(value: int) -> int:
 
 
 def derive_seed(seed: int, stream: int, index: int = 0) -> int:
-    """A 62-bit seed for one stream of randomness at one index (a step, an epoch), unrelated to its neighbours."""
+    """A 62-bit seed for one stream at one index (a step, an epoch), unrelated to its neighbours."""
     return _mix(_mix(_mix(seed) ^ stream) ^ index) & _MASK
 
 
@@ -35,6 +35,6 @@ def generator(seed: int, stream: int, index: int = 0) -> torch.Generator:
     Args:
         seed: the run's seed, >= 0.
         stream: one of this module's constants.
-        index: the step (augmentation) or epoch (permutation) it serves, >= 0.
+        index: the step (augmentation) or epoch (permutation), >= 0.
     """
     return torch.Generator().manual_seed(derive_seed(seed, stream, index))

@@ -1,8 +1,8 @@
 """Batch norm over the batch of all processes.
 
-On a GPU by the kernels of torch's own `nn.SyncBatchNorm`, which besides waits for the device in every layer, to leave
-out processes without samples; here every process has some, and the host runs ahead. On the CPU, which torch's refuses,
-by plain operations.
+Why not torch's `nn.SyncBatchNorm`: it waits for the device in every layer, in order to leave out processes without
+samples (here every process has some, so the host can run ahead), and it refuses the CPU. On a GPU this module calls the
+same kernels; on the CPU it uses plain operations.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Normalize(torch.autograd.Function):
-    """Standardises with the statistics of all processes; also returns mean, biased variance and count to record."""
+    """Standardises with the statistics of all processes; also returns the mean, biased variance and count."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,7 @@ class _Normalize(torch.autograd.Function):
         wide = grad.to(mean.dtype)
         normal = (x.to(mean.dtype) - _channels(mean, x)) * _channels(inv_std, x)
         sums = torch.cat([wide.sum(dims), (wide * normal).sum(dims)])
-        # This process's share: DistributedDataParallel averages weights' and biases' gradients as any other's.
+        # This process's share only: DistributedDataParallel averages these gradients like all others.
         grad_bias, grad_weight = sums.clone().chunk(2)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -68,7 +68,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class _NormalizeByKernels(torch.autograd.Function):
-    """The same on CUDA; also updates the running statistics, unless they are None."""
+    """The same by torch's CUDA kernels; also updates the running statistics, unless they are None."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ class _NormalizeByKernels(torch.autograd.Function):
         everyone = own.new_empty(dist.get_world_size(), len(own))
         dist.all_gather(list(everyone.unbind()), own)
         means, inv_stds, counts = everyone.tensor_split([len(mean), 2 * len(mean)], dim=1)
-        if running_mean is None:  # without any, the kernel takes x's own type for the counts
+        if running_mean is None:  # without running statistics the kernel would want the counts in x's dtype
             running_mean, running_var = torch.zeros_like(mean), torch.ones_like(mean)
         counts = counts.reshape(-1).to(running_mean.dtype)
         mean, inv_std = torch.batch_norm_gather_stats_with_counts(
@@ -102,7 +102,7 @@ class _NormalizeByKernels(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inv_std, counts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        grad = grad.contiguous(memory_format=_layout(x))  # the kernels read x as grad is laid out
+        grad = grad.contiguous(memory_format=_layout(x))  # the kernels assume that x is laid out like grad
         total, product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean, inv_std, weight, *wanted
         )
@@ -113,12 +113,12 @@ class _NormalizeByKernels(torch.autograd.Function):
             total, product = sums.chunk(2)
             grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inv_std, weight, total, product, counts)
         affine = weight is not None
-        # This process's share, as above.
+        # This process's share only, as above.
         return grad_x, grad_weight if affine and wanted[1] else None, grad_bias if wanted[2] else None, *[None] * 4
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """The one that x has, or should have for the kernels."""
+    """The memory format that x has, or should be given for the kernels."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
@@ -132,19 +132,19 @@ def _channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of all processes' samples together, of which each has some.
+    """Batch norm whose training statistics are those of all processes' samples together.
 
-    The same parameters, buffers and state dict as ``nn.BatchNorm1d/2d/3d``. Statistics are taken in float32 at least,
-    the running variance is unbiased, and evaluation mode is torch's. Processes may hold different numbers of samples.
-    Its children, if any, follow the normalisation (the drop and act of timm's ``BatchNormAct2d``).
+    Parameters, buffers and state dict are those of ``nn.BatchNorm1d/2d/3d``, and so is evaluation mode. Statistics are
+    computed in float32 at least; the running variance is unbiased. Processes may hold different numbers of samples,
+    but each must hold some. Child modules run after the normalisation (drop and act of timm's ``BatchNormAct2d``).
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2:
-            raise ValueError(f"SyncBatchNorm: x got {x.ndim} dimensions, must be >= 2")
+            raise ValueError(f"SyncBatchNorm: x must have at least 2 dimensions, got {x.ndim}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, C, ...) -> the same shape, dtype and memory format."""
+        """Normalises (n, C, ...); shape, dtype and memory format stay the same."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             out = super().forward(x)
         else:
@@ -170,7 +170,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _count_batch(self) -> float:
-        """Counts one batch, and returns its weight in the running statistics; with ``momentum=None`` this waits."""
+        """Counts a batch and returns its weight in the running statistics; ``momentum=None`` waits for the device."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -185,7 +185,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> "SyncBatchNorm":
-        """The same layer, sharing parameters and buffers, with synchronised statistics."""
+        """Converts a layer; the new one shares its parameters and buffers."""
         affine, tracked = layer.affine, layer.track_running_stats
         new = cls(layer.num_features, layer.eps, layer.momentum, affine, tracked, device="meta")
         new.weight, new.bias = layer.weight, layer.bias

@@ -191,7 +191,7 @@ def test_a_function_that_cannot_be_replayed_is_called_plainly(what: str, reason:
         return x * (next(factors) if what == "drawn" else float(x.sum()))
 
     replayed = Replayed(function, recorder)
-    with pytest.warns(RuntimeWarning, match=f"function: without a CUDA graph: {reason}"):
+    with pytest.warns(RuntimeWarning, match=f"function runs without a CUDA graph: {reason}"):
         results = [replayed(torch.full((3,), 2.0)) for _ in range(WARM_UP + 4)]
     # The recording itself has used up one factor.
     expected = [2, 4, 6, 10, 12, 14, 16] if what == "drawn" else [12] * 7

@@ -13,7 +13,6 @@ from ssl_bench.runtime.distributed import (
     assert_equal_parameters,
     broadcast_object,
     gather,
-    gather_rows,
     rank,
     synchronize_batch_norm,
     world_size,
@@ -100,16 +99,11 @@ def gathering() -> dict[str, Any]:
     x = torch.arange(6.0).view(2, 3).add(10 * me).requires_grad_()
     whole = gather(x)
     (whole * torch.arange(18.0).view(6, 3)).sum().backward()
-    rows = gather_rows(torch.arange(2 * me).view(me, 2))
-    flags = gather_rows(torch.tensor([me == 1]), [1, 1, 1])
     return {
         "whole": whole.detach(),
         "grad": x.grad,
-        "rows": rows,
-        "flags": flags,
         "uneven": caught(gather, torch.zeros(2 + me, 3)),
         "uneven dimensions": caught(gather, torch.zeros(2, 3) if me else torch.zeros(2, 3, 1)),
-        "counts": caught(gather_rows, torch.zeros(me, 2), [0, 1, 3]),
         "object": broadcast_object({"from": me}, source=2),
     }
 
@@ -198,11 +192,8 @@ def test_nothing_changes_in_a_single_process():
     assert (rank(), world_size()) == (0, 1)
     assert synchronize_batch_norm(layer) is layer
     assert gather(x) is x
-    assert torch.equal(gather_rows(x, [3]), x)
     assert broadcast_object("it") == "it"
     assert_equal_parameters(layer)
-    with pytest.raises(ValueError, match=r"hold \[3\] rows, but \[4\] are expected"):
-        gather_rows(x, [4])
 
 
 def test_gather_concatenates_by_rank_and_its_gradient_is_world_size_times_the_local_slice(several):
@@ -217,13 +208,6 @@ def test_gather_refuses_uneven_rows_on_every_process(several):
     for result in several:
         assert "shapes [(2, 3), (3, 3), (4, 3)] on ranks 0, 1" in result["gathering"]["uneven"]
         assert "shapes [(2, 3, 1), (2, 3), (2, 3)]" in result["gathering"]["uneven dimensions"]
-
-
-def test_gather_rows_takes_uneven_and_empty_shards_of_any_dtype_and_checks_the_counts(several):
-    for result in several:
-        assert torch.equal(result["gathering"]["rows"], torch.tensor([[0, 1], [0, 1], [2, 3]]))
-        assert torch.equal(result["gathering"]["flags"], torch.tensor([False, True, False]))
-        assert "hold [0, 1, 2] rows, but [0, 1, 3] are expected" in result["gathering"]["counts"]
 
 
 def test_broadcast_object_gives_the_sources_object(several):
