@@ -1,8 +1,9 @@
-"""The code for GPUs, run without one: on a CUDA runtime whose kernels do nothing (benchmarks/null_gpu).
+"""A developers' check of the code for GPUs without one: a CUDA runtime whose kernels do nothing (benchmarks/null_gpu).
 
-What shows here: that the path through torch's CUDA build is legal, that no step waits for the device, and how many
-kernels the host has to start. Every value is zero, so the runs end as diverged (zero is a step's number, and -1 means
-none), and nothing about results can be tested.
+It shows that the path through torch's CUDA build is legal, that no step waits for the device, and how many kernels the
+host has to start. Every value is zero, so the runs end as diverged (the monitor reads "diverged in step 0", where -1
+would mean in none), and nothing about results can be tested. Skipped, with the reason in pytest's summary, where the
+null GPU cannot be built.
 """
 
 import importlib
@@ -23,20 +24,20 @@ def gpu(tmp_path_factory):
     build = importlib.import_module("null_gpu.build")
     sys.path.pop(0)
     if reason := build.obstacle():
-        pytest.skip(f"no null GPU here: {reason}")
+        pytest.skip(f"the null GPU cannot be built: {reason}")
     try:
         environment = build.build(tmp_path_factory.mktemp("null_gpu"))
     except subprocess.CalledProcessError as error:  # headers of a release that the stand-in does not know
-        pytest.skip(f"no null GPU here: {error.stderr.decode().splitlines()[:1]}")
+        pytest.skip(f"the null GPU cannot be built: {next(iter(error.stderr.decode().splitlines()), error)}")
     seen = run(environment, "-c", "import torch; print(torch.cuda.get_device_name())")
     if seen.stdout.strip() != "null GPU":
-        pytest.skip(f"this torch does not take the null GPU: {seen.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(f"torch does not load the null GPU: {next(reversed(seen.stderr.strip().splitlines()), 'no error')}")
     return environment
 
 
-def run(environment, *words, cwd=None):
+def run(environment, *arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, *map(str, words)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, arguments)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
     )
 
 
@@ -58,7 +59,7 @@ TINY = ["data=digits", "batch_size=64", "steps=8", "log_every=8", "run_dir=r", "
 
 
 @pytest.mark.parametrize(
-    ("track", "words", "graphs"),
+    ("track", "overrides", "graphs"),
     [
         ("pretrain", ["checkpoint.every_steps=4", "checkpoint.snapshots=[0]", "eval.online_every_epochs=0.1"], True),
         ("pretrain", ["method=simclr", "optimizer=lamb", "deterministic=true"], True),
@@ -68,8 +69,8 @@ TINY = ["data=digits", "batch_size=64", "steps=8", "log_every=8", "run_dir=r", "
         ("classify", ["cuda_graphs=false", "data.resident=false"], False),
     ],
 )
-def test_the_commands_take_the_gpu(gpu, tmp_path, track, words, graphs):
-    ended = run(gpu, ROOT / f"ssl_bench/{track}.py", *TINY, *words, cwd=tmp_path)
+def test_the_commands_take_the_gpu(gpu, tmp_path, track, overrides, graphs):
+    ended = run(gpu, ROOT / f"ssl_bench/{track}.py", *TINY, *overrides, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "diverged" in ended.stderr
     assert "CUDA graph" not in ended.stderr  # nobody warns that something could not be recorded
@@ -78,11 +79,11 @@ def test_the_commands_take_the_gpu(gpu, tmp_path, track, words, graphs):
 
 
 def test_what_cannot_be_a_graph_is_refused_in_one_line(gpu, tmp_path):
-    for words, why in (
+    for overrides, why in (
         (["precision=fp16"], "fp16's gradient scaler waits for the device"),
         (["chunk_size=16"], "chunk_size splits the batch"),
     ):
-        ended = run(gpu, ROOT / "ssl_bench/pretrain.py", *TINY, "cuda_graphs=true", *words, cwd=tmp_path)
+        ended = run(gpu, ROOT / "ssl_bench/pretrain.py", *TINY, "cuda_graphs=true", *overrides, cwd=tmp_path)
         assert ended.returncode == 2
         assert ended.stderr.strip() == f"error: cuda_graphs must be null or false, got true: {why}"
 
