@@ -3,10 +3,10 @@
     PYTHONPATH=. python benchmarks/gpu.py --data-path FOLDER --json benchmarks/results/gpu-NAME.json
     python benchmarks/gpu.py --tiny                  # on the CPU, a minute, measures nothing: that it still runs
 
-FOLDER holds CIFAR-10 as parquet files. Every part is a process of its own with a budget of seconds: one that fails,
-hangs or is not done by then costs its own numbers alone, and its entry says so. The parts: both accuracies by the
-suite's own commands (classification for 100 epochs, Barlow Twins for 30, seed 0), throughput.py, compilation and CUDA
-graphs against the plain step with the share of the card's peak, memory at B = 16,384, optimizers.py.
+FOLDER holds CIFAR-10 as parquet files. Every part is its own process with a time limit: if it fails, hangs or is late,
+only its own numbers are lost, and its entry says so. The parts: both accuracies by the suite's own commands
+(classification for 100 epochs, Barlow Twins for 30, seed 0), throughput.py, compilation and CUDA graphs against the
+plain step with the share of the card's peak, memory at B = 16,384, optimizers.py.
 """
 
 import argparse
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --tiny shows on the CPU that the script runs")
     if not options.tiny and options.data_path is None:
-        parser.error("--data-path: which folder holds CIFAR-10's parquet files?")
+        parser.error("--data-path must be the folder of CIFAR-10's parquet files, got nothing")
     return measure(options)
 
 
@@ -344,7 +344,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         chosen = parts(options, work)
         unknown = set(options.parts or ()) - set(chosen)
         if unknown:
-            raise ValueError(f"--parts: got {', '.join(sorted(unknown))}, allowed: {', '.join(chosen)}")
+            raise ValueError(f"--parts must be among {', '.join(chosen)}, got {', '.join(sorted(unknown))}")
         names = {str(work): "WORK", sys.executable: "python", f"{ROOT}/": ""}
         if options.data_path:
             names[options.data_path] = "FOLDER"

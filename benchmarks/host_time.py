@@ -3,10 +3,10 @@
     python benchmarks/host_time.py --json benchmarks/results/host-time.json       # a minute
     python benchmarks/host_time.py --quick                                        # seconds, tiny: that it runs
 
-The code for GPUs runs on the null GPU of `null_gpu/`, a CUDA runtime whose kernels do nothing. What it takes to start
-them all is the host's part of a step, one thread's; a GPU cannot go faster. (A real driver needs another 2 microseconds
-or so for each kernel, which are not in here; neither is anything of what the GPU computes.) Besides: how often the host
-waits for the device between two lines of the log, which should be never.
+For developers. The code for GPUs runs on the null GPU of `null_gpu/`, a CUDA runtime whose kernels do nothing, so the
+time of a step is the time that one thread of the host takes to start its kernels; a GPU cannot go faster. (A real
+driver takes some 2 microseconds more per kernel, which is not included, and neither is anything that the GPU
+computes.) It also counts how often the host waits for the device between two lines of the log, which should be never.
 """
 
 import argparse

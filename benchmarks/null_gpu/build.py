@@ -1,4 +1,4 @@
-"""Builds the null GPU for the installed torch: a compiler, and the CUDA headers that come with torch's own packages."""
+"""Builds the null GPU for the installed torch; needs a compiler and the CUDA headers of torch's packages."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ KERNEL = re.compile(
 
 
 def obstacle() -> str | None:
-    """Why it cannot be built here; None where it can."""
+    """Why the null GPU cannot be built here; None if it can."""
     missing = [tool for tool in ("g++", "gcc", "nm") if shutil.which(tool) is None]
     if missing:
         return f"no {' and '.join(missing)}"
