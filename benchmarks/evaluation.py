@@ -3,17 +3,17 @@
     python benchmarks/evaluation.py --json benchmarks/results/evaluation-cpu.json     # about three minutes
     python benchmarks/evaluation.py --quick                                           # seconds: does it still run?
 
-Four cases, each measured at the size it prints, nothing extrapolated:
+Four cases, each measured at the size it prints, without extrapolation:
 
 - knn: the classes of 10,000 queries by a vote of their 200 nearest among 50,000 features of 512 dimensions.
 - probe: one epoch of every head of `linear-cached-v1`'s grid, ours all at once, torch's (nn.Linear, autograd,
   torch.optim.SGD) one after the other, on the same features; with 10 classes and with 200.
-- protocols: knn-v1 and linear-cached-v1 whole, features given, at CIFAR-10's size; at Tiny ImageNet's where asked.
+- protocols: all of knn-v1 and linear-cached-v1 on given features, at CIFAR-10's size; with --tiny-imagenet at its too.
 - features: ResNet18's features of 10,000 images in bf16, and beside it a Barlow Twins training step (forward, backward
-  and SGD, two views) with the batch already there, both in images a second.
+  and SGD, two views) on a batch that is already on the device, both in images per second.
 
-The contestants of a case take turns, so that a noisy machine is equally unkind to all: compare ratios. On a shared
-machine the CPU seconds (of all threads; only with one thread are they free of waiting) say more than the wall's.
+The contestants of a case take turns, so that noise on the machine hits all of them alike: compare ratios. On a shared
+machine CPU seconds (summed over threads; only a single thread's do not count waiting) say more than wall time.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.eval import KNN, LinearCached, extract_features, knn_predict
+from ssl_bench.eval import KNN, LinearCached, Probe, extract_features, knn_predict
 from ssl_bench.eval.linear import fit
 from ssl_bench.methods import METHODS
 from ssl_bench.models.backbone import create_backbone
@@ -52,7 +52,7 @@ Times = list[tuple[float, float]]  # (wall, CPU) seconds of each turn
 
 
 def take_turns(contestants: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, Times]:
-    """What each contestant took in each of the turns; a first turn is run and dropped where asked."""
+    """The time of each contestant in each turn; ``warm_up`` adds a first turn that is not counted."""
     times: dict[str, Times] = {name: [] for name in contestants}
     for turn in range(repeats + warm_up):
         for name, run in contestants.items():
@@ -71,7 +71,7 @@ def synchronize() -> None:
 
 
 def rows_of(case: str, size: str, times: dict[str, Times]) -> list[Row]:
-    """One row for each contestant, the first of them ours; ratios of wall and of CPU time, all threads together."""
+    """One row per contestant, ours first, with the ratios of wall time and of the CPU time of all threads."""
     rows: list[Row] = []
     ours: tuple[float, float] | None = None
     for name, turns in times.items():
@@ -87,7 +87,7 @@ def rows_of(case: str, size: str, times: dict[str, Times]) -> list[Row]:
 
 
 def torch_knn(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, chunk: int = 512) -> Tensor:
-    """The plain way: a product, topk and a weighted count, a chunk of queries at a time."""
+    """The usual way: a matrix product, topk and a weighted count, a chunk of queries at a time."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     predictions = []
     for part in queries.split(chunk):
@@ -98,7 +98,7 @@ def torch_knn(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: in
 
 
 def lightly_knn(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, chunk: int = 512) -> Tensor:
-    """lightly's function as lightly's own benchmark calls it: a chunk of queries at a time, the bank transposed."""
+    """lightly's function, called as lightly's benchmark does: a chunk of queries at a time, the bank transposed."""
     from lightly.utils.benchmarking import knn_predict as lightly_predict
 
     bank, queries = F.normalize(bank, dim=1).T.contiguous(), F.normalize(queries, dim=1)
@@ -111,7 +111,7 @@ def knn_case(n: int, queries: int, k: int, repeats: int, device: torch.device) -
     test, _ = make_features(queries, 10, 2, device)
     expected = torch_knn(bank, labels, test, 10, k).cpu()
     agree = (knn_predict(bank, labels, test, (k,))[k] == expected).double().mean().item()
-    assert agree > 0.999, f"ours and torch's agree on {agree:.2%} only"
+    assert agree > 0.999, f"ours and torch's must agree on 99.9% of queries, got {agree:.2%}"
     contestants: dict[str, Callable[[], object]] = {
         f"ssl_bench, k = {k}": lambda: knn_predict(bank, labels, test, (k,)),
         "torch mm + topk": lambda: torch_knn(bank, labels, test, 10, k),
@@ -125,7 +125,7 @@ def knn_case(n: int, queries: int, k: int, repeats: int, device: torch.device) -
 
 
 def one_at_a_time(x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]], seeds: int) -> None:
-    """One epoch of each head by itself, as a probe is usually written."""
+    """One epoch of each head on its own, as a probe is usually written."""
     for _ in range(seeds):
         for lr, weight_decay in grid:
             head = nn.Linear(DIM, classes, device=x.device)
@@ -142,16 +142,7 @@ def probe_case(n: int, classes: int, repeats: int, device: torch.device) -> list
     seeds = LinearCached.probe_seeds
 
     def ours() -> None:
-        fit(
-            x,
-            y,
-            classes=classes,
-            lrs=[lr for lr, _ in grid],
-            weight_decays=[weight_decay for _, weight_decay in grid],
-            seeds=list(range(seeds)),
-            epochs=1,
-            batch_size=LinearCached.batch_size,
-        )
+        fit(x, y, classes=classes, grid=grid, seeds=list(range(seeds)), epochs=1, batch_size=LinearCached.batch_size)
 
     heads = seeds * len(grid)
     contestants: dict[str, Callable[[], object]] = {
@@ -171,18 +162,18 @@ class Shortened(LinearCached):
 def protocol_case(
     n: int, tests: int, classes: int, device: torch.device, evaluators: tuple[KNN | LinearCached, ...]
 ) -> list[Row]:
-    """Whole protocols, once; no other contestant, so no ratio means anything here."""
-    train_x, train_y = make_features(n, classes, 1, device)
-    test_x, test_y = make_features(tests, classes, 2, device)
+    """Whole protocols, once; there is no other contestant, so there are no ratios."""
+    probe = Probe.from_features(*make_features(n, classes, 1, device), *make_features(tests, classes, 2, device))
+    probe.features("train"), probe.features("test")  # made once, and not a part of the protocols' time
     rows: list[Row] = []
     for evaluator in evaluators:
-        times = take_turns({evaluator.name: lambda e=evaluator: e(train_x, train_y, test_x, test_y)}, 1, warm_up=False)
+        times = take_turns({evaluator.name: lambda e=evaluator: e(probe)}, 1, warm_up=False)
         rows += rows_of("protocols", f"{n} + {tests} features, {classes} classes", times)
     return rows
 
 
 class Pixels:
-    """Random images, resident."""
+    """Random images in memory."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -197,7 +188,7 @@ class Pixels:
 
 
 def feature_case(n: int, batch: int, projector: tuple[int, int, int], repeats: int, device: torch.device) -> list[Row]:
-    """Extraction and, for scale, the step of the training that it follows; both in bf16, images a second."""
+    """Extraction and, for comparison, the training step before it; both in bf16, in images per second."""
     pixels = Pixels(n, device)
     backbone, dim = create_backbone("resnet18", stem="imagenet")
     method = METHODS["barlow_twins"](backbone, dim, projector=projector).to(device, memory_format=torch.channels_last)
@@ -232,7 +223,7 @@ def feature_case(n: int, batch: int, projector: tuple[int, int, int], repeats: i
 
 
 def environment() -> Row:
-    """What the figures depend on."""
+    """The versions and hardware that the numbers depend on."""
 
     def version(package: str) -> str | None:
         try:
@@ -265,10 +256,12 @@ def describe(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one turn: only to see that it runs")
-    parser.add_argument("--tiny-imagenet", action="store_true", help="both protocols at its size too: minutes more")
-    parser.add_argument("--repeats", type=int, default=3, help="turns whose median is kept, >= 1")
-    parser.add_argument("--json", type=Path, help="write the figures here; without it they are only printed")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one turn: only checks that it runs")
+    parser.add_argument(
+        "--tiny-imagenet", action="store_true", help="also run both protocols at its size (minutes more)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="turns, of which the median is reported, >= 1")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     device, repeats = torch.device(options.device), 1 if options.quick else options.repeats
@@ -292,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = case()
         print("\n".join(map(describe, measured)), flush=True)
         rows += measured
-        if options.json:  # after every case: a run that is stopped keeps what it has measured
+        if options.json:  # after every case, so that an interrupted run keeps what it has measured
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(record | {"load_average_after": os.getloadavg()[0]}, indent=1) + "\n")
 

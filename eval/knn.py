@@ -1,16 +1,14 @@
-"""Weighted k-nearest-neighbour classification on the cosine, exact, with ties broken by rule (`knn-v1`).
+"""Exact weighted k-nearest-neighbour classification by cosine, with ties broken by rule (`knn-v1`).
 
 The weights are those of Wu et al. 2018 (arXiv 1805.01978): a neighbour at cosine s votes with exp(s / 0.07).
 """
-
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_bench.eval.base import Metrics, check_features
+from ssl_bench.eval.probe import Metrics, Probe
 
 TEMPERATURE = 0.07
 KS = (1, 10, 20, 200)
@@ -18,10 +16,10 @@ HEADLINE_K = 20
 
 
 def _ranked(bank: Tensor, queries: Tensor, k: int, rows: int = 256) -> tuple[Tensor, Tensor]:
-    """The k nearest by (cosine descending, index ascending), by a plain product: the rule itself, at torch's speed.
+    """The k nearest by (cosine descending, index ascending), by a plain matrix product.
 
-    A float32's bits, read as an integer, order as the float does (the negative ones reversed), so cosine and index
-    pack into one int64 key and no two keys are equal.
+    The bits of a float32, read as an integer, have the order of the floats (that of the negative ones reversed), so
+    cosine and index fit into one int64 key, and no two keys are equal.
     """
     cosines, indices = [], []
     last_first = torch.arange(len(bank) - 1, -1, -1, device=bank.device)
@@ -36,8 +34,8 @@ def _ranked(bank: Tensor, queries: Tensor, k: int, rows: int = 256) -> tuple[Ten
 
 
 def _search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """faiss' exact inner-product search, on the GPU where faiss has one; the order among equals is faiss' own."""
-    import faiss  # here, for it costs start-up time that `--help` should not pay
+    """faiss' exact inner-product search, on a GPU if faiss can use one; the order of equal ones is arbitrary."""
+    import faiss  # here, because importing it takes time that `--help` should not spend
 
     index: faiss.Index = faiss.IndexFlatIP(bank.shape[1])
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
@@ -51,8 +49,8 @@ def _search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows of each query by inner product, equal ones by lower index first.
 
-    The search asks for one neighbour more than needed: a query whose neighbours k and k + 1 are equally near has its
-    tie cut by the search's own order, and is done again by rule.
+    The search asks for one neighbour more than needed: if neighbours k and k + 1 are equally near, faiss has chosen
+    among the tied ones in its own order, and the query is searched again by rule.
 
     Args:
         bank: (N, D) float32, L2-normalised.
@@ -60,13 +58,13 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: neighbours, in [1, N].
 
     Returns:
-        (M, k) float32 cosines, falling, and (M, k) int64 indices into the bank, both on the CPU.
+        (M, k) float32 cosines, descending, and (M, k) int64 indices into the bank, both on the CPU.
     """
     cosines, indices = _search(bank, queries, min(k + 1, len(bank)))
     tied = (cosines[:, 1:] == cosines[:, :-1]).any(dim=1).nonzero().flatten()
     by_index = indices[tied].argsort(dim=1)
     by_cosine = cosines[tied].gather(1, by_index).argsort(dim=1, descending=True, stable=True)
-    indices[tied] = indices[tied].gather(1, by_index.gather(1, by_cosine))  # the cosines fall already
+    indices[tied] = indices[tied].gather(1, by_index.gather(1, by_cosine))  # the cosines are sorted already
     if k < len(bank):
         cut = (cosines[:, k - 1] == cosines[:, k]).nonzero().flatten()
         cosines, indices = cosines[:, :k].contiguous(), indices[:, :k].contiguous()
@@ -79,14 +77,15 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, ks: tuple[int, ...] = KS) -> dict[int, Tensor]:
     """The class of each query by weighted vote of its k nearest bank features, for several k from one search.
 
-    Ties: neighbours of equal cosine rank by lower bank index; classes of equal vote by lower class. Votes are summed
-    in float64, nearest first, on the CPU, so that the result does not depend on the order of a parallel sum.
+    Ties: of neighbours with equal cosine the lower bank index comes first, of classes with equal votes the lower
+    class wins. Votes are summed in float64, nearest first, on the CPU, so that the result does not depend on the order
+    of a parallel sum.
 
     Args:
         bank: (N, D) features; normalised here.
         bank_labels: (N,) int64 labels.
         queries: (M, D) features; normalised here.
-        ks: the numbers of neighbours; one above N is limited to N.
+        ks: numbers of neighbours; a k above N means N.
 
     Returns:
         for each k the (M,) int64 predicted classes, on the CPU.
@@ -108,39 +107,22 @@ class KNN:
     """`knn-v1`: the whole train set as bank, k in {1, 10, 20, 200}, headline k = 20, weights exp(cos / 0.07)."""
 
     name = "knn-v1"
-    inputs: Literal["features"] = "features"
     tabulated = True
-    limits = None
 
-    def __call__(
-        self,
-        train_x: Tensor,
-        train_y: Tensor,
-        test_x: Tensor,
-        test_y: Tensor,
-        *,
-        seed: int = 0,  # noqa: ARG002 (every evaluator takes it)
-    ) -> Metrics:
-        """Classifies the test features by the train features.
-
-        Args:
-            train_x: (N, D) train features, N >= 20; with fewer than 200 the k = 200 vote is one of all N.
-            train_y: (N,) int64 labels.
-            test_x: (M, D) test features.
-            test_y: (M,) int64 labels.
-            seed: unused; nothing here is random.
+    def __call__(self, probe: Probe) -> Metrics:
+        """Classifies the test features by the train features, of which there must be at least 20.
 
         Returns:
-            "top1" (k = 20), "top1_k1", "top1_k10", "top1_k20", "top1_k200" in percent, and "n_test".
-
-        Raises:
-            ValueError: as `check_features`, and for a train set smaller than the headline's k.
+            "top1" (k = 20), "top1_k1", "top1_k10", "top1_k20", "top1_k200" in percent, and "n_test". With fewer than
+            200 train images the k = 200 vote is one of all.
         """
-        check_features(self.name, train_x, train_y, test_x, test_y)
-        if len(train_x) < HEADLINE_K:
-            raise ValueError(f"{self.name}: the train set must hold at least {HEADLINE_K} images, got {len(train_x)}")
-        predictions = knn_predict(train_x, train_y, test_x)
-        labels = test_y.cpu()
+        bank, queries = probe.features("train"), probe.features("test")
+        bank_labels, labels = probe.labels("train"), probe.labels("test").cpu()
+        if len(bank) < HEADLINE_K:
+            raise ValueError(f"the train set must have at least {HEADLINE_K} images, got {len(bank)}")
+        if not probe.main:
+            return {}
+        predictions = knn_predict(bank, bank_labels, queries)
         accuracy = {k: 100 * (predicted == labels).double().mean().item() for k, predicted in predictions.items()}
         return {
             "top1": accuracy[HEADLINE_K],

@@ -1,20 +1,20 @@
 """Linear heads on cached features: a grid of learning rates and weight decays in one product (`linear-cached-v1`)."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ssl_bench.eval.base import Metrics, check_features, count_correct
+from ssl_bench.eval.probe import Metrics, Probe
 
-HOLDOUT_SEED = 20231114  # fixed: every run on a data set holds out the same images, whatever its own seed
+Grid = list[tuple[float, float]]  # (peak learning rate, L2 factor) of heads trained side by side
+
+HOLDOUT_SEED = 20231114  # fixed: all runs on a data set hold out the same images, whatever their seeds
 INIT_STD = 0.01  # of the head's weights; the bias starts at 0 (as in the official Barlow Twins evaluation)
 
 
 def holdout(labels: Tensor, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Splits a train set into a part to fit on and a held-out part, class by class, always in the same way.
+    """Splits a train set into a part to fit on and a held-out part, class by class, always the same.
 
     Args:
         labels: (N,) int64 labels.
@@ -37,19 +37,36 @@ def holdout(labels: Tensor, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()
 
 
+def count_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """How many labels are among the k largest logits; k is limited to the number of classes.
+
+    Args:
+        logits: (..., n, C).
+        labels: (n,) int64, or broadcastable to (..., n).
+        k: 1 or 5.
+
+    Returns:
+        (...,) float64 counts, on the logits' device.
+    """
+    if k == 1:
+        hits = logits.argmax(dim=-1) == labels
+    else:
+        hits = (logits.topk(min(k, logits.shape[-1]), dim=-1).indices == labels.unsqueeze(-1)).any(dim=-1)
+    return hits.sum(dim=-1, dtype=torch.float64)
+
+
 class Heads:
     """S x G linear classifiers trained side by side by SGD with momentum, as `torch.optim.SGD` trains one.
 
-    The S groups see their own batches (one per probe seed); the G heads of a group see the same one, but each has its
-    own learning rate and weight decay. Logits and gradients of all are one batched product each. The arithmetic per
-    head: d = g + weight_decay w; b = momentum b + d; w -= lr b, on weight and bias alike.
+    Each of the S seeds has its own batches; its G heads see the same batch, each with its own learning rate and weight
+    decay. Logits and gradients of all heads are one batched product each: a probe's grid then costs little more than
+    one head. Per head: d = g + weight_decay w; b = momentum b + d; w -= lr b, on weight and bias alike.
 
     Args:
         dim: D, the features' dimension.
         classes: C.
-        lrs: (G,) peak learning rates.
-        weight_decays: (G,) L2 factors.
-        generators: S CPU generators, one per seed, which draw that seed's initial weights (the same for its G heads).
+        grid: G pairs (peak learning rate, L2 factor).
+        generators: S CPU generators, which draw each seed's initial weights (the same for its G heads).
         momentum: of the gradient's buffer, in [0, 1).
         device: where the heads live.
     """
@@ -59,22 +76,21 @@ class Heads:
         dim: int,
         classes: int,
         *,
-        lrs: list[float],
-        weight_decays: list[float],
+        grid: Grid,
         generators: list[torch.Generator],
         momentum: float = 0.9,
         device: torch.device | str = "cpu",
     ) -> None:
-        seeds, grid = len(generators), len(lrs)
+        seeds = len(generators)
         init = torch.stack([torch.randn(dim, 1, classes, generator=g) for g in generators])
-        self.weight = (INIT_STD * init).repeat(1, 1, grid, 1).view(seeds, dim, grid * classes).to(device)
-        self.bias = torch.zeros(seeds, 1, grid * classes, device=device)
+        self.weight = (INIT_STD * init).repeat(1, 1, len(grid), 1).view(seeds, dim, len(grid) * classes).to(device)
+        self.bias = torch.zeros(seeds, 1, len(grid) * classes, device=device)
         self.momentum = momentum
         self._buffers = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self._lr = torch.tensor(lrs, device=device).repeat_interleave(classes)
-        self._weight_decay = torch.tensor(weight_decays, device=device).repeat_interleave(classes)
-        self._decays = any(weight_decays)
-        self._shape = (seeds, grid, classes)
+        columns = torch.tensor(grid, device=device).T.contiguous()  # (2, G)
+        self._lr, self._weight_decay = columns.repeat_interleave(classes, dim=1)
+        self._decays = any(weight_decay for _, weight_decay in grid)
+        self._shape = (seeds, len(grid), classes)
 
     def logits(self, x: Tensor) -> Tensor:
         """(S, n, D) features, or (1, n, D) for all seeds, to (S, G, n, C) logits."""
@@ -83,10 +99,9 @@ class Heads:
         return product.view(seeds, -1, grid, classes).transpose(1, 2)
 
     def finite(self) -> Tensor:
-        """(S, G) whether every weight of a head is finite (too high a learning rate ends otherwise)."""
-        seeds, grid, classes = self._shape
+        """(S, G) whether every weight of a head is finite (after too high a learning rate it is not)."""
         weights = self.weight.isfinite().all(dim=1) & self.bias.isfinite().all(dim=1)
-        return weights.view(seeds, grid, classes).all(dim=-1)
+        return weights.view(self._shape).all(dim=-1)
 
     def step(self, x: Tensor, y: Tensor, factor: float = 1.0) -> None:
         """One step of SGD on the mean cross-entropy of each seed's batch.
@@ -112,26 +127,16 @@ class Heads:
             parameter.addcmul_(buffer, self._lr, value=-factor)
 
 
-def cosine(step: int, total: int) -> float:
-    """Half a cosine from 1 at step 0 towards 0 at the total."""
-    return 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-@dataclass(frozen=True)
 class Standardize:
-    """Features to zero mean and unit deviation per dimension, by the statistics of the features fitted on.
+    """Features to zero mean and unit deviation per dimension, by the statistics of the (N, D) features given.
 
     A dimension whose deviation is below 1e-6 of the largest one is constant: it becomes 0, not amplified noise.
     """
 
-    mean: Tensor  # (D,)
-    scale: Tensor  # (D,)
-
-    @classmethod
-    def fit(cls, x: Tensor) -> "Standardize":
+    def __init__(self, x: Tensor) -> None:
         sd, mean = torch.std_mean(x.double(), dim=0, correction=0)
         scale = torch.where(sd > 1e-6 * sd.max(), 1 / sd, torch.zeros_like(sd))
-        return cls(mean.float(), scale.float())
+        self.mean, self.scale = mean.float(), scale.float()  # (D,)
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x - self.mean) * self.scale
@@ -145,46 +150,25 @@ def accuracy(heads: Heads, x: Tensor, y: Tensor, k: int = 1) -> Tensor:
     return torch.where(heads.finite(), 100 * correct / len(x), -1.0)
 
 
-def fit(
-    x: Tensor,
-    y: Tensor,
-    *,
-    classes: int,
-    lrs: list[float],
-    weight_decays: list[float],
-    seeds: list[int],
-    epochs: int,
-    batch_size: int,
-    momentum: float = 0.9,
-) -> Heads:
-    """Trains len(seeds) x len(lrs) heads together, with a cosine over all steps and the last batch of an epoch short.
+def fit(x: Tensor, y: Tensor, *, classes: int, grid: Grid, seeds: list[int], epochs: int, batch_size: int) -> Heads:
+    """Trains len(seeds) x len(grid) heads together, with half a cosine to 0 over all steps.
 
     Args:
         x: (N, D) float32 features.
         y: (N,) int64 labels, on the features' device.
         classes: C.
-        lrs: (G,) peak learning rates.
-        weight_decays: (G,) L2 factors.
-        seeds: of each group's initial weights and batch order.
+        grid: G pairs (peak learning rate, L2 factor).
+        seeds: of the initial weights and the batch order.
         epochs: passes over x, >= 1.
-        batch_size: images per step, >= 1.
-        momentum: in [0, 1).
+        batch_size: images per step, >= 1; the last batch of an epoch is short.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    heads = Heads(
-        x.shape[1],
-        classes,
-        lrs=lrs,
-        weight_decays=weight_decays,
-        generators=generators,
-        momentum=momentum,
-        device=x.device,
-    )
+    heads = Heads(x.shape[1], classes, grid=grid, generators=generators, device=x.device)
     total, step = epochs * math.ceil(len(x) / batch_size), 0
     for _ in range(epochs):
         order = torch.stack([torch.randperm(len(x), generator=g) for g in generators]).to(x.device)
         for batch in order.split(batch_size, dim=1):
-            heads.step(x[batch], y[batch], cosine(step, total))
+            heads.step(x[batch], y[batch], 0.5 * (1 + math.cos(math.pi * step / total)))
             step += 1
     return heads
 
@@ -192,18 +176,16 @@ def fit(
 class LinearCached:
     """`linear-cached-v1`: the linear probe on features extracted once.
 
-    Version 1 is this, and a change of any of it takes a new name: features standardised per dimension by the images
-    fitted on; softmax cross-entropy; SGD, momentum 0.9, batch 256, half a cosine to 0 over 20 epochs or, on a small
-    train set, as many as give 500 steps; weight decay as L2 on weight and bias; weights from N(0, 0.01), bias 0;
+    Version 1 is the following, and any change of it takes a new name: features standardised per dimension by the
+    images fitted on; softmax cross-entropy; SGD, momentum 0.9, batch 256, half a cosine to 0 over 20 epochs or, on a
+    small train set, as many as give 500 steps; weight decay as L2 on weight and bias; weights from N(0, 0.01), bias 0;
     3 probe seeds (initial weights and batch order). The pair (lr, weight_decay) with the highest mean accuracy over
-    the probe seeds on a held-out tenth of train (`holdout`) is fitted again on all of train and reported at its last
-    epoch. Equal accuracies go to the lower lr, then to the lower decay.
+    the probe seeds on a held-out tenth of train (`holdout`) is fitted again on all of train, and its last epoch is
+    tested. Of equal accuracies the lower lr wins, then the lower weight decay.
     """
 
     name = "linear-cached-v1"
-    inputs: Literal["features"] = "features"
     tabulated = True
-    limits = None
     lrs = (0.01, 0.03, 0.1, 0.3)  # per 256 images, for standardised features
     weight_decays = (0.0, 1e-4, 1e-3)
     probe_seeds = 3
@@ -211,28 +193,8 @@ class LinearCached:
     min_steps = 500
     batch_size = 256
 
-    def _fit(self, x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]], seed: int) -> Heads:
-        steps_per_epoch = math.ceil(len(x) / self.batch_size)
-        return fit(
-            x,
-            y,
-            classes=classes,
-            lrs=[lr for lr, _ in grid],
-            weight_decays=[weight_decay for _, weight_decay in grid],
-            seeds=[(1000 * seed + probe) % 2**63 for probe in range(self.probe_seeds)],
-            epochs=max(self.epochs, math.ceil(self.min_steps / steps_per_epoch)),
-            batch_size=self.batch_size,
-        )
-
-    def __call__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, seed: int = 0) -> Metrics:
-        """Selects lr and weight decay on a held-out tenth of train, refits, and tests.
-
-        Args:
-            train_x: (N, D) float32 train features; all work is done on their device.
-            train_y: (N,) int64 labels.
-            test_x: (M, D) test features.
-            test_y: (M,) int64 labels.
-            seed: of the probe; the global generators are neither read nor advanced.
+    def __call__(self, probe: Probe) -> Metrics:
+        """Selects lr and weight decay on a held-out tenth of train, fits again on all of train, and tests.
 
         Returns:
             "top1" and "top5" (mean over the probe seeds, percent; top5 is of at most C classes), "top1_sd" (sample
@@ -240,30 +202,36 @@ class LinearCached:
             of the choice), "n_test".
 
         Raises:
-            ValueError: as `check_features`, and if no class has the two images that holding one out takes.
+            ValueError: if no class has two train images, so that one could be held out.
         """
-        check_features(self.name, train_x, train_y, test_x, test_y)
-        device, classes = train_x.device, int(train_y.max()) + 1
-        fitted, held = (indices.to(device) for indices in holdout(train_y))
+        train_x, test_x = probe.features("train"), probe.features("test")
+        train_y, test_y, classes = probe.labels("train"), probe.labels("test"), probe.classes
+        fitted, held = (indices.to(train_x.device) for indices in holdout(train_y))
         if len(held) == 0:
-            raise ValueError(f"{self.name}: no class has 2 train images, so none can be held out of {len(train_x)}")
-        train_y, test_y = train_y.to(device), test_y.to(device)
+            raise ValueError(f"a class must have at least 2 train images, got {len(train_x)} of as many classes")
+        if not probe.main:
+            return {}
+
+        def heads_for(x: Tensor, y: Tensor, grid: Grid) -> Heads:
+            epochs = max(self.epochs, math.ceil(self.min_steps / math.ceil(len(x) / self.batch_size)))
+            seeds = [(1000 * probe.seed + i) % 2**63 for i in range(self.probe_seeds)]
+            return fit(x, y, classes=classes, grid=grid, seeds=seeds, epochs=epochs, batch_size=self.batch_size)
 
         grid = [(lr, weight_decay) for lr in self.lrs for weight_decay in self.weight_decays]
-        standardize = Standardize.fit(train_x[fitted])
-        heads = self._fit(standardize(train_x[fitted]), train_y[fitted], classes, grid, seed)
+        standardize = Standardize(train_x[fitted])
+        heads = heads_for(standardize(train_x[fitted]), train_y[fitted], grid)
         val_top1 = accuracy(heads, standardize(train_x[held]), train_y[held]).mean(dim=0).cpu()
-        chosen = int(val_top1.argmax())
+        chosen = int(val_top1.argmax())  # the first of equal ones
 
-        standardize = Standardize.fit(train_x)
-        heads = self._fit(standardize(train_x), train_y, classes, [grid[chosen]], seed)
-        test_x = standardize(test_x.to(device))
+        standardize = Standardize(train_x)
+        heads = heads_for(standardize(train_x), train_y, [grid[chosen]])
+        test_x = standardize(test_x)
         top1 = accuracy(heads, test_x, test_y).flatten().cpu()
         return {
             "top1": top1.mean().item(),
             "top5": accuracy(heads, test_x, test_y, k=5).mean().item(),
             "top1_sd": top1.std().item(),
-            **{f"top1_seed{probe}": value for probe, value in enumerate(top1.tolist())},
+            **{f"top1_seed{i}": value for i, value in enumerate(top1.tolist())},
             "lr": grid[chosen][0],
             "weight_decay": grid[chosen][1],
             "val_top1": val_top1[chosen].item(),

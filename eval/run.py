@@ -1,160 +1,127 @@
-"""Runs evaluators by name on a backbone and a data set, with the features extracted once."""
+"""Runs evaluators on a backbone and a data set, with the features extracted once."""
 
 import difflib
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, TypedDict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Protocol, TypedDict
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ssl_bench.eval.base import Augment, Evaluator, ImageDataset, Metrics, Progress, Transform, check_features
-from ssl_bench.eval.features import Precision, extract_features
+from ssl_bench.eval.features import Transform
 from ssl_bench.eval.knn import KNN
 from ssl_bench.eval.linear import LinearCached
 from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, SINGLE_FAULTS
-from ssl_bench.eval.online import Online, subset
+from ssl_bench.eval.online import Online
+from ssl_bench.eval.probe import ImageDataset, Metrics, Probe
 
-_ALL: tuple[Evaluator, ...] = (
-    *(KNN(), LinearCached(), LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE),
-    *SINGLE_FAULTS,
-    Online(),
-)
-EVALUATORS: dict[str, Evaluator] = {evaluator.name: evaluator for evaluator in _ALL}
+
+class Evaluator(Protocol):
+    """A named protocol that turns a probe into numbers; two of its attributes may be missing.
+
+    `tabulated` (True where missing): whether its numbers may stand in a table of results; a monitor's may not.
+    `needs_augment` (False where missing): whether it uses `probe.augment`, which is then required.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name and version, which stand beside every number it gives."""
+
+    @property
+    def tabulated(self) -> bool:
+        return True
+
+    def __call__(self, probe: Probe) -> Metrics:
+        """Measures, on every process; the numbers of the main process count.
+
+        Returns:
+            numbers by name, accuracies in percent: "top1" is the headline where there is one; "n_test", the number of
+            test images, where it is not that of the probe.
+        """
+
+
+_PROBES = (LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, *SINGLE_FAULTS)
+EVALUATORS: dict[str, Evaluator] = {each.name: each for each in (KNN(), LinearCached(), *_PROBES, Online())}
+
+
+def get_evaluator(name: str) -> Evaluator:
+    """Looks up a built-in evaluator.
+
+    Raises:
+        ValueError: on an unknown name, with the nearest and all known ones.
+    """
+    if name not in EVALUATORS:
+        close = difflib.get_close_matches(name, EVALUATORS, n=1)
+        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown evaluator {name!r}{suggestion} (known: {', '.join(EVALUATORS)})")
+    return EVALUATORS[name]
 
 
 class Result(TypedDict):
-    """One protocol's numbers and what they cost."""
+    """The numbers of one evaluator and what they cost."""
 
     protocol: str
     metrics: Metrics
     n_test: int
-    seconds: float  # of this protocol alone
-    feature_seconds: float  # of the extraction that it shares with the others; 0 where it takes images
+    seconds: float  # of this evaluator alone
+    feature_seconds: float  # of extracting the features, which it may share with others; 0 if it uses none
     precision: str  # of the backbone's passes; what follows them is fp32
     tabulated: bool  # False: a monitor's number, not for a table of results
-
-
-def get_evaluator(name: str) -> Evaluator:
-    """Looks up an evaluator.
-
-    Raises:
-        ValueError: on an unknown name, naming the known ones and the nearest.
-    """
-    if name not in EVALUATORS:
-        nearest = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)
-        raise ValueError(
-            f"eval: unknown protocol {name!r}, did you mean {nearest[0]!r}? known: {', '.join(EVALUATORS)}"
-        )
-    return EVALUATORS[name]
-
-
-Features = tuple[Tensor, Tensor, Tensor, Tensor]  # train_x, train_y, test_x, test_y
-
-
-class _Features:
-    """The features of a data set, or of a monitor's part of it, embedded once and when first asked for."""
-
-    def __init__(self, backbone: nn.Module, dataset: ImageDataset, transform: Transform, **settings: Any) -> None:
-        self._backbone, self._transform, self._splits = backbone, transform, (dataset.train, dataset.test)
-        device = settings["device"]
-        self._settings = {**settings, "output_device": device if torch.device(device).type == "cuda" else "cpu"}
-        self._known: dict[tuple[int, int], tuple[Features, float]] = {}
-
-    def __call__(self, limits: tuple[int, int] | None) -> tuple[Features, float]:
-        """Features of at most so many train and test images (None: of all), and the seconds that they took."""
-        sizes = [len(split) for split in self._splits]
-        key = (sizes[0], sizes[1]) if limits is None else (min(sizes[0], limits[0]), min(sizes[1], limits[1]))
-        if key not in self._known:
-            started = time.perf_counter()
-            indices = [subset(size, limit) for size, limit in zip(sizes, key, strict=True)]
-            x = [
-                extract_features(self._backbone, split, self._transform, indices=i, **self._settings)
-                for split, i in zip(self._splits, indices, strict=True)
-            ]
-            y = [split.labels[i] for split, i in zip(self._splits, indices, strict=True)]
-            self._known[key] = (x[0], y[0], x[1], y[1]), time.perf_counter() - started
-        return self._known[key]
-
-
-def _timed(evaluator: Evaluator, compute: Callable[[], Metrics], feature_seconds: float, precision: str) -> Result:
-    started = time.perf_counter()
-    metrics = compute()
-    return Result(
-        protocol=evaluator.name,
-        metrics=metrics,
-        n_test=int(metrics.get("n_test", 0)),
-        seconds=time.perf_counter() - started,
-        feature_seconds=feature_seconds,
-        precision=precision,
-        tabulated=evaluator.tabulated,
-    )
 
 
 def evaluate(
     backbone: nn.Module,
     dataset: ImageDataset,
-    names: Iterable[str],
+    evaluators: Iterable[Evaluator | str],
     transform: Transform,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
-    batch_size: int = 512,
-    augment: Augment | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    on_progress: Progress | None = None,
+    **settings: Any,
 ) -> list[Result]:
-    """Runs the named protocols on a frozen backbone.
+    """Runs evaluators on a frozen backbone; all processes must call it.
 
-    All processes must call it. They share the passes of the backbone; what follows on the features is done by the
-    main process (rank 0) alone, and the others return at once, with nothing. The backbone, its running statistics,
-    modes and gradients, and the global random generators are the same afterwards, bit for bit.
+    The backbone, its running statistics, modes and gradients, and the global random generators are the same
+    afterwards, bit for bit.
 
     Args:
-        backbone: images (n, 3, h, w) to features (n, D); the bare module, not a DistributedDataParallel wrapper.
-        dataset: its `train` and `test` splits must be on the device already.
-        names: protocols, keys of `EVALUATORS`.
-        transform: the test transform, uint8 images to normalised ones.
-        seed: of the probes' own generators.
-        device: where the backbone is.
-        precision: of the backbone's passes.
-        batch_size: images per pass; no protocol's number depends on it but by rounding.
-        augment: the probes' training augmentation (random resized crop and flip); needed by image protocols only.
-        rank: this process.
-        world_size: the number of processes.
-        on_progress: called with (what is done, done, total): "features" by batches, a protocol by its epochs.
+        backbone, dataset, transform: see `Probe`.
+        evaluators: evaluators, or keys of `EVALUATORS`.
+        settings: `Probe`'s keywords: seed, device, precision, batch_size, augment, rank, world_size, on_progress.
 
     Returns:
-        one `Result` for each name, in order, on the main process; an empty list on the others.
+        one `Result` for each evaluator, in order, on the main process; an empty list on the others.
 
     Raises:
-        ValueError: before any image is read on an unknown name or a missing augmentation; else as the protocols do,
-            on every process, for features that are not finite.
+        ValueError: before any image is read on an unknown name or a missing augmentation; else as the evaluators do,
+            with the evaluator's name in front.
     """
-    evaluators = [get_evaluator(name) for name in names]
-    for evaluator in evaluators:
-        if evaluator.inputs == "images" and augment is None:
-            raise ValueError(f"{evaluator.name}: needs augment (a random resized crop with flip), got None")
-    settings: dict[str, Any] = {
-        "device": device,
-        "precision": precision,
-        "batch_size": batch_size,
-        "rank": rank,
-        "world_size": world_size,
-        "on_progress": on_progress,
-    }
-    features = _Features(backbone, dataset, transform, **settings)
-    results = []
-    for evaluator in evaluators:
-        if evaluator.inputs == "features":
-            inputs, feature_seconds = features(evaluator.limits)
-            check_features(evaluator.name, *inputs)  # here on every process, so that all of them raise
-            compute = partial(evaluator, *inputs, seed=seed) if rank == 0 else dict
-        else:
-            feature_seconds = 0.0
-            compute = partial(evaluator, backbone, dataset, transform, augment, seed=seed, **settings)
-        results.append(_timed(evaluator, compute, feature_seconds, precision))
-    return results if rank == 0 else []
+    found = [get_evaluator(each) if isinstance(each, str) else each for each in evaluators]
+    probe = Probe(backbone, dataset, transform, **settings)
+    for evaluator in found:
+        if probe.augment is None and getattr(evaluator, "needs_augment", False):
+            raise ValueError(f"{evaluator.name}: augment must be a random resized crop with flip, got None")
+    results: list[Result] = []
+    for evaluator in found:
+        before, probe = set(probe.extracted), replace(probe, used=set())
+        started = time.perf_counter()
+        try:
+            metrics = evaluator(probe)
+        except ValueError as error:
+            raise ValueError(f"{evaluator.name}: {error}") from error
+        elapsed = time.perf_counter() - started
+        if not probe.main:
+            continue
+        wrong = {name: value for name, value in metrics.items() if not isinstance(value, int | float)}
+        if wrong:  # a tensor or a NumPy number would fail only when the run's results are written
+            raise ValueError(f"{evaluator.name}: metrics must be plain numbers, got {wrong}")
+        feature_seconds = {key: probe.extracted[key][1] for key in probe.used}
+        results.append(
+            Result(
+                protocol=evaluator.name,
+                metrics=metrics,
+                n_test=int(metrics.get("n_test", len(probe.images("test")))),
+                seconds=elapsed - sum(took for key, took in feature_seconds.items() if key not in before),
+                feature_seconds=sum(feature_seconds.values()),
+                precision=probe.precision,
+                tabulated=getattr(evaluator, "tabulated", True),
+            )
+        )
+    return results

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssl_bench.eval.features import eval_mode
+
 Loss = Callable[[], Tensor]  # the scalar loss on the fixed batch, a pure function of the parameters
 BatchNormMode = Literal["train", "eval"]
 
 
 class Eigenvalue(NamedTuple):
-    """A Ritz value, and how far from an eigenvalue it can be."""
+    """A Ritz value, and how far it can be from an eigenvalue."""
 
     value: float
     residual: float  # |H v - value v| of the unit Ritz vector v: an eigenvalue lies within it
@@ -29,7 +31,7 @@ class Estimate(NamedTuple):
 
 
 class Sharpness(NamedTuple):
-    """Every measure of one loss at one point, and the settings that they depend on."""
+    """All measures of one loss at one point, and the settings that they depend on."""
 
     loss: float
     gradient_norm: float
@@ -42,39 +44,36 @@ class Sharpness(NamedTuple):
 
 @contextmanager
 def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[None]:
-    """Puts batch norm in a mode and all else in eval mode, then gives modes and buffers back, bit for bit.
+    """Puts batch norm in a mode and all else in eval mode, and restores modes and buffers bit for bit afterwards.
 
-    Dropout and its like are off in both modes, for a Hessian is one of a fixed function.
+    Dropout and the like are off in both modes, because a Hessian is one of a fixed function.
 
     Args:
-        model: may hold no batch norm at all.
-        mode: "train" normalises by the batch, which is the loss that training descends; "eval" by the running
-            statistics, which is the loss of the network that is used.
+        model: need not have any batch norm.
+        mode: "train" normalises by the batch, which gives the loss that training minimises; "eval" by the running
+            statistics, which gives the loss of the network as it is used.
     """
     if mode not in ("train", "eval"):
-        raise ValueError(f"sharpness: batch_norm must be train or eval, got {mode!r}")
-    modes = [(module, module.training) for module in model.modules()]
+        raise ValueError(f"batch_norm must be train or eval, got {mode!r}")
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.train(mode == "train")
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+    with eval_mode(model):
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(mode == "train")
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
 
 
 class Hessian:
     """Products of a loss's Hessian with vectors; the gradient's graph is built once and kept.
 
     Args:
-        loss: the closure; called once.
-        params: the parameters that the Hessian is taken in, of one device.
+        loss: called once.
+        params: the parameters to differentiate by, on one device.
 
     Raises:
         ValueError: if there is no parameter, or the loss is not a finite scalar.
@@ -82,7 +81,7 @@ class Hessian:
 
     def __init__(self, loss: Loss, params: Sequence[Tensor]) -> None:
         if not params:
-            raise ValueError("sharpness: no parameter that requires a gradient was given")
+            raise ValueError("sharpness: at least one parameter must require a gradient, got none")
         value = loss()
         if value.ndim != 0 or not math.isfinite(value.item()):
             got = f"shape {tuple(value.shape)}" if value.ndim else value.item()
@@ -111,14 +110,14 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def top_eigenvalue(hessian: Hessian, *, iterations: int = 50, tolerance: float = 1e-3, seed: int = 0) -> Eigenvalue:
     """The algebraically largest eigenvalue, by Lanczos' three-term recurrence.
 
-    Three vectors of the parameters' size are kept. Without reorthogonalisation rounding makes copies of Ritz values
-    that have converged, which leaves the largest where it is (Paige 1976).
+    It keeps three vectors of the parameters' size and does not reorthogonalise them: rounding then adds copies of Ritz
+    values that have converged, but does not move the largest (Paige 1976).
 
     Args:
         hessian: of the loss.
-        iterations: Hessian products at most, >= 1.
-        tolerance: stop once the residual is below this share of the value.
-        seed: of the starting vector, from a generator of its own.
+        iterations: the most Hessian products, >= 1.
+        tolerance: stop when the residual is below this share of the value.
+        seed: of the starting vector, which has its own generator.
 
     Raises:
         ValueError: on iterations below 1, or a product that is not finite.
@@ -136,7 +135,7 @@ def top_eigenvalue(hessian: Hessian, *, iterations: int = 50, tolerance: float =
         w = hessian(v)
         alpha = inner_product(w, v)
         if not math.isfinite(alpha):
-            raise ValueError("sharpness: a product with the Hessian is not finite")
+            raise ValueError("sharpness: products with the Hessian must be finite, got NaN or infinity")
         w = [x - alpha * y - beta * z for x, y, z in zip(w, v, previous, strict=True)]
         alphas.append(alpha)
         beta = math.sqrt(inner_product(w, w))
@@ -151,18 +150,18 @@ def top_eigenvalue(hessian: Hessian, *, iterations: int = 50, tolerance: float =
 
 
 def trace(hessian: Hessian, *, samples: int = 30, seed: int = 0) -> Estimate:
-    """The Hessian's trace by Hutchinson's estimator: the mean of v'Hv over random signs v; exact for a diagonal one.
+    """The Hessian's trace by Hutchinson's estimator: the mean of v'Hv over random signs v; exact if H is diagonal.
 
     Args:
         hessian: of the loss.
         samples: Hessian products, >= 2.
-        seed: of the signs, from a generator of their own.
+        seed: of the signs, which have their own generator.
 
     Raises:
-        ValueError: on samples below 2, of which there is no standard error.
+        ValueError: on samples below 2, which have no standard error.
     """
     if samples < 2:
-        raise ValueError(f"sharpness: samples must be >= 2 for a standard error, got {samples}")
+        raise ValueError(f"sharpness: samples must be >= 2, got {samples} (one sample has no standard error)")
     generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(samples):
@@ -176,9 +175,9 @@ def sam_sharpness(loss: Loss, params: Sequence[Tensor], gradient: Sequence[Tenso
     """L(w + rho g / |g|) - L(w): how much the loss rises one step up its gradient (Foret et al. 2021, eq. 2).
 
     Args:
-        loss: the closure.
-        params: where it is taken; the same afterwards, bit for bit.
-        gradient: of the loss in the parameters.
+        loss: called twice.
+        params: the point w; the same afterwards, bit for bit.
+        gradient: of the loss by the parameters.
         rho: the step's length in the parameters' Euclidean norm, > 0.
 
     Raises:
@@ -211,23 +210,23 @@ def measure_sharpness(
     rho: float = 0.05,
     seed: int = 0,
 ) -> Sharpness:
-    """All measures in every trainable parameter of a model, in float32 whatever autocast surrounds the call.
+    """All measures over every trainable parameter of a model, in float32 even inside autocast.
 
     The model's parameters, buffers, modes and gradients, and the global generators are the same afterwards. A
-    reparametrisation that leaves the function alone changes these numbers (Dinh et al. 2017): compare them between
-    runs of one architecture, with the weights' norms beside them.
+    reparametrisation that keeps the function changes these numbers (Dinh et al. 2017): compare them between runs of
+    one architecture, and look at the weights' norms too.
 
     Args:
         model: the bare module that the loss runs; not a DistributedDataParallel wrapper.
-        loss: the scalar loss on a fixed batch; it must draw nothing at random.
-        batch_norm: see `batch_norm_mode`; stated in the result.
-        iterations: of Lanczos, at most.
+        loss: the scalar loss on a fixed batch; it must not draw random numbers.
+        batch_norm: see `batch_norm_mode`; repeated in the result.
+        iterations: the most iterations of Lanczos.
         samples: of Hutchinson's estimator.
         rho: of SAM's step.
         seed: of the random vectors.
 
     Raises:
-        ValueError: as the parts do.
+        ValueError: on a bad setting, no trainable parameter, or a loss that is not finite.
     """
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = params[0].device.type if params else "cpu"

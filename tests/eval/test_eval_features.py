@@ -1,5 +1,6 @@
 """Features of a frozen backbone: each image once, on any number of processes, and nothing else touched."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from eval_doubles import Backbone, Images, Shift, Splits, assert_unchanged, stat
 from torch import Tensor, nn
 from torchrun import torchrun
 
-from ssl_bench.eval import extract_features
-from ssl_bench.eval.features import frozen, gather_rows, shard
+from ssl_bench.eval import Probe, extract_features
+from ssl_bench.eval.features import eval_mode, gather_rows, shard
 from ssl_bench.eval.linear_augmented import LINEAR_AUG, RELEASED_PROBE
 
 N = 23  # not divisible by 2 or 3 processes, nor by the batch of 4
@@ -32,13 +33,20 @@ def test_equals_the_plain_forward_pass() -> None:
     assert source.asked == list(range(N))
 
 
-def test_indices_pick_and_order() -> None:
-    source, backbone = Images(N), Backbone()
-    chosen = torch.tensor([5, 2, 19])
-    torch.testing.assert_close(
-        extract_features(backbone, source, to_float, indices=chosen),
-        extract_features(backbone, source, to_float)[chosen],
-    )
+def test_a_subset_is_fixed_and_in_order() -> None:
+    splits, backbone = Splits(Images(N), Images(10, seed=1)), Backbone()
+    probe = Probe(backbone, splits, to_float)
+    part = probe.subset(train=7, test=99)
+    features = part.features("train")
+    chosen = list(splits.train.asked)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 7
+    torch.testing.assert_close(features, extract_features(backbone, splits.train, to_float)[chosen])
+    assert torch.equal(part.labels("train"), splits.train.labels[chosen])
+    assert part.features("test") is probe.features("test")  # no more images than that: the whole split
+    splits.train.asked.clear()
+    assert torch.equal(Probe(backbone, splits, to_float, seed=9).subset(train=7, test=3).features("train"), features)
+    assert splits.train.asked == chosen  # whatever the seed
 
 
 def test_backbone_modes_and_global_rng_are_left_alone() -> None:
@@ -54,7 +62,7 @@ def test_backbone_modes_and_global_rng_are_left_alone() -> None:
 
 def test_modes_come_back_after_an_error() -> None:
     backbone = Backbone().train()
-    with pytest.raises(RuntimeError, match="stop"), frozen(backbone):
+    with pytest.raises(RuntimeError, match="stop"), eval_mode(backbone):
         raise RuntimeError("stop")
     assert all(module.training for module in backbone.modules())
 
@@ -94,12 +102,12 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_refuses_a_backbone_without_pooling() -> None:
-    with pytest.raises(ValueError, match=r"must give \(n, D\) features, got \(23, 4, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"must return \(n, D\) features, got \(23, 4, 6, 6\)"):
         extract_features(nn.Conv2d(3, 4, 3), Images(N), to_float)
 
 
 def test_a_lost_image_is_noticed() -> None:
-    with pytest.raises(RuntimeError, match="22 features came of 23 images"):
+    with pytest.raises(RuntimeError, match="23 images must give as many features, got 22"):
         extract_features(Backbone(), Images(N, lose=1), to_float)
 
 
@@ -134,7 +142,7 @@ def sharded() -> dict[str, Any]:
     splits = Splits(Images(N), Images(10, seed=1))
     for probe in SMALL_PROBES:
         for where, world in (("alone", {}), ("over all", {"rank": rank, "world_size": world_size})):
-            metrics = probe(Backbone(dropout=0.0), splits, to_float, Shift(), batch_size=4, **world)
+            metrics = probe(Probe(Backbone(dropout=0.0), splits, to_float, augment=Shift(), batch_size=4, **world))
             results[f"{probe.name} {where}"] = metrics
     return results
 
@@ -147,9 +155,8 @@ def test_several_processes_equal_one(world_size: int, tmp_path: Path) -> None:
     for result in results:
         assert torch.equal(result["features4"], alone)  # bitwise: the batches are the same ones
         torch.testing.assert_close(result["features16"], alone)
-        assert "process 1 brought" in result["error"]
-        assert "of 6 dimensions, expected" in result["error"]
-        assert f"process 0 brought 2 rows of 3 dimensions, expected 2 of {2 + world_size}" in result["width_error"]
+        assert re.fullmatch(r"process 1 must bring \d+ rows of 6 dimensions, got \d+ of 6", result["error"])
+        assert f"process 0 must bring 2 rows of {2 + world_size} dimensions, got 2 of 3" in result["width_error"]
         for probe in SMALL_PROBES:
             assert result[f"{probe.name} over all"] == results[0][f"{probe.name} alone"]
     for batch_size in (4, 16):

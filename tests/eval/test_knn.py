@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_bench.eval import KNN, knn_predict
+from ssl_bench.eval import KNN, Probe, knn_predict
 from ssl_bench.eval.knn import KS, nearest
 
 
@@ -38,7 +38,7 @@ def blobs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_equals_the_plain_computation(blobs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     train_x, train_y, test_x, test_y = blobs
     predictions = knn_predict(train_x, train_y, test_x)
-    metrics = KNN()(*blobs)
+    metrics = KNN()(Probe.from_features(*blobs))
     for k in KS:
         expected = reference(train_x, train_y, test_x, k)
         assert predictions[k].tolist() == expected
@@ -52,12 +52,13 @@ def test_equals_the_plain_computation(blobs: tuple[Tensor, Tensor, Tensor, Tenso
 def test_scale_of_features_does_not_matter(blobs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     train_x, train_y, test_x, test_y = blobs
     scales = torch.rand(400, 1, generator=torch.Generator().manual_seed(1)) + 0.5
-    assert KNN()(train_x * scales, train_y, 7 * test_x, test_y) == KNN()(*blobs)
+    scaled = Probe.from_features(train_x * scales, train_y, 7 * test_x, test_y)
+    assert KNN()(scaled) == KNN()(Probe.from_features(*blobs))
 
 
 def test_the_bank_is_found_in_itself(blobs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     train_x, train_y, _, _ = blobs
-    assert KNN()(train_x, train_y, train_x, train_y)["top1_k1"] == 100
+    assert KNN()(Probe.from_features(train_x, train_y, train_x, train_y))["top1_k1"] == 100
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 64, 200, 300])
@@ -91,14 +92,14 @@ def test_k_is_limited_to_the_bank() -> None:
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(30, 5, generator=generator), torch.randn(12, 5, generator=generator)
     labels = torch.arange(30) % 4
-    metrics = KNN()(bank, labels, queries, torch.arange(12) % 4)
+    metrics = KNN()(Probe.from_features(bank, labels, queries, torch.arange(12) % 4))
     assert knn_predict(bank, labels, queries)[200].tolist() == reference(bank, labels, queries, 30)
     assert set(metrics) == {"top1", "top1_k1", "top1_k10", "top1_k20", "top1_k200", "n_test"}
 
 
 def test_deterministic_and_without_global_randomness(blobs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     rng = torch.get_rng_state()
-    assert KNN()(*blobs, seed=0) == KNN()(*blobs, seed=1)
+    assert KNN()(Probe.from_features(*blobs, seed=0)) == KNN()(Probe.from_features(*blobs, seed=1))
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -108,19 +109,19 @@ X, Y = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.ara
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X[:19], Y[:19], X, Y), "knn-v1: the train set must hold at least 20 images, got 19"),
-        ((X, Y[:5], X, Y), r"knn-v1: 24 train features need \(24,\) labels, got \(5,\)"),
-        ((X, Y, X, Y[:5]), r"knn-v1: 24 test features need \(24,\) labels, got \(5,\)"),
-        ((X, 0 * Y + 3, X, Y), "knn-v1: at least 2 classes are needed, the train labels are all 3"),
-        ((X, Y, X[:, :2], Y), "knn-v1: train features have 3 dimensions, test 2"),
-        ((X.view(24, 3, 1), Y, X, Y), r"knn-v1: train features must be \(N, D\) with N >= 1, got \(24, 3, 1\)"),
-        ((X, Y, X[:0], Y[:0]), r"knn-v1: test features must be \(N, D\) with N >= 1, got \(0, 3\)"),
-        ((X, Y - 1, X, Y), "knn-v1: train labels must be integers >= 0, got torch.int64 from -1"),
-        ((X, Y.float(), X, Y), "knn-v1: train labels must be integers >= 0, got torch.float32 from 0.0"),
-        ((X, Y, X / 0, Y), "knn-v1: 24 of 24 test features are not finite: the model has diverged"),
+        ((X[:19], Y[:19], X, Y), "the train set must have at least 20 images, got 19"),
+        ((X, Y[:5], X, Y), r"train labels must be \(24,\) as there are 24 images, got \(5,\)"),
+        ((X, Y, X, Y[:5]), r"test labels must be \(24,\) as there are 24 images, got \(5,\)"),
+        ((X, 0 * Y + 3, X, Y), r"train labels must be of at least 2 classes, got \[3\]"),
+        ((X, Y, X[:, :2], Y), "test features must have 3 dimensions as train, got 2"),
+        ((X.view(24, 3, 1), Y, X, Y), r"train features must be \(N, D\) with N >= 1, got \(24, 3, 1\)"),
+        ((X, Y, X[:0], Y[:0]), r"test features must be \(N, D\) with N >= 1, got \(0, 3\)"),
+        ((X, Y - 1, X, Y), "train labels must be integers >= 0, got torch.int64 from -1"),
+        ((X, Y.float(), X, Y), "train labels must be integers >= 0, got torch.float32 from 0.0"),
+        ((X, Y, X / 0, Y), "test features must be finite, got 24 of 24 that are not"),
     ],
 )
 def test_refusals(arguments: tuple[Tensor, Tensor, Tensor, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        KNN()(*arguments)
+        KNN()(Probe.from_features(*arguments))
     assert "\n" not in str(caught.value)

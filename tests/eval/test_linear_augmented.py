@@ -10,7 +10,7 @@ import torch
 from eval_doubles import Backbone, Images, Shift, Splits, assert_unchanged, state, to_float
 from torch import Tensor, nn
 
-from ssl_bench.eval import EVALUATORS, AugmentedProbe, evaluate
+from ssl_bench.eval import EVALUATORS, AugmentedProbe, Probe, evaluate
 from ssl_bench.eval.linear import Heads
 from ssl_bench.eval.linear_augmented import (
     LINEAR_AUG,
@@ -79,6 +79,10 @@ def plain_loop(probe: AugmentedProbe, splits: Splits, seed: int) -> tuple[nn.Lin
     return head, backbone, generator
 
 
+def on(splits: Splits, backbone: nn.Module | None = None, **settings: Any) -> Probe:
+    return Probe(backbone or Backbone(8, dropout=0.0), splits, to_float, augment=Shift(), **settings)
+
+
 def small(probe: AugmentedProbe) -> AugmentedProbe:
     return replace(probe, epochs=EPOCHS, batch_size=BATCH, lr=6.0)
 
@@ -89,7 +93,7 @@ def test_sound_probes_equal_a_plain_loop(probe: AugmentedProbe, splits: Splits, 
     head, backbone, _ = plain_loop(probe, splits, seed=4)
     with torch.no_grad():
         logits = head(backbone.eval()(to_float(splits.test.images)))
-    metrics = probe(Backbone(8, dropout=0.0), splits, to_float, Shift(), seed=4, batch_size=8)
+    metrics = probe(on(splits, seed=4, batch_size=8))
     assert_same_head(trained[0], head)
     ranks = (logits.argsort(dim=1, descending=True) == splits.test.labels[:, None]).int().argmax(dim=1)
     assert metrics["top1"] == pytest.approx(100 * (ranks < 1).double().mean().item())
@@ -110,7 +114,7 @@ def test_released_probe_has_the_released_faults(splits: Splits, trained: list[He
         with torch.no_grad():
             hits = head(backbone(x)).argmax(dim=1) == splits.test.labels[index]
         shares.append(hits.double().mean())
-    metrics = probe(Backbone(8, dropout=0.0), splits, to_float, Shift(), seed=4)
+    metrics = probe(on(splits, seed=4))
     assert_same_head(trained[0], head)
     assert metrics["top1"] == pytest.approx(100 * torch.stack(shares).mean().item())
     assert metrics["n_test"] == 37
@@ -121,8 +125,8 @@ def test_released_probe_has_the_released_faults(splits: Splits, trained: list[He
 )
 def test_each_fault_can_be_mended_alone(sound: dict[str, Any], splits: Splits, trained: list[Heads]) -> None:
     probe = small(RELEASED_PROBE)
-    faulty = probe(Backbone(8, dropout=0.0), splits, to_float, Shift(), seed=4)
-    mended = replace(probe, **sound)(Backbone(8, dropout=0.0), splits, to_float, Shift(), seed=4)
+    faulty = probe(on(splits, seed=4))
+    mended = replace(probe, **sound)(on(splits, seed=4))
     assert mended["n_test"] == (147 if "partial_test" in sound else 37)
     if "train_mode" in sound or "schedule" in sound:  # what concerns the training; the others the test alone
         assert not torch.allclose(trained[0].weight, trained[1].weight, rtol=0.01)
@@ -178,12 +182,12 @@ def test_backbone_and_global_rng_are_left_alone(probe: AugmentedProbe, splits: S
     backbone = Backbone().train()  # with dropout, which train mode draws for
     backbone.norm.eval()
     before, rng = state(backbone), torch.get_rng_state()
-    first = small(probe)(backbone, splits, to_float, Shift())
+    first = small(probe)(on(splits, backbone))
     assert_unchanged(backbone, before)
     assert torch.equal(torch.get_rng_state(), rng)
     assert [module.training for module in backbone.modules()] == [True, True, False, True]
     torch.rand(3)
-    assert small(probe)(copy.deepcopy(backbone), splits, to_float, Shift()) == first
+    assert small(probe)(on(splits, copy.deepcopy(backbone))) == first
 
 
 def test_through_evaluate_with_progress(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,21 +202,21 @@ def test_through_evaluate_with_progress(splits: Splits, monkeypatch: pytest.Monk
         seed=4,
         on_progress=lambda *event: seen.append(event),
     )
-    assert results[0]["metrics"] == small(LINEAR_AUG)(Backbone(), splits, to_float, Shift(), seed=4)
+    assert results[0]["metrics"] == small(LINEAR_AUG)(on(splits, Backbone(), seed=4))
     assert results[0]["feature_seconds"] == 0
     assert seen[-1] == ("linear-aug-v1", EPOCHS, EPOCHS)
 
 
 def test_refusals(splits: Splits) -> None:
-    with pytest.raises(ValueError, match=r"linear-aug-v1: needs augment .*, got None"):
+    with pytest.raises(ValueError, match=r"linear-aug-v1: augment must be .*, got None"):
         evaluate(Backbone(), splits, ["knn-v1", "linear-aug-v1"], to_float)
     assert splits.train.asked == []
-    with pytest.raises(ValueError, match="linear-aug-v1: at least 2 classes are needed, got 1"):
-        small(LINEAR_AUG)(Backbone(), Splits(Images(20, classes=1), splits.test), to_float, Shift())
+    with pytest.raises(ValueError, match=r"train labels must be of at least 2 classes, got \[0\]"):
+        small(LINEAR_AUG)(on(Splits(Images(20, classes=1), splits.test)))
 
     class Diverged(Backbone):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * math.inf
 
-    with pytest.raises(ValueError, match="linear-aug-v1: the first batch's features are not finite"):
-        small(LINEAR_AUG)(Diverged(), splits, to_float, Shift())
+    with pytest.raises(ValueError, match="features must be finite, got a first batch that is not"):
+        small(LINEAR_AUG)(on(splits, Diverged()))

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from ssl_bench.eval import LinearCached, holdout
+from ssl_bench.eval import LinearCached, Probe, holdout
 from ssl_bench.eval.linear import Heads, Standardize, accuracy, fit
 
 GRID = [(0.05, 0.0), (0.5, 1e-2), (1.0, 1e-3)]
@@ -26,7 +26,7 @@ def digits() -> Split:
 
 @pytest.fixture(scope="module")
 def metrics(digits: Split) -> dict[str, float]:
-    return LinearCached()(*digits)
+    return LinearCached()(Probe.from_features(*digits))
 
 
 def one_at_a_time(x: Tensor, y: Tensor, lr: float, weight_decay: float, seed: int, epochs: int) -> nn.Linear:
@@ -50,16 +50,7 @@ def one_at_a_time(x: Tensor, y: Tensor, lr: float, weight_decay: float, seed: in
 
 def test_equals_torch_sgd_one_head_at_a_time(digits: Split) -> None:
     x, y = digits[0][:130] / 16, digits[1][:130]  # 130 = 2 batches of 50 and a short one of 30
-    heads = fit(
-        x,
-        y,
-        classes=10,
-        lrs=[lr for lr, _ in GRID],
-        weight_decays=[weight_decay for _, weight_decay in GRID],
-        seeds=[3, 8],
-        epochs=4,
-        batch_size=50,
-    )
+    heads = fit(x, y, classes=10, grid=GRID, seeds=[3, 8], epochs=4, batch_size=50)
     weight, bias = heads.weight.view(2, 64, 3, 10), heads.bias.view(2, 3, 10)
     test_x, test_y = digits[2] / 16, digits[3]
     top1 = accuracy(heads, test_x, test_y)
@@ -77,8 +68,8 @@ def test_heads_do_not_disturb_each_other(digits: Split) -> None:
     """A head that blows up beside it changes nothing, and is marked."""
     x, y = digits[0][:100], digits[1][:100]
     settings = {"classes": 10, "seeds": [0], "epochs": 40, "batch_size": 20}
-    alone = fit(x, y, lrs=[0.01], weight_decays=[0.0], **settings)
-    beside = fit(x, y, lrs=[0.01, 1e4], weight_decays=[0.0, 1.0], **settings)
+    alone = fit(x, y, grid=[(0.01, 0.0)], **settings)
+    beside = fit(x, y, grid=[(0.01, 0.0), (1e4, 1.0)], **settings)
     torch.testing.assert_close(beside.weight[:, :, :10], alone.weight)
     assert beside.finite().tolist() == [[True, False]]
     top1 = accuracy(beside, x, y)
@@ -87,10 +78,10 @@ def test_heads_do_not_disturb_each_other(digits: Split) -> None:
 
 
 def test_top5_and_few_classes() -> None:
-    heads = Heads(2, 3, lrs=[1.0], weight_decays=[0.0], generators=[torch.Generator().manual_seed(0)])
+    heads = Heads(2, 3, grid=[(1.0, 0.0)], generators=[torch.Generator().manual_seed(0)])
     x, y = torch.randn(9, 2, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 3
     assert accuracy(heads, x, y, k=5).item() == 100  # of three classes five always hold the right one
-    many = Heads(2, 8, lrs=[1.0], weight_decays=[0.0], generators=[torch.Generator().manual_seed(0)])
+    many = Heads(2, 8, grid=[(1.0, 0.0)], generators=[torch.Generator().manual_seed(0)])
     logits = many.logits(x.unsqueeze(0))[0, 0]
     inside = [label in row.argsort(descending=True)[:5] for row, label in zip(logits, y, strict=True)]
     assert accuracy(many, x, y, k=5).item() == pytest.approx(100 * sum(inside) / 9)
@@ -109,7 +100,7 @@ def test_holdout_is_a_fixed_stratified_tenth() -> None:
 
 def test_standardize_leaves_constant_dimensions_at_zero() -> None:
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0, 0.0]) + 7
-    z = Standardize.fit(x)(x)
+    z = Standardize(x)(x)
     torch.testing.assert_close(z.mean(dim=0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(dim=0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
 
@@ -126,7 +117,7 @@ def test_metrics_say_what_was_chosen_and_how_seeds_differ(metrics: dict[str, flo
 
 def test_close_to_logistic_regression(digits: Split, metrics: dict[str, float]) -> None:
     train_x, train_y, test_x, test_y = digits
-    standardize = Standardize.fit(train_x)
+    standardize = Standardize(train_x)
     model = LogisticRegression(max_iter=2000).fit(standardize(train_x).numpy(), train_y.numpy())
     expected = 100 * model.score(standardize(test_x).numpy(), test_y.numpy())
     assert metrics["top1"] == pytest.approx(expected, abs=1.5)
@@ -138,7 +129,7 @@ def test_the_choice_is_made_on_held_out_train_images(digits: Split, monkeypatch:
     monkeypatch.setattr(LinearCached, "lrs", (1e-9, 0.1))
     monkeypatch.setattr(LinearCached, "weight_decays", (0.0,))
     monkeypatch.setattr(LinearCached, "min_steps", 100)
-    metrics = LinearCached()(train_x, train_y, test_x, (test_y + 1) % 10)
+    metrics = LinearCached()(Probe.from_features(train_x, train_y, test_x, (test_y + 1) % 10))
     assert metrics["lr"] == 0.1
     assert metrics["val_top1"] > 85
     assert metrics["top1"] < 15
@@ -147,16 +138,17 @@ def test_the_choice_is_made_on_held_out_train_images(digits: Split, monkeypatch:
 def test_deterministic_by_its_own_seed(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearCached, "min_steps", 60)
     rng = torch.get_rng_state()
-    first = LinearCached()(*digits, seed=0)
+    first = LinearCached()(Probe.from_features(*digits, seed=0))
     assert torch.equal(torch.get_rng_state(), rng)
     torch.rand(5)
-    assert LinearCached()(*digits, seed=0) == first
-    assert LinearCached()(*digits, seed=1) != first
+    assert LinearCached()(Probe.from_features(*digits, seed=0)) == first
+    assert LinearCached()(Probe.from_features(*digits, seed=1)) != first
 
 
 def test_refusals() -> None:
     x, y = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 2
-    with pytest.raises(ValueError, match=r"linear-cached-v1: no class has 2 train images, so none .* of 24"):
-        LinearCached()(x, torch.arange(24), x, y)
-    with pytest.raises(ValueError, match="linear-cached-v1: 1 of 24 train features are not finite"):
-        LinearCached()(torch.where(torch.arange(24)[:, None] == 3, torch.inf, x), y, x, y)
+    with pytest.raises(ValueError, match="a class must have at least 2 train images, got 24 of as many classes"):
+        LinearCached()(Probe.from_features(x, torch.arange(24), x, y))
+    infinite = torch.where(torch.arange(24)[:, None] == 3, torch.inf, x)
+    with pytest.raises(ValueError, match="train features must be finite, got 1 of 24 that are not"):
+        LinearCached()(Probe.from_features(infinite, y, x, y))
