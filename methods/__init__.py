@@ -1,4 +1,4 @@
-"""Self-supervised methods: one file, one class each."""
+"""Self-supervised methods, one class in one file each."""
 
 from ssl_bench.methods.barlow_twins import BarlowTwins
 from ssl_bench.methods.base import Method

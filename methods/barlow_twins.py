@@ -6,11 +6,11 @@ from torch.nn import functional as F
 from ssl_bench.methods.base import Method, build_projector
 from ssl_bench.methods.off_diagonal import off_diagonal_energy
 
-EPS = 1e-5  # of the standardisation; the official code's batch norm
+EPS = 1e-5  # added to the variance; the default of batch norm, which the official code uses
 
 
 class BarlowTwins(Method):
-    """Drives the cross-correlation of the two views' embeddings to the identity.
+    """Makes the cross-correlation matrix of the two views' embeddings the identity.
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).
@@ -18,8 +18,8 @@ class BarlowTwins(Method):
         projector: widths of the projector's Linear layers, each > 0; the last is D. TVLARS paper: 2048-2048-4096;
             Barlow Twins paper: 8192-8192-8192.
         lambd: weight of the off-diagonal term, >= 0; 0 turns it off. Barlow Twins paper and code: 0.0051.
-        divisor: what the cross-correlation is divided by, in pairs, > 0; None for the batch's own number. The TVLARS
-            authors' code (commit 89c3291) divides by the nominal batch size, even where the last batch is shorter.
+        divisor: what the cross-correlation is divided by, in pairs, > 0; None for the batch's own size. The TVLARS
+            authors' code (commit 89c3291) divides by the nominal batch size, even if the last batch is shorter.
 
     Raises:
         ValueError: if a width or ``divisor`` is not positive, or ``lambd`` is negative.
@@ -35,23 +35,23 @@ class BarlowTwins(Method):
         divisor: int | None = None,
     ) -> None:
         if not lambd >= 0:
-            raise ValueError(f"barlow_twins: lambd got {lambd}, must be >= 0")
+            raise ValueError(f"barlow_twins: lambd must be >= 0, got {lambd}")
         if divisor is not None and divisor < 1:
-            raise ValueError(f"barlow_twins: divisor got {divisor}, must be > 0 or None")
+            raise ValueError(f"barlow_twins: divisor must be > 0 or None, got {divisor}")
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector))
         self.lambd, self.divisor = lambd, divisor
 
     def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2, C = z1' z2 / N of embeddings standardised over the batch.
 
-        ``divisor``, where given, stands for the N under z1' z2, and for nothing else.
+        ``divisor`` replaces the N under z1' z2 only; the standardisation still uses the batch's own N.
 
         Args:
             z1: (N, D) embeddings of the global batch's first views.
             z2: (N, D) those of the second views.
 
         Returns:
-            "loss", and detached "on_diagonal" and "off_diagonal", the two sums without lambd.
+            "loss", and detached "on_diagonal" and "off_diagonal", the two sums, not weighted.
         """
         n = self.divisor or len(z1)
         z1 = F.batch_norm(z1, None, None, training=True, eps=EPS)  # biased variance

@@ -1,4 +1,4 @@
-"""What all self-supervised methods share: the projector, the passes of the two views, and the global batch."""
+"""What all methods share: the projector, the forward passes of the two views, and gathering the global batch."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,21 @@ from ssl_bench.runtime.distributed import gather
 def build_projector(
     feature_dim: int, widths: tuple[int, ...], *, hidden_bias: bool = False, last_norm: bool = False
 ) -> nn.Sequential:
-    """Builds (Linear, BatchNorm, ReLU) for each hidden width, then a Linear without bias.
+    """Builds Linear, BatchNorm and ReLU for each hidden width, then a Linear without bias.
 
     Args:
-        feature_dim: the backbone's features, > 0.
-        widths: the width of each Linear layer, all > 0; the last is the embedding's.
-        hidden_bias: whether the hidden Linear layers have a bias in front of their batch norm (VICReg's do).
-        last_norm: whether a batch norm with a scale but no shift follows the last layer (SimCLR's does).
+        feature_dim: the number of the backbone's features, > 0.
+        widths: the width of each Linear layer, all > 0; the last is the embedding's D.
+        hidden_bias: give the hidden Linear layers a bias, although batch norm follows (the official VICReg does).
+        last_norm: add a batch norm with scale but without shift after the last layer (SimCLR does).
 
     Raises:
         ValueError: if ``feature_dim`` or a width is not positive, or there is no width.
     """
     if feature_dim < 1:
-        raise ValueError(f"projector: feature_dim got {feature_dim}, must be > 0")
+        raise ValueError(f"projector: feature_dim must be > 0, got {feature_dim}")
     if not widths or any(width < 1 for width in widths):
-        raise ValueError(f"projector: widths got {tuple(widths)}, must be one or more numbers > 0")
+        raise ValueError(f"projector: widths must be one or more numbers > 0, got {tuple(widths)}")
     layers: list[nn.Module] = []
     size = feature_dim
     for width in widths[:-1]:
@@ -39,14 +39,14 @@ def build_projector(
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """bfloat16 and float16 become float32; float32 and float64 stay as they are."""
+    """Casts bfloat16 and float16 to float32; float64 stays (tests of gradients need it)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Method(nn.Module):
     """A backbone, a projector and a loss over the embeddings of the global batch's two views.
 
-    A method is a subclass with a constructor that has typed keywords, and a ``loss``.
+    A method is a subclass with a ``loss`` and a constructor whose typed keywords are its hyper-parameters.
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).
@@ -54,22 +54,22 @@ class Method(nn.Module):
         projector: maps features to embeddings (n, D); see ``build_projector``.
 
     Raises:
-        ValueError: if ``feature_dim`` is not what the backbone says of itself (timm's ``num_features``).
+        ValueError: if ``feature_dim`` differs from the backbone's own ``num_features`` (timm sets it).
     """
 
     def __init__(self, backbone: nn.Module, feature_dim: int, projector: nn.Module) -> None:
         super().__init__()
         features = getattr(backbone, "num_features", feature_dim)
         if features != feature_dim:
-            raise ValueError(f"method: feature_dim got {feature_dim}, but the backbone gives {features} features")
+            raise ValueError(f"method: feature_dim must be the backbone's {features}, got {feature_dim}")
         self.backbone = backbone
         self.projector = projector
 
     def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        """Computes the loss of the global batch; it must not depend on the order of the pairs.
+        """Computes the loss of the global batch, which must not depend on the order of the pairs.
 
         Args:
-            z1: (N, D) float32 embeddings of the first views of the global batch; not to be changed in place.
+            z1: (N, D) float32 embeddings of the first views of the global batch; must not be changed in place.
             z2: (N, D) those of the second views, in the same order.
 
         Returns:
@@ -78,7 +78,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def embed(self, x: Tensor) -> Tensor:
-        """Maps one view (n, 3, H, W) to its embeddings (n, D)."""
+        """Embeds one view: (n, 3, H, W) to (n, D)."""
         return self.projector(self.backbone(x))
 
     def global_loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
@@ -90,29 +90,29 @@ class Method(nn.Module):
 
         Returns:
             what ``loss`` returns and "z_std", the mean over dimensions of the standard deviation of z1 / |z1|:
-            1 / sqrt(D) when the embeddings spread evenly, 0 when they have collapsed to one point.
+            1 / sqrt(D) if the embeddings spread evenly, 0 if they have collapsed to one point.
 
         Raises:
             ValueError: if the shapes differ or the global batch is a single pair.
         """
         if z1.shape != z2.shape:
-            raise ValueError(f"method: z1 and z2 have shapes {tuple(z1.shape)} and {tuple(z2.shape)}, must be equal")
+            raise ValueError(f"method: z1 and z2 must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
         with torch.autocast(z1.device.type, enabled=False):
             z1, z2 = gather(full_precision(z1)), gather(full_precision(z2))
             if len(z1) < 2:
-                raise ValueError(f"method: the global batch got {len(z1)} pair, must be >= 2")
+                raise ValueError(f"method: the global batch must have >= 2 pairs, got {len(z1)}")
             terms = self.loss(z1, z2)
             with torch.no_grad():
                 terms["z_std"] = F.normalize(z1).std(dim=0).mean()
         return terms
 
     def forward(self, x1: Tensor, x2: Tensor, *, embed_only: bool = False) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
-        """Embeds each view by itself (batch norm sees one view at a time, as in the official codes).
+        """Embeds each view in its own pass (batch norm sees one view at a time, as in the official codes).
 
         Args:
             x1: (n, 3, H, W) this process's first views.
             x2: (n, 3, H, W) the second views of the same images.
-            embed_only: return this process's embeddings instead of the loss (for ``grad_cache``).
+            embed_only: return this process's embeddings instead of the loss, for chunked gradients.
 
         Returns:
             what ``global_loss`` returns, or (z1, z2), each (n, D).

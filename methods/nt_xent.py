@@ -1,4 +1,4 @@
-"""The normalised temperature-scaled cross entropy (NT-Xent) of SimCLR, in blocks of rows."""
+"""SimCLR's loss, the normalised temperature-scaled cross-entropy (NT-Xent), computed in blocks of rows."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 1 << 24  # similarities held at a time: 64 MiB in float32, all of them up to N = 2048
+BLOCK = 1 << 24  # similarities held at a time: 64 MiB in float32; up to N = 2048 that is the whole matrix
 
 
 def _blocks(rows: int) -> Iterator[slice]:
@@ -16,14 +16,14 @@ def _blocks(rows: int) -> Iterator[slice]:
 
 
 def _logits(z: Tensor, rows: slice, temperature: float) -> Tensor:
-    """(b, M) similarities of a block of anchors to all rows, with -inf for an anchor to itself."""
+    """(b, M) similarities of a block of anchors to all rows; -inf of an anchor to itself."""
     logits = (z[rows] @ z.T).div_(temperature)
     logits.diagonal(offset=rows.start).fill_(-torch.inf)
     return logits
 
 
 class _MeanLogSumExp(torch.autograd.Function):
-    """mean_i log sum_{j != i} exp(z_i'z_j / temperature), never holding more than one block of the (M, M) matrix."""
+    """mean_i log sum_{j != i} exp(z_i'z_j / temperature), holding one block of the (M, M) matrix at a time."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
@@ -32,7 +32,7 @@ class _MeanLogSumExp(torch.autograd.Function):
             logits = _logits(z, rows, temperature)
             log_sums.append(logits.logsumexp(dim=1))
         log_sum = torch.cat(log_sums)  # (M,)
-        only = logits if len(log_sums) == 1 else None  # a single block is kept, more are recomputed
+        only = logits if len(log_sums) == 1 else None  # kept if there is only one; more are recomputed
         ctx.temperature = temperature
         ctx.save_for_backward(z, log_sum, only)
         return log_sum.mean()
@@ -41,14 +41,15 @@ class _MeanLogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         z, log_sum, only = ctx.saved_tensors
         scale = grad / (ctx.temperature * len(z))
-        if torch.is_grad_enabled():  # a second derivative is wanted: what was saved knows nothing of z
+        if torch.is_grad_enabled():  # for a second derivative: saved tensors have no graph back to z
             logits = _logits(z, slice(0, len(z)), ctx.temperature)
             p = logits.softmax(dim=1)
             return (p + p.T) @ z * scale, None
         grad_z = torch.empty_like(z)
         for rows in _blocks(len(z)):
             logits = _logits(z, rows, ctx.temperature) if only is None else only
-            # Row i pulls on z_j with p_ij and row j on z_i with p_ji; the matrix of logits is symmetric.
+            # z_i gets p_ij z_j as an anchor and p_ji z_j as a view of anchor j; the logits are symmetric, so the same
+            # block gives both.
             pull = (logits - log_sum[rows, None]).exp_().add_((logits - log_sum).exp_())
             torch.mm(pull, z, out=grad_z[rows])
         return grad_z.mul_(scale), None
@@ -57,7 +58,7 @@ class _MeanLogSumExp(torch.autograd.Function):
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Computes the mean over all 2N anchors of -log softmax of the positive among the other 2N - 1 views.
 
-    Exact (no sampling, no approximation); memory grows with N, not N^2, except where a second derivative is wanted.
+    Exact, without sampling or approximation; memory grows with N, not N^2, except for a second derivative.
 
     Args:
         z1: (N, D) embeddings of the first views, not normalised.

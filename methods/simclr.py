@@ -7,14 +7,14 @@ from ssl_bench.methods.nt_xent import nt_xent
 
 
 class SimCLR(Method):
-    """Tells each image's other view from all other views of the global batch.
+    """Picks each image's other view out of all other views in the global batch.
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).
         feature_dim: the number of features, > 0.
         projector: widths of the head's Linear layers, each > 0, each followed by batch norm; the last is D. Two
             layers as in the paper, which found no effect of D (figure 8); the paper's D is 128.
-        temperature: divides the cosine similarities, > 0. Paper: 0.5 best on CIFAR-10; solo-learn uses 0.2 there.
+        temperature: divides the cosine similarities, > 0. In the paper 0.5 is best on CIFAR-10; solo-learn uses 0.2.
 
     Raises:
         ValueError: if a width or ``temperature`` is not positive.
@@ -29,12 +29,12 @@ class SimCLR(Method):
         temperature: float = 0.5,
     ) -> None:
         if not temperature > 0:
-            raise ValueError(f"simclr: temperature got {temperature}, must be > 0")
+            raise ValueError(f"simclr: temperature must be > 0, got {temperature}")
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, last_norm=True))
         self.temperature = temperature
 
     def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        """NT-Xent: cross entropy of each of the 2N anchors' positive among the other 2N - 1 views, mean over anchors.
+        """NT-Xent: cross-entropy of each anchor's positive among the other 2N - 1 views, mean over the 2N anchors.
 
         Args:
             z1: (N, D) embeddings of the global batch's first views.

@@ -10,7 +10,7 @@ EPS = 1e-4  # added to the variance; paper, eq. 2
 
 
 class VICReg(Method):
-    """Keeps the views' embeddings close, every dimension's variance up, and the dimensions uncorrelated.
+    """Pulls the two views' embeddings together, keeps up each dimension's variance and decorrelates the dimensions.
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).
@@ -37,14 +37,14 @@ class VICReg(Method):
     ) -> None:
         for name, value in (("sim_coeff", sim_coeff), ("std_coeff", std_coeff), ("cov_coeff", cov_coeff)):
             if not value >= 0:
-                raise ValueError(f"vicreg: {name} got {value}, must be >= 0")
+                raise ValueError(f"vicreg: {name} must be >= 0, got {value}")
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, hidden_bias=True))
         self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
 
     def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """sim_coeff MSE + std_coeff mean_j relu(1 - std_j) / 2 + cov_coeff sum_{i != j} Cov_ij^2 / D, over both views.
 
-        Variance and covariance are unbiased. The 1/2 is the official code's, not the paper's.
+        Variance and covariance are unbiased. The factor 1/2 is in the official code, not in the paper.
 
         Args:
             z1: (N, D) embeddings of the global batch's first views, not normalised.

@@ -89,13 +89,16 @@ def test_keywords_are_typed_and_documented(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: BarlowTwins(backbone(), 5, projector=()), "projector: widths got (), must be one or more numbers > 0"),
-        (lambda: SimCLR(backbone(), 5, projector=(8, 0)), "projector: widths got (8, 0)"),
-        (lambda: VICReg(backbone(), 0), "projector: feature_dim got 0, must be > 0"),
-        (lambda: BarlowTwins(backbone(), 5, lambd=-1), "barlow_twins: lambd got -1, must be >= 0"),
-        (lambda: BarlowTwins(backbone(), 5, lambd=float("nan")), "barlow_twins: lambd got nan"),
-        (lambda: SimCLR(backbone(), 5, temperature=0), "simclr: temperature got 0, must be > 0"),
-        (lambda: VICReg(backbone(), 5, cov_coeff=-0.1), "vicreg: cov_coeff got -0.1, must be >= 0"),
+        (lambda: BarlowTwins(backbone(), 5, projector=()), "projector: widths must be one or more numbers > 0, got ()"),
+        (
+            lambda: SimCLR(backbone(), 5, projector=(8, 0)),
+            "projector: widths must be one or more numbers > 0, got (8, 0)",
+        ),
+        (lambda: VICReg(backbone(), 0), "projector: feature_dim must be > 0, got 0"),
+        (lambda: BarlowTwins(backbone(), 5, lambd=-1), "barlow_twins: lambd must be >= 0, got -1"),
+        (lambda: BarlowTwins(backbone(), 5, lambd=float("nan")), "barlow_twins: lambd must be >= 0, got nan"),
+        (lambda: SimCLR(backbone(), 5, temperature=0), "simclr: temperature must be > 0, got 0"),
+        (lambda: VICReg(backbone(), 5, cov_coeff=-0.1), "vicreg: cov_coeff must be >= 0, got -0.1"),
     ],
 )
 def test_bad_arguments_are_refused(build, message):
@@ -106,13 +109,13 @@ def test_bad_arguments_are_refused(build, message):
 def test_a_backbone_with_other_features_is_refused():
     net = backbone()
     net.num_features = 512
-    with pytest.raises(ValueError, match="feature_dim got 64, but the backbone gives 512 features"):
+    with pytest.raises(ValueError, match="feature_dim must be the backbone's 512, got 64"):
         BarlowTwins(net, 64)
 
 
 def test_a_batch_of_one_pair_and_unequal_views_are_refused():
     method = SimCLR(backbone(), 5, projector=(4,)).eval()
-    with pytest.raises(ValueError, match="the global batch got 1 pair, must be >= 2"):
+    with pytest.raises(ValueError, match="the global batch must have >= 2 pairs, got 1"):
         method(*views(1))
-    with pytest.raises(ValueError, match=re.escape("shapes (8, 4) and (4, 4), must be equal")):
+    with pytest.raises(ValueError, match=re.escape("must have the same shape, got (8, 4) and (4, 4)")):
         method(views(8)[0], views(4)[0])

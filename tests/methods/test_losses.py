@@ -103,7 +103,7 @@ def test_barlow_twins_with_the_released_codes_divisor_is_its_formula(shape):
     z1, z2 = pair(*shape)
     assert_same_loss(method(BarlowTwins, divisor=32), released, z1, z2, 1e-12)
     assert_same_loss(method(BarlowTwins, divisor=len(z1)), barlow_twins, z1, z2, 1e-12)
-    with pytest.raises(ValueError, match="barlow_twins: divisor got 0, must be > 0 or None"):
+    with pytest.raises(ValueError, match="barlow_twins: divisor must be > 0 or None, got 0"):
         method(BarlowTwins, divisor=0)
 
 
