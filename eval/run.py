@@ -107,11 +107,11 @@ def evaluate(
         except ValueError as error:
             raise ValueError(f"{evaluator.name}: {error}") from error
         elapsed = time.perf_counter() - started
+        for name, value in metrics.items():
+            if not isinstance(value, int | float):  # a tensor would fail only later, when the results are written
+                raise ValueError(f"{evaluator.name}: {name} must be a plain number, got a {type(value).__name__}")
         if not probe.main:
             continue
-        wrong = {name: value for name, value in metrics.items() if not isinstance(value, int | float)}
-        if wrong:  # a tensor or a NumPy number would fail only when the run's results are written
-            raise ValueError(f"{evaluator.name}: metrics must be plain numbers, got {wrong}")
         feature_seconds = {key: probe.extracted[key][1] for key in probe.used}
         results.append(
             Result(

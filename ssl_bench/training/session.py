@@ -232,7 +232,11 @@ def _one_host_thread(device: torch.device) -> Iterator[None]:
 
 def _at_chance(evaluations: list[dict[str, Any]]) -> bool:
     """Whether every result of the trained model is no better than guessing among the classes."""
-    trained = [entry for entry in evaluations if entry["model"] == "trained" and "chance" in entry]
+    trained = [
+        entry
+        for entry in evaluations
+        if entry["model"] == "trained" and "chance" in entry and "top1" in entry["metrics"]  # not every evaluator's
+    ]
     return bool(trained) and all(
         entry["metrics"]["top1"]
         <= entry["chance"] + CHANCE_MARGIN * (entry["chance"] * (100 - entry["chance"]) / entry["n_test"]) ** 0.5
@@ -245,7 +249,10 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     if results["status"] == "diverged":
         where = f" (first in {results['layer']})" if results["layer"] else ""
         return [f"  loss or gradient not finite from step {results['step']} on{where}; not evaluated"]
-    return [
-        f"  {entry['protocol']:<18} {entry['model']:<10} top-1 {entry['metrics']['top1']:.2f}% of {entry['n_test']}"
-        for entry in results.get("evaluations", [])
-    ]
+    lines = []
+    for entry in results.get("evaluations", []):
+        metrics = entry["metrics"]
+        all_of_them = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "n_test")
+        headline = f"top-1 {metrics['top1']:.2f}%" if "top1" in metrics else all_of_them
+        lines.append(f"  {entry['protocol']:<18} {entry['model']:<10} {headline} of {entry['n_test']}")
+    return lines
