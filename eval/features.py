@@ -105,16 +105,10 @@ def extract_features(
     """The features of a split in order, on every process. The backbone runs in eval mode and is unchanged afterwards.
 
     Args:
-        backbone: normalised images (n, 3, H, W) to features (n, D); not a DistributedDataParallel wrapper.
         source: the split; its images must already be on the device.
-        transform: the test transform, uint8 images to normalised ones.
-        batch_size: images in one pass of one process, >= 1.
-        device: where the backbone is.
-        precision: "fp32", or "bf16" for autocast. Features are float32 either way.
-        rank: of this process.
-        world_size: number of processes; above 1 needs an initialised process group.
         output_device: where the features go; the GPU itself spares it a synchronisation per batch.
         on_progress: called after each batch with ("features", batches done, batches of this process).
+        backbone, transform, batch_size, device, precision, rank, world_size: see `ssl_bench.eval.Probe`.
 
     Returns:
         (N, D) float32 features.

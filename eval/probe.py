@@ -39,9 +39,9 @@ class Augment(Protocol):
 class Probe:
     """A frozen backbone and a data set to measure it on.
 
-    Every process holds a probe, and `evaluate` calls every evaluator on every process. `features` is collective: all
-    processes must call it in the same order. The result of the main process counts, so what follows on the features
-    need only be computed there: `if not probe.main: return {}`.
+    Every process holds a probe, and `evaluate` calls every evaluator on every process, because `features` is
+    collective. Only the result of the main process is kept: an evaluator that has its features can save the others the
+    work by `if not probe.main: return {}`, but need not.
 
     Args:
         backbone: normalised images (n, 3, H, W) to features (n, D); the bare module, not a DistributedDataParallel
@@ -51,7 +51,7 @@ class Probe:
         seed: of the evaluators' own generators.
         device: where the backbone is, and where features and labels are returned.
         precision: of the backbone's passes, "fp32" or "bf16"; what follows them is fp32.
-        batch_size: images per pass; it changes no result except by rounding.
+        batch_size: images per pass of one process, >= 1; it changes no result except by rounding.
         augment: the training augmentation (random resized crop and flip) of evaluators that train on images.
         rank: of this process.
         world_size: number of processes; above 1 needs an initialised process group.
@@ -72,8 +72,8 @@ class Probe:
     world_size: int = 1
     on_progress: Progress | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
-    # Shared by a probe and its subsets, by split and number of images: features with the seconds that they took, and
-    # which of them were asked for (so that `evaluate` can tell what each evaluator cost).
+    # Shared with subsets, by split and number of images: the features and the seconds they took, and which of them
+    # have been asked for, so that `evaluate` can say what each evaluator cost.
     extracted: dict[tuple[str, int], tuple[Tensor, float]] = field(default_factory=dict, repr=False)
     used: set[tuple[str, int]] = field(default_factory=set, repr=False)
 
@@ -173,10 +173,7 @@ class Probe:
         return features
 
     def subset(self, *, train: int, test: int) -> "Probe":
-        """A probe of at most so many train and test images, always the same ones of a data set.
-
-        Its features are its own, except where a split has no more images than that.
-        """
+        """A probe of at most so many train and test images, drawn once and for all: the same in every run."""
         return replace(self, limits={"train": train, "test": test})
 
 

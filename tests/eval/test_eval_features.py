@@ -12,7 +12,7 @@ from eval_doubles import Backbone, Images, Shift, Splits, assert_unchanged, stat
 from torch import Tensor, nn
 from torchrun import torchrun
 
-from ssl_bench.eval import Probe, extract_features
+from ssl_bench.eval import Probe, evaluate, extract_features
 from ssl_bench.eval.features import eval_mode, gather_rows, shard
 from ssl_bench.eval.linear_augmented import LINEAR_AUG, RELEASED_PROBE
 
@@ -119,6 +119,15 @@ def test_shards_cover_everything_once(world_size: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+class Everywhere:
+    """An evaluator that does not look at which process it is on."""
+
+    name = "everywhere-v1"
+
+    def __call__(self, probe: Probe) -> dict[str, float]:
+        return {"mean": probe.features("train").mean().item(), "test": probe.features("test").std().item()}
+
+
 def sharded() -> dict[str, Any]:
     """In each of several processes: the features over all, alone, and what a wrong count says."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -140,6 +149,16 @@ def sharded() -> dict[str, Any]:
     except RuntimeError as error:
         results["width_error"] = str(error)
     splits = Splits(Images(N), Images(10, seed=1))
+    evaluators = ["knn-v1", "online", Everywhere()]
+    for where, world in (("alone", {}), ("over all", {"rank": rank, "world_size": world_size})):
+        found = evaluate(Backbone(), splits, evaluators, to_float, batch_size=4, **world)
+        results[f"evaluate {where}"] = [result["metrics"] for result in found]
+    try:
+        diverged = Backbone()
+        nn.init.constant_(diverged.conv.weight, torch.nan)
+        evaluate(diverged, splits, ["knn-v1"], to_float, rank=rank, world_size=world_size)
+    except ValueError as error:
+        results["diverged"] = str(error)
     for probe in SMALL_PROBES:
         for where, world in (("alone", {}), ("over all", {"rank": rank, "world_size": world_size})):
             metrics = probe(Probe(Backbone(dropout=0.0), splits, to_float, augment=Shift(), batch_size=4, **world))
@@ -152,7 +171,10 @@ def test_several_processes_equal_one(world_size: int, tmp_path: Path) -> None:
     results = torchrun(sharded, world_size, tmp_path)
     alone: Tensor = results[0]["alone"]
     assert alone.shape == (N, 6)
+    assert results[0]["evaluate over all"] == results[0]["evaluate alone"]
+    assert all(result["evaluate over all"] == [] for result in results[1:])
     for result in results:
+        assert result["diverged"].startswith("knn-v1: train features must be finite, got 23 of 23")
         assert torch.equal(result["features4"], alone)  # bitwise: the batches are the same ones
         torch.testing.assert_close(result["features16"], alone)
         assert re.fullmatch(r"process 1 must bring \d+ rows of 6 dimensions, got \d+ of 6", result["error"])
