@@ -37,7 +37,7 @@ def _search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """faiss' exact inner-product search, on a GPU if faiss can use one; the order of equal ones is arbitrary."""
     import faiss  # here, because importing it takes time that `--help` should not spend
 
-    index: faiss.Index = faiss.IndexFlatIP(bank.shape[1])
+    index: faiss.Index = faiss.IndexFlatIP(bank.shape[1])  # exact: an approximate index would add its own noise
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
         gpu = queries.device.index if queries.device.type == "cuda" else 0
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu or 0, index)

@@ -113,6 +113,8 @@ class Heads:
         """
         seeds, grid, classes = self._shape
         n = x.shape[1]
+        # The gradient in closed form, added into the momentum buffers by the product itself: no graph, and no other
+        # tensor of the weights' size.
         scores = torch.baddbmm(self.bias, x, self.weight).view(seeds, n, grid, classes)
         delta = scores.softmax(dim=-1)  # d loss / d logits = (softmax - one-hot) / n
         index = y.view(seeds, n, 1, 1).expand(-1, -1, grid, 1)
@@ -214,10 +216,11 @@ class LinearCached:
 
         def heads_for(x: Tensor, y: Tensor, grid: Grid) -> Heads:
             epochs = max(self.epochs, math.ceil(self.min_steps / math.ceil(len(x) / self.batch_size)))
-            seeds = [(1000 * probe.seed + i) % 2**63 for i in range(self.probe_seeds)]
+            seeds = [(1000 * probe.seed + i) % 2**63 for i in range(self.probe_seeds)]  # below torch's limit
             return fit(x, y, classes=classes, grid=grid, seeds=seeds, epochs=epochs, batch_size=self.batch_size)
 
         grid = [(lr, weight_decay) for lr in self.lrs for weight_decay in self.weight_decays]
+        # Even the standardisation leaves the held-out images out, so that they stand for unseen ones.
         standardize = Standardize(train_x[fitted])
         heads = heads_for(standardize(train_x[fitted]), train_y[fitted], grid)
         val_top1 = accuracy(heads, standardize(train_x[held]), train_y[held]).mean(dim=0).cpu()

@@ -31,9 +31,9 @@ class Online:
             return {}
         standardize = Standardize(train_x)
         x, targets = standardize(train_x).double(), torch.nn.functional.one_hot(train_y, classes).double()
-        mean = targets.mean(dim=0)
+        mean = targets.mean(dim=0)  # the bias: the features are centred
         gram = x.T @ x
-        gram.diagonal().add_(self.ridge * gram.diagonal().mean().clamp_min(1e-12))
+        gram.diagonal().add_(self.ridge * gram.diagonal().mean().clamp_min(1e-12))  # collapsed features: gram is 0
         weight = torch.linalg.solve(gram, x.T @ (targets - mean))
         logits = standardize(test_x).double() @ weight + mean
         neighbours = knn_predict(train_x, train_y, test_x, (HEADLINE_K,))[HEADLINE_K]
