@@ -1,0 +1,20 @@
+"""What a run says about its evaluations, also of evaluators that give no accuracy."""
+
+from ssl_bench.training.session import _at_chance, summary
+
+KNN = {"protocol": "knn-v1", "model": "trained", "metrics": {"top1": 10.5, "n_test": 400}, "n_test": 400, "chance": 10}
+SPREAD = {"protocol": "spread-v1", "model": "trained", "metrics": {"spread": 0.12345}, "n_test": 400, "chance": 10}
+
+
+def test_a_result_without_top1_is_shown_by_its_numbers():
+    lines = summary({"status": "finished", "evaluations": [KNN, SPREAD]})
+    assert [line.split() for line in lines] == [
+        ["knn-v1", "trained", "top-1", "10.50%", "of", "400"],
+        ["spread-v1", "trained", "spread", "0.1235", "of", "400"],
+    ]
+
+
+def test_a_result_without_top1_says_nothing_about_chance():
+    assert _at_chance([KNN, SPREAD])
+    assert not _at_chance([{**KNN, "metrics": {"top1": 60.0}}, SPREAD])
+    assert not _at_chance([SPREAD])
