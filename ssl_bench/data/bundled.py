@@ -1,4 +1,4 @@
-"""Data sets that a library brings: torchvision's downloads, and scikit-learn's handwritten digits."""
+"""Data sets that come with a library: torchvision's downloads, and scikit-learn's handwritten digits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_bench.data.decode import RawSplit
-from ssl_bench.data.folders import Located, RawDataset, scan
+from ssl_bench.data.folders import scan
+from ssl_bench.data.raw import Located, RawDataset, RawSplit
 
 DIGITS_SIZE = 32
 DIGITS_TEST_EVERY = 5
@@ -17,11 +17,11 @@ DIGITS_TEST_EVERY = 5
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """Where torchvision keeps a data set, and how its class tells the splits apart.
+    """Where torchvision keeps a data set, and how its class selects a split.
 
     Args:
         class_name: the class in torchvision.datasets.
-        folder: what it makes below its root.
+        folder: what it creates below its root.
         labels: the attribute that holds the labels.
         train, test: the keywords that select a split.
     """
@@ -39,18 +39,18 @@ TORCHVISION = {
     "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", "targets", **_BY_FLAG),
     "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", "targets", **_BY_FLAG),
     "fashion_mnist": TorchvisionSet("FashionMNIST", "FashionMNIST/raw", "targets", **_BY_FLAG),
-    # The 100,000 unlabelled images are no part of it: every evaluator needs the labels of the train split.
+    # Without the 100,000 unlabelled images: every evaluator needs the labels of the train split.
     "stl10": TorchvisionSet("STL10", "stl10_binary", "labels", {"split": "train"}, {"split": "test"}),
 }
 
 
 def locate_torchvision(name: str, root: Path, download: bool) -> Located | None:
-    """Finds a data set where torchvision's class of that name keeps it, below `root`.
+    """Finds a data set in the folder where torchvision's class of that name keeps it.
 
     Args:
         name: a key of TORCHVISION.
         root: torchvision's root folder.
-        download: downloads what is missing; False only looks, and gives None where there is nothing.
+        download: whether to download what is missing; False returns None then.
 
     Raises:
         OSError: the download failed, or `root` cannot be written.
@@ -64,7 +64,7 @@ def locate_torchvision(name: str, root: Path, download: bool) -> Located | None:
 
 
 def _read_torchvision(name: str, root: Path, download: bool) -> RawDataset:
-    import torchvision.datasets  # a second to import, not needed where a decoded copy is cached
+    import torchvision.datasets  # takes a second, and is not needed once a decoded copy is cached
 
     source = TORCHVISION[name]
     create: Callable[..., Any] = getattr(torchvision.datasets, source.class_name)

@@ -4,9 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +18,20 @@ from torch import Tensor
 from ssl_bench.data.bundled import TORCHVISION, locate_digits, locate_torchvision
 from ssl_bench.data.cache import CacheUnusable, CacheWriter, MappedImages, default_cache_dir, ensure, read_meta
 from ssl_bench.data.decode import Shape, decode_blocks, image_shape
-from ssl_bench.data.folders import Located, RawDataset, locate_folder, locate_tiny_imagenet
+from ssl_bench.data.folders import locate_folder, locate_tiny_imagenet
 from ssl_bench.data.parquet import locate_hub, locate_parquet
-from ssl_bench.data.sources import RESIDENT_FRACTION, ResidentSource, Source, StreamingSource
+from ssl_bench.data.raw import Located, RawDataset
+from ssl_bench.data.sources import RESIDENT_FRACTION, Part, ResidentSource, Source, StreamingSource
 from ssl_bench.runtime.memory import available_memory
+from ssl_bench.runtime.suggestion import nearest
 
-__all__ = ["DATASETS", "Dataset", "Source", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Source", "hold_out", "holdout_indices", "load_dataset"]
+
+Locate = Callable[[Path | None], Located]  # finds a data set, given data.path
 
 log = logging.getLogger(__name__)
 
-# The data sets known by name, and their number of classes; None where only the data can tell.
+# The built-in data sets and their number of classes; None where only the data can tell.
 DATASETS: dict[str, int | None] = {
     "cifar10": 10,
     "cifar100": 100,
@@ -47,7 +50,7 @@ CLASS_NAMES = {
 }
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_CACHE_FORMAT = 1  # part of every cache key: raise it when decoding or the files' layout changes
+_CACHE_FORMAT = 1  # part of every cache key: raise it when decoding, the images' order or the files' layout changes
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Dataset:
     """A data set ready for use.
 
     Args:
-        name: the name it was asked by.
+        name: as given to `load_dataset`.
         train, test: the splits.
         classes: the class names, in label order.
         mean, std: per channel over all pixels of the train split, in [0, 1].
@@ -94,6 +97,7 @@ class _Decoded:
 def load_dataset(
     name: str,
     *,
+    locate: Locate | None = None,
     path: str | Path | None = None,
     size: int | None = None,
     resident: bool | Literal["auto"] = "auto",
@@ -105,17 +109,18 @@ def load_dataset(
     """Loads a data set; the first time it is decoded and cached on disk, afterwards it opens in milliseconds.
 
     Args:
-        name: one of DATASETS.
-        path: where the data is. For a named set a folder of Hugging Face parquet files (train-*.parquet and test-,
-            val-, valid- or validation-*.parquet), or what torchvision keeps, or Tiny ImageNet's archive unpacked; None
-            downloads what torchvision can download. For "folder" the folder with train/ and test/; for "hf" a hub id
-            or a folder. "digits" takes none.
+        name: one of DATASETS; any name with `locate`.
+        locate: finds a foreign data set, see `ssl_bench.data.raw`; None for a built-in one.
+        path: where the data is; a foreign data set decides what it means. For a named set a folder of Hugging Face
+            parquet files (train-*.parquet and test-, val-, valid- or validation-*.parquet), or what torchvision keeps,
+            or Tiny ImageNet's archive unpacked; None downloads what torchvision can download. For "folder" the folder
+            with train/ and test/; for "hf" a hub id or a folder. "digits" takes none.
         size: pixels of the square images, > 0: the shorter side is resized to it (antialiased) and the centre kept.
             None keeps the images' own size, which must then be the same for all.
         resident: True keeps each split as one tensor, memory-mapped until `Source.to` moves it; False streams batches
-            from disk with a DataLoader; "auto" streams what would take more than half of the free memory.
+            from disk with a DataLoader; "auto" streams a data set larger than half of the free memory.
         workers: reading processes of a streaming loader, >= 0.
-        cache_dir: where decoded sets (and downloads) are kept; None is $SSL_BENCH_CACHE, else ~/.cache/ssl_bench.
+        cache_dir: where decoded data sets (and downloads) are kept; None is $SSL_BENCH_CACHE, else ~/.cache/ssl_bench.
             Safe under several processes: one decodes, the others wait.
         hf_config: the hub data set's configuration, for "hf" only; None is its only one.
         download: False refuses to download.
@@ -126,9 +131,14 @@ def load_dataset(
         FileNotFoundError: the path, a split or a file is missing.
         OSError: a download failed, or a set larger than memory cannot be cached.
     """
-    _check_arguments(name, path, size, resident, workers, hf_config)
+    _check_arguments(name, locate, path, size, resident, workers, hf_config)
     directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    located = _locate(name, path, directory, hf_config, download)
+    if locate is None:
+        located = _locate(name, path, directory, hf_config, download)
+    else:
+        located = locate(None if path is None else Path(path).expanduser().resolve())
+        if not isinstance(located, Located):
+            raise ValueError(f"data {name}: its function must return a Located, got {type(located).__name__}")
     if located.files:
         decoded = _open(name, size, directory, located)
     else:
@@ -143,12 +153,16 @@ def load_dataset(
 
 
 def _check_arguments(
-    name: str, path: str | Path | None, size: int | None, resident: Any, workers: int, hf_config: str | None
+    name: str,
+    locate: Locate | None,
+    path: str | Path | None,
+    size: int | None,
+    resident: Any,
+    workers: int,
+    hf_config: str | None,
 ) -> None:
-    if name not in DATASETS:
-        nearest = get_close_matches(str(name), DATASETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"data: unknown name {name!r}; known: {', '.join(DATASETS)}{hint}")
+    if locate is None and name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}{nearest(str(name), DATASETS)} (known: {', '.join(DATASETS)})")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(f"data {name}: size must be a whole number of pixels >= 1 or None, got {size!r}")
     if resident not in (True, False, "auto"):
@@ -156,11 +170,11 @@ def _check_arguments(
     if not isinstance(workers, int) or workers < 0:
         raise ValueError(f"data {name}: workers must be a whole number >= 0, got {workers!r}")
     if hf_config is not None and name != "hf":
-        raise ValueError(f"data {name}: hf_config is for data=hf only, got {hf_config!r}")
-    if path is not None and name == "digits":
-        raise ValueError(f"data digits: takes no path, it is embedded; got {str(path)!r}")
-    if path is None and name in ("hf", "folder", "tiny_imagenet"):
-        raise ValueError(f"data {name}: path must be given (data.path=...), got none")
+        raise ValueError(f"data {name}: hf_config must be None (it is for data=hf), got {hf_config!r}")
+    if locate is None and path is not None and name == "digits":
+        raise ValueError(f"data digits: path must be None (scikit-learn holds the images), got {str(path)!r}")
+    if locate is None and path is None and name in ("hf", "folder", "tiny_imagenet"):
+        raise ValueError(f"data {name}: path must be given (data.path=...), got None")
 
 
 def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str | None, download: bool) -> Located:
@@ -172,7 +186,7 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
     if name == "hf" and not folder.exists() and _HUB_ID.fullmatch(str(path)):
         return locate_hub(str(path), hf_config)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data {name}: path {str(path)!r} is no folder")
+        raise FileNotFoundError(f"data {name}: path must be a directory, got {str(path)!r}")
     if name == "folder":
         return locate_folder(folder)
     if found := locate_parquet(folder):
@@ -183,8 +197,8 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
         return locate_tiny_imagenet(folder)
     if found := locate_torchvision(name, folder, download=False):
         return found
-    expected = f"neither train-*.parquet nor {TORCHVISION[name].folder}"
-    raise FileNotFoundError(f"data {name}: path {str(path)!r} holds {expected}")
+    expected = f"train-*.parquet or {TORCHVISION[name].folder}"
+    raise FileNotFoundError(f"data {name}: path must hold {expected}, got {str(path)!r}")
 
 
 def _download(name: str, root: Path, download: bool) -> Located:
@@ -193,7 +207,7 @@ def _download(name: str, root: Path, download: bool) -> Located:
         with FileLock(root / f"{name}.lock"):
             found = locate_torchvision(name, root, download)
     except OSError as error:
-        if error.errno is None:  # the download's own, which says what to do
+        if error.errno is None:  # from the download, whose message says what to do
             raise
         raise OSError(f"data {name}: {root} cannot be written ({error.strerror}); set SSL_BENCH_CACHE") from error
     if found is None:
@@ -207,9 +221,9 @@ def _read(name: str, located: Located) -> RawDataset:
     for split, part in raw.splits.items():
         if len(part) == 0:
             raise ValueError(f"data {name}: the {split} split is empty")
-    n_classes, classes = DATASETS[name], raw.classes
+    n_classes, classes = DATASETS.get(name), raw.classes
     if n_classes is not None and classes is not None and len(classes) != n_classes:
-        raise ValueError(f"data {name}: the files name {len(classes)} classes, {name} has {n_classes}")
+        raise ValueError(f"data {name}: the files must name {n_classes} classes, got {len(classes)}")
     if classes is None:
         known = CLASS_NAMES.get(name, "").split()
         n_classes = n_classes or int(raw.train.labels.max()) + 1
@@ -218,8 +232,8 @@ def _read(name: str, located: Located) -> RawDataset:
         wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
         if len(wrong):
             raise ValueError(
-                f"data {name}: {part.describe(int(wrong[0]))}: label {part.labels[wrong[0]]} is out of range in the "
-                f"{split} split; allowed 0 to {len(classes) - 1}"
+                f"data {name}: {part.describe(int(wrong[0]))}: labels of the {split} split must be 0 to "
+                f"{len(classes) - 1}, got {part.labels[wrong[0]]}"
             )
     return RawDataset(raw.train, raw.test, classes)
 
@@ -280,9 +294,10 @@ def _open_cached(folder: Path) -> _Decoded:
 
 
 def _open(name: str, size: int | None, directory: Path, located: Located) -> _Decoded:
-    """The data set from the cache, into which it is decoded first if need be; without a usable cache from memory."""
+    """The data set from the cache, decoded into it first if needed; decoded into memory if the cache is unusable."""
     identity: Sequence[Any] = (_CACHE_FORMAT, size, located.files)
-    key = f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    key = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{digest}"
 
     @cache
     def prepare() -> tuple[RawDataset, Shape]:
@@ -291,11 +306,11 @@ def _open(name: str, size: int | None, directory: Path, located: Located) -> _De
 
     def n_bytes() -> int:
         raw, shape = prepare()
-        return (len(raw.train) + len(raw.test)) * int(np.prod(shape))
+        return len(raw) * int(np.prod(shape))
 
     def build(writer: CacheWriter) -> None:
         raw, shape = prepare()
-        log.info("data %s: decoding %d images into %s, once", name, len(raw.train) + len(raw.test), directory)
+        log.info("data %s: decoding %d images into %s, once", name, len(raw), directory)
         _decode_to_disk(writer, name, raw, size, shape)
 
     try:
@@ -318,3 +333,34 @@ def _source(part: _Split, keep: bool, only_if_it_fits: bool, workers: int) -> So
         return streaming
     images = part.images.tensor() if isinstance(part.images, MappedImages) else part.images
     return ResidentSource(images, part.labels, otherwise=streaming if only_if_it_fits else None)
+
+
+def holdout_indices(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Splits a train set class by class; depends on nothing but the arguments.
+
+    Args:
+        labels: (N,) int64.
+        fraction: the share of each class to hold out, in (0, 1), rounded; a class of one image is never held out.
+
+    Returns:
+        the (n,) sorted indices to train on and the (N - n,) sorted indices held out, int64, on the CPU.
+
+    Raises:
+        ValueError: the fraction is out of range.
+    """
+    from ssl_bench.eval.linear import holdout  # the split of linear-cached-v1, which never changes
+
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.holdout must be between 0 and 1, got {fraction}")
+    return holdout(labels, fraction)
+
+
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """Replaces the test split by a part of the train split, so that hyper-parameters are chosen without test images.
+
+    Args:
+        dataset: its test images are left unread.
+        fraction: see `holdout_indices`.
+    """
+    kept, held = holdout_indices(dataset.train.labels, fraction)
+    return replace(dataset, train=Part(dataset.train, kept), test=Part(dataset.train, held))

@@ -6,38 +6,19 @@ images: Pillow holds the GIL for most of a 32x32 JPEG, and two threads were meas
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-RawImage = bytes | Path | np.ndarray  # an encoded image, its file, or pixels (H, W) or (H, W, 3) uint8
+from ssl_bench.data.raw import RawImage, RawSplit
+
 Shape = tuple[int, int, int]  # (3, H, W)
 
 _BLOCK_BYTES = 16 * 2**20
 _THREADS_FROM_PIXELS = 128 * 128
-
-
-@dataclass(frozen=True)
-class RawSplit:
-    """One split of a data set before decoding.
-
-    Args:
-        labels: (N,) int64 class indices.
-        images: starts a new pass over the N images in order.
-        describe: names image i for an error message (its file and row, or its path).
-    """
-
-    labels: np.ndarray
-    images: Callable[[], Iterator[RawImage]]
-    describe: Callable[[int], str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssl_bench.data.cache import MappedImages
 from ssl_bench.data.decode import Shape
 
-# What "auto" lets a data set take of the free memory: activations, gradients and the optimizer need the rest.
+# The share of the free memory that "auto" gives to a data set; activations, gradients and the optimizer need the rest.
 RESIDENT_FRACTION = 0.5
 
 CPU = torch.device("cpu")
@@ -44,10 +44,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class StreamingSource:
-    """Images that are read batch by batch by a DataLoader's workers, ahead of their use.
+    """Images that the workers of a DataLoader read batch by batch, ahead of their use.
 
-    Several `batches` may run at a time (an evaluation in the middle of training): each takes a loader of its own, and
-    loaders are kept with their workers for the next call.
+    Several `batches` may run at a time (an evaluation in the middle of training): each takes a loader of its own.
+    Loaders keep their workers and are reused, because starting workers takes longer than a small evaluation.
 
     Args:
         images: the images, in a raw file or in main memory.
@@ -84,7 +84,7 @@ class StreamingSource:
 
 
 class _Rows(Dataset[Tensor]):
-    """A data set whose item is a whole batch: it is asked by an array of indices."""
+    """A data set whose item is a whole batch: its index is an array of indices."""
 
     def __init__(self, images: MappedImages | Tensor) -> None:
         self.images = images
@@ -96,7 +96,7 @@ class _Rows(Dataset[Tensor]):
 
 
 class _Following(Sampler[np.ndarray]):
-    """A sampler that follows index tensors which change from pass to pass, while its loader keeps its workers."""
+    """A sampler whose batches are exchanged for each pass, so that its loader can keep its workers."""
 
     indices: Iterable[Tensor] = ()
 
@@ -111,10 +111,10 @@ class _Loader:
             _Rows(images),
             batch_size=None,
             sampler=self._sampler,
-            num_workers=min(workers, os.cpu_count() or 1),  # torch warns of more, and they gain nothing
+            num_workers=min(workers, os.cpu_count() or 1),  # torch warns about more, which gain nothing
             persistent_workers=workers > 0,
             pin_memory=pinned,
-            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
+            generator=torch.Generator(),  # else each pass draws its workers' seed from the global generator
         )
 
     def run(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -155,3 +155,33 @@ class ResidentSource:
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
         for batch in indices:
             yield self.images.index_select(0, batch.to(self.images.device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source, as a source.
+
+    Args:
+        whole: the source.
+        indices: (n,) int64 indices into it, on the CPU.
+    """
+
+    whole: Source
+    indices: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return self.whole.labels[self.indices]
+
+    @property
+    def image_shape(self) -> Shape:
+        return self.whole.image_shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> "Part":
+        return replace(self, whole=self.whole.to(device))
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        return self.whole.batches(self.indices[rows] for rows in indices)

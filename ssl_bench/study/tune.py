@@ -175,8 +175,7 @@ def _best(scored: Sequence[tuple[Trial, Outcome]]) -> Trial | None:
 
 def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, Any]:
     """All that a reader needs to check the selection, the held-out indices themselves included."""
-    from ssl_bench.data.dataset import load_dataset
-    from ssl_bench.data.holdout import holdout_indices
+    from ssl_bench.data.dataset import holdout_indices, load_dataset
 
     arms = {
         label: {

@@ -15,8 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_bench.augment.views import Augmentation, Normalize, PadCropFlipRotate, RandomResizedCropFlip, SSLView
 from ssl_bench.data import sampler
-from ssl_bench.data.dataset import Dataset, load_dataset
-from ssl_bench.data.holdout import hold_out
+from ssl_bench.data.dataset import Dataset, hold_out, load_dataset
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.methods.base import Method
 from ssl_bench.models.backbone import create_backbone, seeded

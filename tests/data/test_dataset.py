@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from ssl_bench.data.dataset import Dataset, load_dataset
+from ssl_bench.data.raw import Located, RawDataset, RawSplit
 from ssl_bench.data.sources import Source
 
 
@@ -119,6 +120,39 @@ def test_a_folder_of_another_layout_through_the_datasets_library(tmp_path, monke
     assert data.classes == ("ant", "bee")
     assert data.train.labels.tolist() == [0, 0, 1]
     np.testing.assert_array_equal(all_images(data.train), images)
+
+
+def test_a_foreign_data_set_is_decoded_and_cached_like_the_others(tmp_path, cache):
+    images = pixels(6)
+    files = write_images(tmp_path / "scans", images)
+    reads = []
+
+    def split(part: slice) -> RawSplit:
+        labels = np.arange(len(files))[part] % 2
+        return RawSplit(labels, lambda: iter(files[part]), lambda index: str(files[part][index]))
+
+    def read() -> RawDataset:
+        reads.append(1)
+        return RawDataset(split(slice(0, 4)), split(slice(4, 6)), ("healthy", "sick"))
+
+    def locate(path: Path | None) -> Located:
+        assert path == tmp_path / "scans"
+        return Located(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files), read)
+
+    for _ in range(2):
+        data = load_dataset("scans.loader:locate", locate=locate, path=tmp_path / "scans")
+        np.testing.assert_array_equal(all_images(data.train), images[:4])
+        assert (data.classes, data.test.labels.tolist()) == (("healthy", "sick"), [0, 1])
+    assert len(reads) == 1
+    assert [path.name[:19] for path in cache.iterdir() if path.is_dir()] == ["scans.loader-locate"]
+    files[5].write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"5\.png: the image cannot be decoded"):
+        load_dataset("scans.loader:locate", locate=locate, path=tmp_path / "scans")
+
+
+def test_a_foreign_function_must_return_a_located_data_set():
+    with pytest.raises(ValueError, match="data mine: its function must return a Located, got NoneType"):
+        load_dataset("mine", locate=lambda _path: None)
 
 
 def test_digits_split_is_fixed_and_stratified():

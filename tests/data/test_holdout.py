@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ssl_bench.data.dataset import load_dataset
-from ssl_bench.data.holdout import hold_out, holdout_indices
+from ssl_bench.data.dataset import hold_out, holdout_indices, load_dataset
 
 
 def test_split_is_stratified_disjoint_and_complete():
@@ -17,7 +16,7 @@ def test_split_is_stratified_disjoint_and_complete():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match=r"data\.holdout: got"):
+    with pytest.raises(ValueError, match=r"data\.holdout must be between 0 and 1, got"):
         holdout_indices(torch.zeros(4, dtype=torch.int64), fraction)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ssl_bench.data.holdout import holdout_indices
+from ssl_bench.data.dataset import holdout_indices
 from ssl_bench.study import tune
 from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell, Study
