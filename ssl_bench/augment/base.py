@@ -135,6 +135,11 @@ class Augmentation(ABC):
         pixels = torch.empty((*planes.shape[1:], 3), device=planes.device)
         return pixels.copy_(planes.permute(1, 2, 0)).to(self.dtype)
 
+    @staticmethod
+    def _images(pixels: Tensor, height: int, width: int) -> Tensor:
+        """(n, height * width, 3) as (n, 3, height, width), channels_last; no copy."""
+        return pixels.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Moves a small CPU tensor without waiting for the device."""

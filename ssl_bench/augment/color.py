@@ -18,7 +18,7 @@ from ssl_bench.augment.resample import Params, uniform
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of ColorJitter's operations
 _ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4)
-IDENTITY, GREY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)  # coefficients of `blend`
+IDENTITY = (1.0, 0.0, 0.0)  # coefficients of `blend`
 _TINY = 1e-20
 
 
@@ -117,15 +117,19 @@ def rotate_hue(planes: Tensor, shift: Tensor) -> Tensor:
     return planes
 
 
-def solarize(planes: Tensor, threshold: float, chosen: Tensor | None = None) -> Tensor:
+def to_grey(planes: Tensor, chosen: Tensor) -> Tensor:
+    """torchvision's ``rgb_to_grayscale`` of the samples with 1 in ``chosen``, (n, 1) of 0 and 1; in place."""
+    return planes.lerp_(luma(planes), chosen)  # exact for 0 and 1
+
+
+def solarize(planes: Tensor, chosen: Tensor, threshold: float) -> Tensor:
     """torchvision's ``solarize``, in place: inverts what is at or above the threshold.
 
     Args:
         planes: (3, n, P) float in [0, 1].
+        chosen: (n, 1) float, 1 for the samples to solarize and 0 for the others.
         threshold: in [0, 1].
-        chosen: (n, 1) float, 1 for the samples to solarize and 0 for the others; None for all.
     """
-    above = (planes >= threshold).to(planes.dtype)  # arithmetic, since a CPU is slow to select by a mask
-    if chosen is not None:
-        above = above * chosen
+    # A threshold of 1 / 0 leaves the others out. Arithmetic for the rest, since a CPU is slow to select by a mask.
+    above = (planes >= threshold / chosen).to(planes.dtype)
     return planes.addcmul_(above, 1 - 2 * planes)

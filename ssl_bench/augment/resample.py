@@ -70,10 +70,10 @@ def crop_boxes(params: Mapping[str, Tensor], height: int, width: int, ratio: tup
     return torch.where(fits.any(1, keepdim=True), torch.cat([corner, size], 1), fallback)
 
 
-def _axis(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size: int) -> list[Tensor]:
+def _axis(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size: int) -> tuple[Tensor, Tensor]:
     """Where an axis' input and output pixels lie, in units of the resampling filter's width: (n, source), (n, size).
 
-    Pixels outside the crop lie beyond the filter's reach: the crop's edges are treated as an image's.
+    Pixels outside the crop are put beyond the filter's reach, so that the crop's edges are treated as an image's.
     """
     start, length = start[:, None], length[:, None]
     scale = length / size
@@ -83,24 +83,7 @@ def _axis(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size:
     output = torch.arange(size, device=start.device) + 0.5
     if flip is not None:
         output = output + flip[:, None] * (size - 2 * output)
-    return [inputs, output * (scale * shrink)]
-
-
-def crop_geometry(boxes: Tensor, flip: Tensor, height: int, width: int, size: int) -> Tensor:
-    """Where the pixels of crops and of their resized, perhaps flipped images lie, for `crop_resize`.
-
-    Args:
-        boxes: (n, 4) top, left, height, width of each crop, as from `crop_boxes`, on any device.
-        flip: (n,) float, 1 or 0.
-        height, width: of the images, in pixels.
-        size: pixels of the output's sides.
-
-    Returns:
-        (n, height + size + width + size) float32: inputs and outputs along y, then along x.
-    """
-    top, left, crop_height, crop_width = boxes.unbind(1)
-    along_x = _axis(left, crop_width, flip, width, size)
-    return torch.cat(_axis(top, crop_height, None, height, size) + along_x, 1)
+    return inputs, output * (scale * shrink)
 
 
 def _weights(inputs: Tensor, outputs: Tensor, kind: str) -> Tensor:
@@ -121,12 +104,13 @@ def _weights(inputs: Tensor, outputs: Tensor, kind: str) -> Tensor:
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-def crop_resize(images: Tensor, geometry: Tensor, size: int, kind: str) -> Tensor:
+def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int, kind: str) -> Tensor:
     """Crops, resizes and flips: torchvision's ``resized_crop(antialias=True)``, then ``horizontal_flip``.
 
     Args:
         images: (n, 3, H, W) uint8.
-        geometry: (n, H + size + W + size) from `crop_geometry`, on the images' device.
+        boxes: (n, 4) top, left, height, width of each crop, as from `crop_boxes`, on the images' device.
+        flip: (n,) float, 1 or 0.
         size: pixels of the output's sides.
         kind: "bicubic" or "bilinear".
 
@@ -134,9 +118,9 @@ def crop_resize(images: Tensor, geometry: Tensor, size: int, kind: str) -> Tenso
         (3, n, size, size) float32 in [0, 1]: a bicubic's overshoot is clamped, as torchvision does for uint8 images.
     """
     n, _, height, width = images.shape
-    y_inputs, y_outputs, x_inputs, x_outputs = geometry.split([height, size, width, size], 1)
-    wy = _weights(y_inputs, y_outputs, kind).div_(255)  # uint8 -> [0, 1] costs little here
-    wx = _weights(x_inputs, x_outputs, kind).transpose(1, 2)
+    top, left, crop_height, crop_width = boxes.unbind(1)
+    wy = _weights(*_axis(top, crop_height, None, height, size), kind).div_(255)  # uint8 -> [0, 1] costs little here
+    wx = _weights(*_axis(left, crop_width, flip, width, size), kind).transpose(1, 2)
     planes = torch.empty((3, n, height, width), device=images.device).copy_(images.transpose(0, 1))
     output = torch.empty((3, n, size, size), device=images.device)
     for plane, result in zip(planes, output, strict=True):

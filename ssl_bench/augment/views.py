@@ -4,14 +4,15 @@
     params = augmentation.draw(batch_size, generator)           # on the CPU, a pure function of the generator's seed
     x = augmentation(images[rows], take(params, rows))          # on the images' device
 
-Each sample's result depends on its own image and parameters alone, so however a batch is split over processes and
-chunks, its samples see the same augmentation. Parameters stay on the CPU, where lists of the samples that need an
-operation are made without waiting for a device; they travel in one packed copy per call.
+A sample's result depends on its own image and parameters alone, so that it is the same however a batch is split over
+processes and chunks. Parameters stay on the CPU, where finding the samples that need an operation never waits for a
+GPU; they travel in one packed copy per call.
 
 The pipelines are those of torchvision with the same names, and its semantics on float images: see `color`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from ssl_bench.augment.base import Augmentation, take, to_device, to_planes
 from ssl_bench.augment.resample import (
     Params,
     crop_boxes,
-    crop_geometry,
     crop_resize,
     draw_crops,
     gaussian_blur,
@@ -41,19 +41,90 @@ __all__ = [
 ]
 
 NO_BLUR = 1e-3  # a standard deviation, in pixels, that leaves an image as it is
+_WHOLE = slice(None)
 
 
-class SSLView(Augmentation):
-    """One view of self-supervised learning, as in Barlow Twins, SimCLR and VICReg.
-
-    In this order: random resized crop (bicubic, antialiased) and flip; colour jitter, its four operations in an order
-    of each sample's own; greyscale; Gaussian blur; solarization; normalisation.
+class RandomResizedCropFlip(Augmentation):
+    """Random resized crop (bilinear, antialiased: torchvision's default) and flip, for a linear probe's training.
 
     Args:
         size: pixels of the output's sides.
         crop_scale: the crop's share of the image's area, within (0, 1].
         crop_ratio: its width / height.
         flip: the probability of a horizontal flip.
+        mean, std, dtype, compile, graph: see `Augmentation`.
+    """
+
+    kind = "bilinear"
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        graph: bool = False,
+    ) -> None:
+        super().__init__(mean, std, dtype, compile=compile, graph=graph)
+        self._check(size > 0, "size", size, "a number of pixels > 0")
+        self._check_range("crop_scale", crop_scale, 1)
+        self._check_range("crop_ratio", crop_ratio)
+        self._check_probability("flip", flip)
+        self.size, self.flip, self.crop_scale, self.crop_ratio = size, flip, crop_scale, crop_ratio
+
+    def draw(self, n: int, generator: torch.Generator) -> Params:
+        return draw_crops(n, self.crop_scale, self.crop_ratio, self.flip, generator)
+
+    def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
+        """(n, 5) float32: the crop's box (4), flip."""
+        return torch.cat([crop_boxes(params, height, width, self.crop_ratio), params["flip"][:, None]], 1)
+
+    def crop(self, images: Tensor, table: Tensor) -> Tensor:
+        """(3, n, size, size) float32 in [0, 1]."""
+        return crop_resize(images, table[:, :4], table[:, 4], self.size, self.kind)
+
+    def program(self, images: Tensor, table: Tensor) -> Tensor:
+        return self._images(self._normalize(self.crop(images, table).flatten(2)), self.size, self.size)
+
+
+class _Rows(NamedTuple):
+    """Which samples of a block each operation of `SSLView` is applied to; by default all, for a fixed program.
+
+    Args:
+        before, after: those of the three blends before the hue, and of those after it.
+        hue: those that are jittered at all.
+        gray, blur, solarize: (n,) int64 indices on the device; None for all.
+    """
+
+    before: Sequence[slice] = (_WHOLE,) * 3
+    hue: slice = _WHOLE
+    after: Sequence[slice] = (_WHOLE,) * 3
+    gray: Tensor | None = None
+    blur: Tensor | None = None
+    solarize: Tensor | None = None
+
+
+def _apply_to(rows: Tensor | None, operation: Callable[..., Tensor], x: Tensor, parameter: Tensor, *rest: Any) -> None:
+    """An in-place operation on some samples of (3, n, ...), each with its row of the parameter."""
+    if rows is None or len(rows) == len(parameter):
+        operation(x, parameter, *rest)
+    elif len(rows):
+        x.index_copy_(1, rows, operation(x.index_select(1, rows), parameter.index_select(0, rows), *rest))
+
+
+class SSLView(RandomResizedCropFlip):
+    """One view of self-supervised learning, as in Barlow Twins, SimCLR and VICReg.
+
+    In this order: random resized crop (bicubic, antialiased) and flip; colour jitter, its four operations in an order
+    of each sample's own; greyscale; Gaussian blur; solarization; normalisation.
+
+    Args:
+        size, crop_scale, crop_ratio, flip: see `RandomResizedCropFlip`.
         jitter: half-widths of the brightness, contrast and saturation factors around 1, >= 0, and of the hue's shift
             in turns, in [0, 0.5].
         jitter_p: the probability of any jitter; 0 = off.
@@ -69,6 +140,8 @@ class SSLView(Augmentation):
         compile, graph: see `Augmentation`. Every sample then passes through every operation, so that shapes depend on
             the batch's size alone; results differ in the last bits of float32.
     """
+
+    kind = "bicubic"
 
     def __init__(
         self,
@@ -91,89 +164,85 @@ class SSLView(Augmentation):
         compile: bool = False,
         graph: bool = False,
     ) -> None:
-        super().__init__(mean, std, dtype, compile=compile, graph=graph)
-        self._check(size > 0, "size", size, "a number of pixels > 0")
-        self._check_range("crop_scale", crop_scale, 1)
-        self._check_range("crop_ratio", crop_ratio)
+        crop: Any = {"crop_scale": crop_scale, "crop_ratio": crop_ratio, "flip": flip}
+        super().__init__(size, **crop, mean=mean, std=std, dtype=dtype, compile=compile, graph=graph)
         self._check_range("blur_sigma", blur_sigma)
         good = len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5
         self._check(good, "jitter", jitter, "four numbers >= 0, the last <= 0.5")
-        for name, p in {"flip": flip, "jitter_p": jitter_p, "gray_p": gray_p, "blur_p": blur_p}.items():
+        named = {"jitter_p": jitter_p, "gray_p": gray_p, "blur_p": blur_p, "solarize_p": solarize_p}
+        for name, p in named.items():
             self._check_probability(name, p)
-        self._check_probability("solarize_p", solarize_p)
         self._check(0 <= solarize_threshold <= 1, "solarize_threshold", solarize_threshold, "in [0, 1]")
         if blur_kernel is None:
             blur_kernel = 2 * min(int(3 * blur_sigma[1] + 0.999), size - 1) + 1
         good = blur_kernel % 2 == 1 and 0 < blur_kernel < 2 * size
         self._check(good, "blur_kernel", blur_kernel, f"odd, > 0 and < 2 size = {2 * size}")
-        self.size, self.flip = size, flip
-        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
         self.jitter, self.jitter_p, self.gray_p = jitter, jitter_p, gray_p
         self.blur_p, self.blur_sigma, self.blur_kernel = blur_p, blur_sigma, blur_kernel
         self.solarize_p, self.solarize_threshold = solarize_p, solarize_threshold
         self._taps = tap_matrices(size, blur_kernel)
 
     def draw(self, n: int, generator: torch.Generator) -> Params:
-        params = draw_crops(n, self.crop_scale, self.crop_ratio, self.flip, generator)
-        params |= color.draw_jitter(n, self.jitter, self.jitter_p, generator)
+        params = super().draw(n, generator) | color.draw_jitter(n, self.jitter, self.jitter_p, generator)
         for name, p in (("gray", self.gray_p), ("blur", self.blur_p), ("solarize", self.solarize_p)):
             params[name] = torch.rand(n, generator=generator) < p
         params["sigma"] = uniform((n,), *self.blur_sigma, generator)
         return params
 
     def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
-        """(n, 29) float32: what a sample needs of its parameters; an operation that it skips is the identity.
+        """(n, 27) float32: what a sample needs of its parameters; an operation that it skips is the identity.
 
-        Blends before the hue (9), hue, blends after it (9), grey (3), sigma, solarize, the crop's box (4), flip.
+        The crop's box (4), flip, blends before the hue (9), hue, blends after it (9), grey, sigma, solarize.
         """
         before, after = color.blend_coefficients(params)
         columns = [
+            super().table(params, height, width),
             before.flatten(1),
             (params["hue"] * params["jitter"])[:, None],
             after.flatten(1),
-            torch.where(params["gray"][:, None], torch.tensor(color.GREY), torch.tensor(color.IDENTITY)),
+            params["gray"][:, None],
             torch.where(params["blur"], params["sigma"], NO_BLUR)[:, None],
             params["solarize"][:, None],
-            crop_boxes(params, height, width, self.crop_ratio),
-            params["flip"][:, None],
         ]
         return torch.cat(columns, 1)
 
-    def _split(self, table: Tensor) -> tuple[Tensor, ...]:
-        before, hue, after, grey, sigma, solarize, boxes, flip = table.tensor_split([9, 10, 19, 22, 23, 24, 28], 1)
-        return before.unflatten(1, (3, 3)), hue, after.unflatten(1, (3, 3)), grey, sigma, solarize, boxes, flip
+    def _pixels(self, images: Tensor, table: Tensor, rows: _Rows) -> Tensor:
+        """The view itself, for every device and every way to run it: (n, size * size, 3), normalised.
+
+        Args:
+            images: (n, 3, H, W) uint8.
+            table: (n, 27) from `table`.
+            rows: the samples that need each operation; any others pass through it unchanged.
+        """
+        crop, before, hue, after, gray, sigma, solarize = table.split([5, 9, 1, 9, 1, 1, 1], 1)
+        square = self.crop(images, crop)
+        planes = square.flatten(2)  # shares its memory
+        for step, part in enumerate(rows.before):
+            color.blend(planes[:, part], before.unflatten(1, (3, 3))[part, step])
+        color.rotate_hue(planes[:, rows.hue], hue[rows.hue])
+        for step, part in enumerate(rows.after):
+            color.blend(planes[:, part], after.unflatten(1, (3, 3))[part, step])
+        if self.gray_p:
+            _apply_to(rows.gray, color.to_grey, planes, gray)
+        if self.blur_p:
+            _apply_to(rows.blur, gaussian_blur, square, sigma, self._taps)
+        if self.solarize_p:
+            _apply_to(rows.solarize, color.solarize, planes, solarize, self.solarize_threshold)
+        return self._normalize(planes)
 
     def program(self, images: Tensor, table: Tensor) -> Tensor:
         self._move_taps(images.device)
-        before, hue, after, grey, sigma, solarize, boxes, flip = self._split(table)
-        geometry = crop_geometry(boxes, flip.squeeze(1), images.shape[2], images.shape[3], self.size)
-        square = crop_resize(images, geometry, self.size, "bicubic")
-        planes = square.flatten(2)
-        for step in range(3):
-            color.blend(planes, before[:, step])
-        color.rotate_hue(planes, hue)
-        for step in range(3):
-            color.blend(planes, after[:, step])
-        if self.gray_p:
-            color.blend(planes, grey)
-        if self.blur_p:
-            gaussian_blur(square, sigma, self._taps)
-        if self.solarize_p:
-            color.solarize(planes, self.solarize_threshold, solarize)
-        return self._images(self._normalize(planes))
+        return self._images(self._pixels(images, table, _Rows()), self.size, self.size)
 
     def _move_taps(self, device: torch.device) -> None:
         if self._taps.device != device:
             self._taps = self._taps.to(device)
 
-    def _images(self, pixels: Tensor) -> Tensor:
-        return pixels.unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
-
     def apply(self, images: Tensor, table: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """Each sample through its own operations only.
 
         Samples are sorted by how many colour operations come before the hue's, the only one that is not a blend: then
-        each step is one operation on a run of neighbours.
+        each step is one operation on a run of neighbours, which needs no copy.
         """
         self._move_taps(images.device)
         position = color.hue_position(params)
@@ -183,82 +252,15 @@ class SSLView(Augmentation):
         pixels = torch.empty((len(images), self.size**2, 3), dtype=self.dtype, device=images.device)
         for block in self._blocks(images):
             lists = [order[block], *(mask.nonzero().squeeze(1) for mask in chosen[:, block])]
-            rows, *lists = to_device(torch.cat(lists), images.device).split([len(rows) for rows in lists])
-            ends = torch.searchsorted(position[block], torch.arange(1, 5)).tolist()
+            samples, *lists = to_device(torch.cat(lists), images.device).split([len(part) for part in lists])
+            # How many samples have their hue at position 0, at most 1, ..., at most 3; the others are not jittered.
+            *ends, jittered = torch.searchsorted(position[block], torch.arange(1, 5)).tolist()
+            before, after = [slice(end, jittered) for end in ends], [slice(end) for end in ends]
+            rows = _Rows(before, slice(jittered), after, *lists)
             block_table = to_device(table[block], images.device)
-            pixels[block] = self._sorted_block(images.index_select(0, rows), block_table, ends, lists)
-        return self._images(pixels.index_select(0, to_device(order.argsort(), images.device)))
-
-    def _sorted_block(self, images: Tensor, table: Tensor, ends: list[int], lists: list[Tensor]) -> Tensor:
-        """As `program`, for samples sorted by the hue's position: (n, size * size, 3).
-
-        Args:
-            images: (n, 3, H, W) uint8.
-            table: (n, ...) from `_table`.
-            ends: how many samples have their hue at position 0, at most 1, ..., at most 3; the others no jitter.
-            lists: the samples that become grey, blurred, solarized.
-        """
-        before, hue, after, _, sigma, _, boxes, flip = self._split(table)
-        geometry = crop_geometry(boxes, flip.squeeze(1), images.shape[2], images.shape[3], self.size)
-        square = crop_resize(images, geometry, self.size, "bicubic")
-        planes = square.flatten(2)
-        jittered = ends[3]
-        for step in range(3):
-            color.blend(planes[:, ends[step] : jittered], before[ends[step] : jittered, step])
-        color.rotate_hue(planes[:, :jittered], hue[:jittered])
-        for step in range(3):
-            color.blend(planes[:, : ends[step]], after[: ends[step], step])
-        gray, blur, solarize = lists
-        if len(gray):
-            planes.index_copy_(1, gray, color.luma(planes.index_select(1, gray)).expand(3, -1, -1))
-        if len(blur) == len(images):
-            gaussian_blur(square, sigma, self._taps)
-        elif len(blur):
-            blurred = gaussian_blur(square.index_select(1, blur), sigma.index_select(0, blur), self._taps)
-            square.index_copy_(1, blur, blurred)
-        if len(solarize):
-            inverted = color.solarize(planes.index_select(1, solarize), self.solarize_threshold)
-            planes.index_copy_(1, solarize, inverted)
-        return self._normalize(planes)
-
-
-class RandomResizedCropFlip(Augmentation):
-    """Random resized crop (bilinear, antialiased: torchvision's default) and flip, for a linear probe's training.
-
-    Args:
-        size, crop_scale, crop_ratio, flip: see `SSLView`.
-        mean, std, dtype: see `Augmentation`.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        mean: Sequence[float],
-        std: Sequence[float],
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(mean, std, dtype)
-        self._check(size > 0, "size", size, "a number of pixels > 0")
-        self._check_range("crop_scale", crop_scale, 1)
-        self._check_range("crop_ratio", crop_ratio)
-        self._check_probability("flip", flip)
-        self.size, self.flip, self.crop_scale, self.crop_ratio = size, flip, crop_scale, crop_ratio
-
-    def draw(self, n: int, generator: torch.Generator) -> Params:
-        return draw_crops(n, self.crop_scale, self.crop_ratio, self.flip, generator)
-
-    def table(self, params: Mapping[str, Tensor], height: int, width: int) -> Tensor:
-        """(n, 5) float32: the crop's box (4), flip."""
-        return torch.cat([crop_boxes(params, height, width, self.crop_ratio), params["flip"][:, None]], 1)
-
-    def program(self, images: Tensor, table: Tensor) -> Tensor:
-        geometry = crop_geometry(table[:, :4], table[:, 4], images.shape[2], images.shape[3], self.size)
-        planes = crop_resize(images, geometry, self.size, "bilinear")
-        return self._normalize(planes.flatten(2)).unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
+            pixels[block] = self._pixels(images.index_select(0, samples), block_table, rows)
+        pixels = pixels.index_select(0, to_device(order.argsort(), images.device))
+        return self._images(pixels, self.size, self.size)
 
 
 class PadCropFlipRotate(Augmentation):
@@ -302,7 +304,7 @@ class PadCropFlipRotate(Augmentation):
 
     def program(self, images: Tensor, table: Tensor) -> Tensor:
         x = shifted_rotation(images, table[:, :2], table[:, 2], table[:, 3])
-        return self._normalize(to_planes(x)).unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
+        return self._images(self._normalize(to_planes(x)), *images.shape[2:])
 
 
 class Normalize(Augmentation):
@@ -316,4 +318,4 @@ class Normalize(Augmentation):
         return torch.empty(0, 0)
 
     def program(self, images: Tensor, table: Tensor) -> Tensor:  # noqa: ARG002
-        return self._normalize(to_planes(images)).unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
+        return self._images(self._normalize(to_planes(images)), *images.shape[2:])

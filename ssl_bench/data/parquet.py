@@ -1,8 +1,8 @@
 """Data sets as Hugging Face lays them out: folders of parquet files, and anything the `datasets` library can load.
 
-Folders of parquet files are read with pyarrow, which `datasets` uses too. Through `datasets` the first decode of CIFAR-10
-(8.5 s) takes 1.2 s more, and either a second copy of all encoded images (47 MB; ImageNet: 150 GB) or, streaming, a
-folder named `a[1]` is not found; and a missing shard goes unnoticed.
+Folders of parquet files are read with pyarrow, which `datasets` uses too. Through `datasets` the first decode of
+CIFAR-10 (8.5 s) takes 1.2 s more, and either a second copy of all encoded images (47 MB; ImageNet: 150 GB) or, when
+streaming, a folder named `a[1]` is not found; and a missing shard goes unnoticed.
 """
 
 import json

@@ -58,16 +58,23 @@ def test_hue_is_finite_where_channels_nearly_agree() -> None:
     torch.testing.assert_close(color.rotate_hue(x, torch.tensor([[0.2]])), before, rtol=0, atol=ATOL)
 
 
-def test_luma_and_solarize_equal_torchvisions() -> None:
+def test_grey_and_solarize_equal_torchvisions_where_chosen() -> None:
     x = images()
-    torch.testing.assert_close(color.luma(x), F.rgb_to_grayscale(x)[0], rtol=0, atol=1e-6)
+    grey = F.rgb_to_grayscale(x.transpose(0, 1), 3).transpose(0, 1)
+    torch.testing.assert_close(color.luma(x), grey[0], rtol=0, atol=1e-6)
     x[0, 0, 0] = 0.5
-    torch.testing.assert_close(color.solarize(x.clone(), 0.5), F.solarize(x, 0.5), rtol=0, atol=1e-7)
+    chosen = torch.tensor([[1.0], [0.0]] * 3)  # every other sample
+    for ours, theirs, atol in (
+        (color.to_grey(x.clone(), chosen), grey, 1e-6),
+        (color.solarize(x.clone(), chosen, 0.5), F.solarize(x, 0.5), 1e-7),
+    ):
+        torch.testing.assert_close(ours[:, ::2], theirs[:, ::2], rtol=0, atol=atol)
+        assert torch.equal(ours[:, 1::2], x[:, 1::2])
 
 
 def test_solarize_at_half_inverts_the_values_that_pil_inverts() -> None:
     levels = torch.arange(256) / 255
-    assert color.solarize(levels.clone(), 0.5).mul(255).round().tolist() == [
+    assert color.solarize(levels.clone(), torch.ones(()), 0.5).mul(255).round().tolist() == [
         v if v < 128 else 255 - v for v in range(256)
     ]
 

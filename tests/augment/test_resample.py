@@ -10,7 +10,6 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_bench.augment.resample import (
     crop_boxes,
-    crop_geometry,
     draw_crops,
     gaussian_blur,
     shifted_rotation,
@@ -26,8 +25,7 @@ def images(n: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def crop_resize(x: Tensor, box: Tensor, flip: Tensor, size: int, kind: str) -> Tensor:
-    geometry = crop_geometry(box, flip, *x.shape[2:], size)
-    return resize_planes(x, geometry, size, kind).transpose(0, 1)
+    return resize_planes(x, box, flip, size, kind).transpose(0, 1)
 
 
 def boxes(n: int, height: int, width: int) -> tuple[Tensor, Tensor]:
