@@ -161,10 +161,12 @@ def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:
         return Outcome(results["status"], math.nan)
     entries = [entry for entry in results["evaluations"] if entry.get("model", "trained") == "trained"]
     for entry in entries:
-        if entry["protocol"] == protocol:
+        if entry["protocol"] == protocol and "top1" in entry["metrics"]:
             return Outcome(results["status"], float(entry["metrics"]["top1"]))
-    known = ", ".join(entry["protocol"] for entry in entries) or "none"
-    raise ValueError(f"search {cell.study}: select must be a protocol of its runs ({known}), got {protocol!r}")
+    known = ", ".join(entry["protocol"] for entry in entries if "top1" in entry["metrics"]) or "none"
+    raise ValueError(
+        f"search {cell.study}: select must be a protocol with a top-1 of its runs ({known}), got {protocol!r}"
+    )
 
 
 def _best(scored: Sequence[tuple[Trial, Outcome]]) -> Trial | None:

@@ -133,8 +133,10 @@ def _graphs_steps(recipe: Recipe, where: Processes) -> bool:
 def dataset(recipe: Recipe, where: Processes) -> Dataset:
     """The recipe's data set, on the device."""
     options = recipe.data
+    found = registry.resolve("dataset", options.name)  # a built-in set's name, or a function from outside
     loaded = load_dataset(
         options.name,
+        locate=found if callable(found) else None,
         path=options.path,
         size=options.size,
         resident=options.resident,
@@ -390,7 +392,7 @@ def evaluation(recipe: Recipe, data: Dataset, where: Processes) -> Evaluation:
     return Evaluation(
         processes=where,
         dataset=data,
-        protocols=options.protocols,
+        evaluators=[registry.resolve("evaluator", name) for name in options.protocols],
         transform=Normalize(**stats),
         augment=RandomResizedCropFlip(data.train.image_shape[-1], **stats),
         seed=options.seed,

@@ -1,6 +1,6 @@
 """Evaluates a run's models: the evaluators of ``ssl_bench.eval`` on this run's data, device and processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ssl_bench.augment.views import Augmentation, Normalize
 from ssl_bench.data.dataset import Dataset
-from ssl_bench.eval import evaluate
+from ssl_bench.eval import Evaluator, evaluate
 from ssl_bench.eval.features import Precision, extract_features
 from ssl_bench.models.classifier import Classifier
 from ssl_bench.runtime.console import Ticker
@@ -26,7 +26,7 @@ class Evaluation:
     Attributes:
         processes: every method is called on all of them.
         dataset: on the device.
-        protocols: names of evaluators, for backbones.
+        evaluators: of backbones.
         transform: the test transform.
         augment: what augmented probes train on.
         seed: of the probes.
@@ -37,7 +37,7 @@ class Evaluation:
 
     processes: Processes
     dataset: Dataset
-    protocols: list[str]
+    evaluators: Sequence[Evaluator]
     transform: Normalize
     augment: Augmentation
     seed: int
@@ -46,13 +46,13 @@ class Evaluation:
     own_statistics: bool = False
 
     def of_backbone(self, backbone: nn.Module) -> Results:
-        """Runs the protocols on a frozen backbone.
+        """Runs the evaluators on a frozen backbone.
 
         Returns:
             on the main process, for each protocol its name and version, metrics and chance (percent), seconds, and the
             number of test images; nothing on the others.
         """
-        results = self._evaluate(backbone, self.protocols, self.seed, Ticker(enabled=self.processes.main))
+        results = self._evaluate(backbone, self.evaluators, self.seed, Ticker(enabled=self.processes.main))
         return [{**result, "seed": self.seed, "chance": 100 / len(self.dataset.classes)} for result in results]
 
     def online(self, backbone: nn.Module, seed: int) -> dict[str, float]:
@@ -102,13 +102,15 @@ class Evaluation:
             results += [{"model": "untrained", **result} for result in evaluate(start)]
         return results
 
-    def _evaluate(self, backbone: nn.Module, names: list[str], seed: int, on_progress: Any = None) -> Results:
+    def _evaluate(
+        self, backbone: nn.Module, evaluators: Sequence[Evaluator | str], seed: int, on_progress: Any = None
+    ) -> Results:
         if self.own_statistics:
             share_statistics(backbone)
         return evaluate(  # type: ignore[return-value]
             backbone,
             self.dataset,
-            names,
+            evaluators,
             self.transform,
             seed=seed,
             device=self.processes.device,

@@ -269,6 +269,22 @@ def test_a_method_and_an_optimizer_from_an_installed_package(tmp_path):
     assert "did you mean 'twice'?" in listed.stderr
 
 
+def test_a_data_set_and_an_evaluator_from_outside_serve_a_run(here, capsys):
+    words = (
+        "data=foreign:locate", "eval.protocols=[foreign:Spread,knn-v1]", "method=tiny_net:TinyTwins",
+        "method.projector=[8,8]", "model.name=tiny_smooth", "model.stem=imagenet", "batch_size=32", "steps=2",
+        "optimizer.lr=0.1", "run_dir=r", "device=cpu", "eval.baseline=false",
+    )  # fmt: skip
+    assert pretrain.main([*words]) == 0
+    spread, knn = results(here / "r")["evaluations"]
+    assert (spread["protocol"], spread["n_test"], spread["chance"]) == ("spread-v1", 32, 50.0)
+    assert spread["metrics"]["spread"] > 0
+    assert "top1" not in spread["metrics"]
+    assert knn["metrics"]["top1"] > 90  # dark against light
+    assert "spread-v1" in capsys.readouterr().err
+    assert "no_such" in fails(capsys, pretrain.main, [*words[1:], "data=foreign:no_such"])
+
+
 def test_the_console_script_lists_its_commands():
     installed = shutil.which("ssl-bench", path=str(Path(sys.executable).parent))
     assert installed, "the package is not installed"

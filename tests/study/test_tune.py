@@ -214,7 +214,8 @@ def test_what_the_search_chooses_cannot_be_overridden(tmp_path: Path) -> None:
 
 def test_an_unknown_protocol_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "run_study", launcher(scored, []))
-    with pytest.raises(ValueError, match=r"select must be a protocol of its runs \(test-v1\), got 'knn-v1'"):
+    expected = r"select must be a protocol with a top-1 of its runs \(test-v1\), got 'knn-v1'"
+    with pytest.raises(ValueError, match=expected):
         tune_main(write(tmp_path, {**SEARCH, "select": "knn-v1"}), runs=tmp_path / "runs")
 
 
