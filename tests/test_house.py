@@ -92,7 +92,7 @@ def test_no_folder_is_crowded():
     crowded = [folder for folder in [*PACKAGE.iterdir(), *map(ROOT.joinpath, OUTSIDE)] if folder.is_dir()]
     assert len([name for name in own if not name.startswith("__") and name != "py.typed"]) <= 12, own
     for folder in crowded:
-        assert len(names(folder)) <= 25, f"{folder.name}: {names(folder)}"
+        assert len(names(folder)) <= 18, f"{folder.name}: {names(folder)}"
 
 
 def test_no_name_hides_a_module_that_others_import():

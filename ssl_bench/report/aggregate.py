@@ -1,4 +1,4 @@
-"""From runs to cells: runs of one recipe that differ in the seed alone are one cell, with a mean and a deviation."""
+"""Groups runs into cells: runs whose recipes differ only in the seed form one cell, with a mean and a deviation."""
 
 import hashlib
 import json
@@ -7,13 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssl_bench.recipe.schema import IRRELEVANT, flatten, without_additions
 from ssl_bench.records.reader import RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize
+from ssl_bench.report.tables import Value
 
-# The first that a report's runs have is the one that its comparisons use; `online` is a monitor and never a result.
+# In order of preference where several cover equally many runs. `online` is a monitor, never a result.
 PROTOCOLS = ("test-v1", "linear-aug-v1", "linear-cached-v1", "knn-v1", "paper-probe", "released-probe")
 MONITORS = frozenset({"online"})
 
@@ -23,19 +24,40 @@ OPTIMIZER_NAMES = {"lars": "LARS", "lamb": "LAMB", "lambc": "LAMBC", "tvlars": "
 _AXES = frozenset(
     {"seed", "track", "data.name", "data.path", "batch_size", "method.target", "optimizer.target", "optimizer.lr"}
 )
-# What a run looks at on its way, which changes nothing that it reaches.
+# What is measured during a run and does not change its result.
 _OBSERVING = frozenset(
     {
         *("telemetry.every", "eval.protocols", "eval.baseline", "eval.batch_size"),
         *("eval.online_every_epochs", "eval.test_every_epochs"),
     }
 )
-_FAMILIES = ("method", "optimizer", "schedule")
+_PLUGINS = ("method", "optimizer", "schedule")  # sections of a recipe whose options depend on their target
+
+
+class Setting(NamedTuple):
+    """Problem, data set and batch size: optimizers are compared within one setting."""
+
+    problem: str
+    dataset: str
+    batch_size: int
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Printed, for a table's first three columns (``tables.SETTING``)."""
+        return self.problem, self.dataset, str(self.batch_size)
+
+    @property
+    def record(self) -> dict[str, Value]:
+        """For a CSV file."""
+        return dict(self._asdict())
+
+    def __str__(self) -> str:
+        return f"{self.problem}, {self.dataset}, batch size {self.batch_size}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation protocol says of one model.
+    """The accuracy of one model by one evaluation protocol.
 
     Attributes:
         top1, top5: percent; top5 is None where the protocol has none.
@@ -51,9 +73,9 @@ class Score:
     probes: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
-    """One run: its seed, how it ended, and its scores by protocol."""
+    """One run: its seed, how it ended, and its scores by protocol; hashed by identity, so that it can key a cache."""
 
     record: RunRecord
     seed: int
@@ -68,10 +90,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs of one recipe less its seed.
+    """All runs of one recipe, whatever their seed.
 
     Attributes:
-        key: 16 hex digits of that recipe's hash.
+        key: 16 hex digits, a hash of the recipe without its seed.
         problem: "classification" or the method's name.
         dataset: name.
         batch_size: images.
@@ -102,14 +124,24 @@ class Cell:
         return f"{self.optimizer} ({self.variant})" if self.variant else self.optimizer
 
     @property
-    def setting(self) -> tuple[str, str, int]:
-        """Problem, data set and batch size: within it, arms are compared."""
-        return self.problem, self.dataset, self.batch_size
+    def setting(self) -> Setting:
+        """Where the cell is compared with others."""
+        return Setting(self.problem, self.dataset, self.batch_size)
+
+    @property
+    def record(self) -> dict[str, Value]:
+        """What identifies the cell, for a CSV file."""
+        return self.setting.record | {"lr": self.lr, "optimizer": self.optimizer, "variant": self.variant}
 
     @cached_property
     def statuses(self) -> Counter[str]:
         """How many runs ended in which way."""
         return Counter(result.status for result in self.results)
+
+    @property
+    def failed(self) -> bool:
+        """Whether every run diverged or collapsed."""
+        return self.statuses["diverged"] + self.statuses["collapsed"] == len(self.results)
 
     def top1(self, protocol: str) -> dict[int, float]:
         """Percent by seed, of the finished runs: a diverged or collapsed one has no accuracy."""
@@ -133,30 +165,25 @@ class Cell:
         return summarize([r.untrained[protocol].top1 for r in self.results if protocol in r.untrained])
 
     def text(self, protocol: str) -> str:
-        """The cell as a table prints it: mean +- sd and n, or a word, never a bare number for a failed run."""
+        """Mean +- sd and n for a table; failed runs are named, so that no bare number hides them."""
         summary = self.summary(protocol)
-        failed = [f"{self.statuses[word]} {word}" for word in ("diverged", "collapsed") if self.statuses[word]]
-        if summary.mean is None:
-            return self._words(protocol)
-        spread = f" ± {summary.sd:.2f}" if summary.sd is not None else ""
-        return f"{summary.mean:.2f}{spread} ({'; '.join([f'n = {summary.n}', *failed])})"
-
-    def _words(self, protocol: str) -> str:
+        if summary.mean is not None:
+            spread = f" ± {summary.sd:.2f}" if summary.sd is not None else ""
+            failed = [f"{self.statuses[word]} {word}" for word in ("diverged", "collapsed") if self.statuses[word]]
+            return f"{summary.mean:.2f}{spread} ({'; '.join([f'n = {summary.n}', *failed])})"
         words = [word for word in ("diverged", "collapsed", "interrupted", "running") if self.statuses[word]]
-        if not words:
-            return f"not measured by {protocol}"
         if len(words) == 1:
             return f"{words[0]} (n = {self.statuses[words[0]]})"
-        return ", ".join(f"{self.statuses[word]} {word}" for word in words)
+        return ", ".join(f"{self.statuses[word]} {word}" for word in words) or f"not measured by {protocol}"
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a report is made from.
+    """All the runs of a report.
 
     Attributes:
         cells: sorted by problem, data set, batch size, optimizer, variant and learning rate.
-        skipped: folders that give no number, each with its reason.
+        skipped: folders that could not be used, each with the reason.
     """
 
     cells: tuple[Cell, ...]
@@ -167,8 +194,13 @@ class Collection:
         """All runs."""
         return [result for cell in self.cells for result in cell.results]
 
+    @property
+    def problems(self) -> list[str]:
+        """In the order of the cells."""
+        return list(dict.fromkeys(cell.problem for cell in self.cells))
+
     def protocols(self, problem: str) -> list[str]:
-        """The protocols that any run of a problem has, the one for comparisons first: it covers the most runs."""
+        """The protocols that any run of a problem has; first the one for comparisons, which covers the most runs."""
         counts = Counter(name for c in self.cells if c.problem == problem for r in c.results for name in r.scores)
         order = {name: rank for rank, name in enumerate(PROTOCOLS)}
         return sorted(counts, key=lambda name: (-counts[name], order.get(name, len(order)), name))
@@ -180,33 +212,38 @@ class Collection:
 
 
 def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Collection:
-    """Sorts runs into cells. A record that has no usable recipe, or repeats another one, is skipped with its reason."""
-    passed_over = list(skipped)
+    """Sorts runs into cells. A record without a usable recipe, or of a run seen before, is skipped with its reason."""
+    left_out = list(skipped)
     groups: dict[str, dict[int, Result]] = defaultdict(dict)
-    for record in sorted(records, key=lambda record: record.results is None):  # of two copies the one that has ended
+    for record in sorted(records, key=lambda record: record.results is None):  # of two copies keep the one that ended
         try:
             result = _result(record)
             key = _cell(cell_key(record.recipe), [result]).key
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{record.folder}: its record is not a benchmark run's: {type(error).__name__} {error}"
-            passed_over.append(Skipped(record.folder, " ".join(reason.split())))
+            left_out.append(Skipped(record.folder, " ".join(reason.split())))
             continue
         runs = groups[key]
         if result.seed in runs:
             reason = f"{record.folder}: the same run as {runs[result.seed].record.folder}, which counts once"
-            passed_over.append(Skipped(record.folder, reason))
+            left_out.append(Skipped(record.folder, reason))
         else:
             runs[result.seed] = result
     cells = [_cell(key, [runs[seed] for seed in sorted(runs)]) for key, runs in groups.items()]
-    passed_over.sort(key=lambda entry: entry.folder)
-    return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(passed_over))
+    left_out.sort(key=lambda entry: entry.folder)
+    return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(left_out))
 
 
 def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
-    """16 hex digits of the recipe less its seed, less what cannot change a result, and less these dotted keys."""
+    """16 hex digits, a hash of the recipe.
+
+    Args:
+        recipe: nested; its seed and everything that cannot change a result are left out.
+        less: more dotted keys to leave out.
+    """
     relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
     relevant = {name: value for name, value in relevant.items() if name not in less}
-    if lookup(recipe, "data.name") in ("hf", "folder"):
+    if lookup(recipe, "data.name") in ("hf", "folder"):  # elsewhere the path only says where the same files lie
         relevant["data.path"] = lookup(recipe, "data.path")
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -222,40 +259,28 @@ def lookup(recipe: Mapping[str, Any], dotted: str, default: Any = None) -> Any:
 
 
 def _result(record: RunRecord) -> Result:
-    scores: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
+    """A run's scores; several evaluations by one protocol, under several probe seeds, become one: their mean."""
+    found: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
     for entry in (record.results or {}).get("evaluations", []):
-        model = entry.get("model", "trained")
-        top1 = entry["metrics"]["top1"]
-        if model in scores and entry["protocol"] not in MONITORS and math.isfinite(top1):
-            scores[model][entry["protocol"]].append(_score(entry))
-    joined = {model: {name: _joined(found) for name, found in each.items()} for model, each in scores.items()}
-    return Result(record, int(record.recipe["seed"]), joined["trained"], joined["untrained"])
+        model, protocol, metrics = entry.get("model", "trained"), entry["protocol"], entry["metrics"]
+        top1 = metrics["top1"]
+        if model in found and protocol not in MONITORS and math.isfinite(top1):
+            numbered = ((name.removeprefix("top1_seed"), value) for name, value in metrics.items())
+            probes = sorted((int(seed), value) for seed, value in numbered if seed.isdigit())
+            values = tuple(float(value) for _, value in probes)
+            score = Score(float(top1), metrics.get("top5"), entry.get("n_test"), entry.get("chance"), values)
+            found[model][protocol].append(score)
 
+    def joined(scores: Sequence[Score]) -> Score:
+        if len(scores) == 1:
+            return scores[0]
+        probes = tuple(value for score in scores for value in (score.probes or (score.top1,)))
+        top5 = [score.top5 for score in scores if score.top5 is not None]
+        mean = sum(score.top1 for score in scores) / len(scores)
+        return replace(scores[0], top1=mean, top5=sum(top5) / len(top5) if top5 else None, probes=probes)
 
-def _score(entry: Mapping[str, Any]) -> Score:
-    metrics = entry["metrics"]
-    probes = sorted((int(name[len("top1_seed") :]), value) for name, value in metrics.items() if _is_probe(name))
-    return Score(
-        float(metrics["top1"]),
-        metrics.get("top5"),
-        entry.get("n_test"),
-        entry.get("chance"),
-        tuple(float(value) for _, value in probes),
-    )
-
-
-def _is_probe(name: str) -> bool:
-    return name.startswith("top1_seed") and name[len("top1_seed") :].isdigit()
-
-
-def _joined(scores: Sequence[Score]) -> Score:
-    """Several evaluations by one protocol, under several probe seeds, as one: their mean."""
-    if len(scores) == 1:
-        return scores[0]
-    probes = tuple(value for score in scores for value in (score.probes or (score.top1,)))
-    top5 = [score.top5 for score in scores if score.top5 is not None]
-    mean = sum(score.top1 for score in scores) / len(scores)
-    return replace(scores[0], top1=mean, top5=sum(top5) / len(top5) if top5 else None, probes=probes)
+    by_model = [{name: joined(scores) for name, scores in each.items()} for each in found.values()]
+    return Result(record, int(record.recipe["seed"]), *by_model)
 
 
 def _cell(key: str, results: list[Result]) -> Cell:
@@ -279,19 +304,24 @@ def _cell(key: str, results: list[Result]) -> Cell:
 
 def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
     """Names what distinguishes cells of one optimizer that share problem, data set and batch size."""
+
+    def printed(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
     families: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         families[cell.problem, cell.dataset, cell.optimizer].append(cell)
     named = []
     for family in families.values():
+        recipes = {cell.key: _comparable(cell.recipe) for cell in family}
         by_batch: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for cell in family:
-            by_batch[cell.batch_size].append(_comparable(cell.recipe))
-        found = {name for recipes in by_batch.values() for name in _varying(recipes)}
+            by_batch[cell.batch_size].append(recipes[cell.key])
+        found = {name for group in by_batch.values() for name in _varying(group)}
         varying = sorted(found, key=lambda name: (name.split(".")[0], not name.endswith(".target"), name))
         for cell in family:
-            flat = _comparable(cell.recipe)
-            parts = [f"{name.removesuffix('.target')}={_plain(flat[name])}" for name in varying if name in flat]
+            flat = recipes[cell.key]
+            parts = [f"{name.removesuffix('.target')}={printed(flat[name])}" for name in varying if name in flat]
             named.append(replace(cell, variant=", ".join(parts)))
     return named
 
@@ -305,23 +335,18 @@ def _varying(recipes: Sequence[Mapping[str, Any]]) -> set[str]:
     """Keys with more than one value; a plug-in's options are compared among recipes with the same plug-in."""
     varying = set()
     for name in {name for recipe in recipes for name in recipe}:
-        family = name.split(".")[0]
-        targets = {recipe.get(f"{family}.target") for recipe in recipes} if family in _FAMILIES else {None}
-        for target in targets:
-            group = [r for r in recipes if family not in _FAMILIES or r.get(f"{family}.target") == target]
-            if name == f"{family}.target":
-                group = list(recipes)
-            if len({json.dumps(recipe.get(name)) for recipe in group}) > 1:
-                varying.add(name)
+        target = f"{name.split('.')[0]}.target"
+        groups: dict[Any, set[str]] = defaultdict(set)
+        for recipe in recipes:
+            plugin = recipe.get(target) if name.split(".")[0] in _PLUGINS and name != target else None
+            groups[plugin].add(json.dumps(recipe.get(name)))
+        if any(len(values) > 1 for values in groups.values()):
+            varying.add(name)
     return varying
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     ranks = list(OPTIMIZER_NAMES.values())
     rank = ranks.index(cell.optimizer) if cell.optimizer in ranks else len(ranks)
-    kind = (cell.problem != "classification", cell.problem, cell.dataset, cell.batch_size)
+    kind = (cell.problem != "classification", *cell.setting)
     return (*kind, rank, cell.optimizer, cell.variant, cell.lr, cell.key)

@@ -2,31 +2,31 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssl_bench.report.aggregate import Cell, Collection, Result
-from ssl_bench.report.evidence import is_number
-from ssl_bench.report.scope import steps_per_epoch
+from ssl_bench.report.scope import planned
+from ssl_bench.report.tables import is_number
 
 Row = Mapping[str, float]
-
-# What the numbers of a sharpness row depend on, besides the weights.
-SHARPNESS_SETTINGS = ("images", "batch_norm", "iterations", "samples", "rho", "seed")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure of sharpness, as tables and figures name it.
+    """One measure of sharpness, with its labels for tables and figures.
 
     Attributes:
         column: of a row of ``sharpness``.
         text: plain characters.
         symbol: for a figure's axis.
         error: the column that holds its uncertainty; empty where there is none.
-        times_weights: whether it is multiplied with the squared norm of the weights.
+        times_weights: whether it is multiplied by the squared norm of the weights.
     """
 
     column: str
@@ -43,10 +43,9 @@ class Measure:
         error = row.get(self.error)
         return factor * row[self.column], None if error is None else factor * error
 
-    def printed(self, row: Row) -> str:
-        """The same for a table: "12.3 ± 0.4", or a dash."""
-        found = self.of(row)
-        return uncertain(*found) if found else "–"
+    def along(self, run: "Analyzed") -> list[tuple[float, float, float | None]]:
+        """(epoch, value, uncertainty) at each step of a run where it was measured."""
+        return [(run.epoch(row["step"]), *found) for row in run.analysis.sharpness if (found := self.of(row))]
 
 
 TOP = Measure("top_eigenvalue", "top eigenvalue", r"top eigenvalue $\lambda_1$", "top_eigenvalue_residual")
@@ -60,7 +59,7 @@ MEASURES = (TOP, SCALED, TRACE, SAM)
 
 @dataclass(frozen=True)
 class Analysis:
-    """The contents of an ``analysis.json`` that can be used.
+    """The usable contents of an ``analysis.json``.
 
     Attributes:
         settings: how it was measured; empty where the file does not say.
@@ -83,13 +82,55 @@ class Analyzed:
     result: Result
     analysis: Analysis
 
+    @property
+    def name(self) -> str:
+        """The optimizer and the seed, for a legend."""
+        return f"{self.cell.arm}, seed {self.result.seed}"
+
     def epoch(self, step: float) -> float:
         """A step as epochs of training; the step itself where the record does not say how long an epoch is."""
-        return step / (steps_per_epoch(self.result) or 1.0)
+        return step / (planned(self.result, "steps_per_epoch") or 1.0)
+
+
+@dataclass(frozen=True)
+class NoiseCurve:
+    """The gradient's squared error against the batch size, at one step of one run.
+
+    Attributes:
+        run: the run.
+        step: steps completed.
+        rows: two or more, by ascending batch size; every error is above 0.
+    """
+
+    run: Analyzed
+    step: float
+    rows: tuple[Row, ...]
+
+    @property
+    def label(self) -> str:
+        """The epoch, for a legend."""
+        return f"epoch {self.run.epoch(self.step):.3g}"
+
+    @property
+    def points(self) -> tuple[list[float], list[float]]:
+        """Batch sizes and squared errors."""
+        return [row["batch_size"] for row in self.rows], [row["squared_error"] for row in self.rows]
+
+    @property
+    def inverse(self) -> list[float]:
+        """Errors that fall as 1 / B from the smallest batch's on."""
+        sizes, errors = self.points
+        return [errors[0] * sizes[0] / size for size in sizes]
+
+    @property
+    def slope(self) -> float:
+        """Of log error over log B, by least squares."""
+        x, y = np.log(self.points)
+        return float(np.polyfit(x, y, 1)[0])
 
 
 def read_analysis(folder: Path) -> Analysis | None:
-    """A run's analysis; None where there is none, or nothing in it that can be used."""
+    """A run's analysis; None where there is none, or nothing usable in it."""
     try:
         found = json.loads((folder / "analysis.json").read_text())
     except (OSError, ValueError):
@@ -113,14 +154,20 @@ def analyzed(collection: Collection) -> Iterator[Analyzed]:
                 yield Analyzed(cell, result, analysis)
 
 
-def sharpness_settings(analysis: Analysis) -> tuple[Any, ...] | None:
-    """What must be equal where the sharpness of two runs is compared; None where it is not recorded."""
-    found = tuple(analysis.settings.get(name) for name in SHARPNESS_SETTINGS)
-    return None if None in found else found
+def noise_curves(runs: Iterable[Analyzed]) -> Iterator[NoiseCurve]:
+    """Every step at which the error of two batch sizes or more was measured."""
+    for run in runs:
+        by_step: dict[float, dict[float, Row]] = defaultdict(dict)
+        for row in run.analysis.gradient_noise:
+            if row["batch_size"] > 0 and row.get("squared_error", 0) > 0:
+                by_step[row["step"]][row["batch_size"]] = row
+        for step, rows in by_step.items():
+            if len(rows) > 1:
+                yield NoiseCurve(run, step, tuple(rows.values()))
 
 
 def measured_on(settings: Mapping[str, Any], images: str = "images") -> str:
-    """Batch norm's mode and the number of images.
+    """Batch norm's mode and the number of images, for a table.
 
     Args:
         settings: of an analysis.
@@ -132,7 +179,7 @@ def measured_on(settings: Mapping[str, Any], images: str = "images") -> str:
 
 
 def measured_how(runs: Iterable[Analyzed], images: str = "images") -> str:
-    """The same for all these runs, in words: "batch norm in train mode, 512 images"; several are told apart by "or"."""
+    """The same for several runs as a phrase: "batch norm in train mode, 512 images"; joined by "or" if they differ."""
     settings = [run.analysis.settings for run in runs]
     parts = [
         f"batch norm in {found.get('batch_norm', 'an unknown')} mode, {found.get(images, '?')} images"
@@ -152,8 +199,8 @@ def uncertain(value: float, error: float | None) -> str:
     return f"{value:.{decimals}f} ± {f'{error:.{decimals}f}' if -last <= decimals else f'{error:.1g}'}"
 
 
-def _rows(found: object, keys: tuple[str, ...]) -> tuple[Row, ...]:
-    """Entries that have these keys and some number besides; of an entry what is no finite number is left out."""
+def _rows(found: object, keys: Sequence[str]) -> tuple[Row, ...]:
+    """Entries that have these keys and at least one more number; values that are no finite numbers are left out."""
     rows = []
     for entry in found if isinstance(found, list) else ():
         items = entry.items() if isinstance(entry, dict) else ()

@@ -1,35 +1,34 @@
-"""``ssl-bench report`` and ``ssl-bench leaderboard``: from a folder of runs to everything that can be said of them."""
+"""``ssl-bench report`` and ``ssl-bench leaderboard``: a folder of runs in, tables, figures, claims and a page out."""
 
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ssl_bench.records.reader import RunRecord, find_runs
+from ssl_bench.records.reader import find_runs
 from ssl_bench.report import comparisons, results
 from ssl_bench.report.aggregate import Collection, Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
+from ssl_bench.report.drawing import Plate
 from ssl_bench.report.evidence import Claim
-from ssl_bench.report.figure_groups import write_figures
-from ssl_bench.report.figures import Plate
-from ssl_bench.report.membership import coverage, members
+from ssl_bench.report.figures import write_figures
 from ssl_bench.report.page import counts, write_page
-from ssl_bench.report.scope import scope
+from ssl_bench.report.scope import coverage, members, scope
 from ssl_bench.report.tables import Table
 from ssl_bench.study.grid import Study, load_study
 
-# Runs whose layers are in memory at a time.
+# Runs whose layers are in memory at a time: those of a whole study do not fit.
 _KEPT_RUNS = 48
 
-# A column of these tables takes too much of a terminal's width to be worth it.
+# Columns that take more of a terminal's width than they are worth.
 _NOT_IN_TERMINAL = frozenset({"protocol"})
 
 
 class Loader:
-    """Reads runs' curves, and keeps the last few: a study's layers do not fit into memory at once.
+    """Reads runs' curves and keeps the last few.
 
-    A damaged telemetry file costs a run its layers, not its numbers; that is said once.
+    A damaged telemetry file costs a run its layers, not its numbers; one warning says so.
     """
 
     def __init__(self) -> None:
@@ -37,29 +36,16 @@ class Loader:
         self._load = lru_cache(maxsize=_KEPT_RUNS)(self._read)
 
     def __call__(self, result: Result) -> Curves:
-        return self._load(_ByFolder(result.record))
+        return self._load(result)
 
-    def _read(self, run: "_ByFolder") -> Curves:
+    def _read(self, result: Result) -> Curves:
         try:
-            return load_curves(run.record)
+            return load_curves(result.record)
         except ValueError as error:
-            if run.record.folder not in self._warned:
-                self._warned.add(run.record.folder)
+            if result.record.folder not in self._warned:
+                self._warned.add(result.record.folder)
                 print(f"warning: {error}; the report shows this run without its layers", file=sys.stderr)
-            return load_curves(run.record, telemetry=False)
-
-
-class _ByFolder:
-    """A record that hashes by its folder, for the cache."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-
-    def __hash__(self) -> int:
-        return hash(self.record.folder)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByFolder) and other.record.folder == self.record.folder
+            return load_curves(result.record, telemetry=False)
 
 
 def read_collection(runs: str | Path, *, study: Study | None = None) -> Collection:
@@ -76,14 +62,14 @@ def read_collection(runs: str | Path, *, study: Study | None = None) -> Collecti
     if study is not None:
         chosen = members(records, study)
         if records and not chosen:
-            told = f"none of its {len(records)} runs is one of study {study.name}; without --study all are reported"
-            raise ValueError(f"{runs}: {told}")
+            reason = f"none of its {len(records)} runs belongs to the study {study.name} (leave out --study for all)"
+            raise ValueError(f"{runs}: {reason}")
         records = chosen
     collection = gather(records, skipped)
     if not collection.cells:
         count = len(collection.skipped)
-        passed = f"; passed over: {count}, e.g. {collection.skipped[0].reason}" if count else ""
-        raise ValueError(f"{runs}: no run to report on{passed}")
+        reason = f"; skipped folders: {count}, e.g. {collection.skipped[0].reason}" if count else ""
+        raise ValueError(f"{runs}: no run to report on{reason}")
     return collection
 
 
@@ -92,15 +78,14 @@ def all_tables(collection: Collection, *, study: Study | None) -> list[Table]:
 
     Args:
         collection: the runs.
-        study: the study that the runs are of; its missing runs are listed, and for table1 the paper's numbers too.
+        study: the study that the runs belong to; its missing runs are listed, and for table1 the paper's numbers too.
     """
     complete = study is not None and study.name.startswith("table1")
-    problems = dict.fromkeys(cell.problem for cell in collection.cells)
     tables = [
         comparisons.leaderboard(collection),
         results.table1_long(collection, complete=complete),
         results.table1_wide(collection),
-        *(results.results_table(collection, problem) for problem in problems),
+        *(results.results_table(collection, problem) for problem in collection.problems),
         comparisons.comparisons(collection),
         comparisons.sensitivity(collection),
         comparisons.profile_table(collection),
@@ -133,10 +118,15 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     load = Loader()
     tables = all_tables(collection, study=grid)
     claims = check_claims(collection, load)
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder)
-    _write_tables(tables, folder / "tables")
-    _write_tables([claim.table for claim in claims if claim.table.rows], folder / "tables")
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    if (folder / "report.md").exists():
+        # An earlier report's table or figure that the new one does not have would look like its own.
+        for part, suffixes in {"tables": (".md", ".tex", ".csv"), "figures": (".svg", ".png")}.items():
+            for path in (folder / part).glob("*"):
+                if path.suffix in suffixes:
+                    path.unlink()
+    for table in [*tables, *(claim.table for claim in claims if claim.table.rows)]:
+        table.write(folder / "tables")
     plates = write_figures(collection, load, folder / "figures")
     (folder / "report.md").write_text(_markdown(collection, tables, claims, plates, root), encoding="utf-8")
     return write_page(collection, tables, claims, load, folder / "index.html", root=root)
@@ -149,8 +139,8 @@ def print_leaderboard(runs: str | Path) -> None:
 
     collection = read_collection(runs)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    problems = dict.fromkeys(cell.problem for cell in collection.cells)
-    for table in (comparisons.leaderboard(collection), *(results.results_table(collection, p) for p in problems)):
+    accuracies = (results.results_table(collection, problem) for problem in collection.problems)
+    for table in (comparisons.leaderboard(collection), *accuracies):
         shown = [index for index, name in enumerate(table.columns) if name not in _NOT_IN_TERMINAL]
         rich = Rich(title=table.title, title_justify="left")
         for index in shown:
@@ -163,25 +153,7 @@ def print_leaderboard(runs: str | Path) -> None:
         console.print()
     console.print(counts(collection))
     for entry in collection.skipped:
-        console.print(f"passed over: {entry.reason}", markup=False)
-
-
-def _clear(folder: Path) -> None:
-    """Removes an earlier report's tables and figures: one that the new report does not have would look like its own."""
-    if (folder / "report.md").exists():
-        for part, endings in {"tables": (".md", ".tex", ".csv"), "figures": (".svg", ".png")}.items():
-            for path in (folder / part).glob("*"):
-                if path.suffix in endings:
-                    path.unlink()
-
-
-def _write_tables(tables: Sequence[Table], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in tables:
-        (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
-        (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
-        if table.records:
-            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+        console.print(f"skipped: {entry.reason}", markup=False)
 
 
 def _markdown(
@@ -202,5 +174,5 @@ def _markdown(
     parts.append("## Figures\n")
     parts += [f"### {p.title}\n\n![{p.title}](figures/{p.name}.svg)\n\n{p.caption}\n" for p in plates]
     reasons = [f"- {entry.reason.replace(f'{root}/', '')}" for entry in collection.skipped]
-    parts.append("## Folders passed over\n\n" + ("\n".join(reasons) or "None.") + "\n")
+    parts.append("## Skipped folders\n\n" + ("\n".join(reasons) or "None.") + "\n")
     return "\n".join(parts)

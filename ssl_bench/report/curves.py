@@ -1,6 +1,6 @@
 """A run's record as curves: the metrics by step, and each layer's statistics as (step, layer) matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,20 +8,21 @@ import numpy as np
 
 from ssl_bench.records.reader import RunRecord, read_run
 from ssl_bench.records.telemetry import read_telemetry
+from ssl_bench.report.tables import is_number
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One column of the telemetry, and how it is written.
+    """One column of the telemetry and its labels.
 
     Attributes:
         column: its name in telemetry.parquet.
-        symbol: mathematics for a figure's axis.
+        symbol: TeX mathematics for a figure's axis.
         text: the same in plain characters.
         meaning: what it is; none has a unit.
-        log: whether it spans decades.
+        log: whether it spans decades and needs a logarithmic axis.
     """
 
     column: str
@@ -31,24 +32,24 @@ class Quantity:
     log: bool = True
 
 
-# Columns of `ssl_bench.optim.telemetry`; u is the direction that the ratio divides by: g + beta w, for LAMB Adam's.
+# Columns of `ssl_bench.optim.telemetry`; the ratio divides by |u|, u = g + beta w (for LAMB, Adam's direction + decay).
 W_NORM = Quantity("weight_norm", r"$\|w\|$", "|w|", "weight norm", log=False)
 G_NORM = Quantity("grad_norm", r"$\|g\|$", "|g|", "gradient norm")
 RATIO = Quantity("raw_ratio", r"$\|w\|\,/\,\|u\|$", "|w| / |u|", "trust ratio")
 MOVED = Quantity("relative_step", r"$\|\Delta w\|\,/\,\|w\|$", "|dw| / |w|", "relative step")
 PHI = Quantity("phi", r"$\varphi$", "phi", "time factor")
-QUANTITIES = (W_NORM, G_NORM, RATIO, MOVED, PHI)  # what the report reads of the telemetry
+QUANTITIES = (W_NORM, G_NORM, RATIO, MOVED, PHI)  # the only columns of the telemetry that the report reads
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run recorded along its training.
+    """What a run recorded during training.
 
     Attributes:
         metrics: by name, (T,) float64 arrays of equal length; NaN where a line has no such value. "step" (steps
             completed), "samples", "epochs" and "seconds" are the clocks.
-        layers: the L tensors that the telemetry follows, in the order of its parameter groups, which within a group
-            is the network's.
+        layers: names of the L tensors in the telemetry, in the order of its parameter groups (within a group: the
+            network's).
         steps: (S,) of the telemetry: steps completed, as in the metrics; 1 is the first update.
         telemetry: by column of ``QUANTITIES``, (S, L) float32 matrices; NaN where there is no value.
     """
@@ -66,36 +67,61 @@ class Curves:
         measured = ~np.isnan(x) & ~np.isnan(y)
         return x[measured], y[measured]
 
+    def has(self, *columns: str) -> bool:
+        """Whether the telemetry holds a finite value of each of these columns."""
+        return all(name in self.telemetry and np.isfinite(self.telemetry[name]).any() for name in columns)
+
     def adapted(self) -> list[int]:
-        """Positions of the layers whose step is scaled by a ratio; of all layers where the optimizer has none."""
+        """Positions of the layers whose step is scaled by a trust ratio; all layers where the optimizer has none."""
         if not self.has(RATIO.column):
             return list(range(len(self.layers)))
         return np.flatnonzero(np.isfinite(self.telemetry[RATIO.column]).any(axis=0)).tolist()
 
-    def has(self, column: str) -> bool:
-        """Whether the telemetry holds a finite value of a column."""
-        return column in self.telemetry and bool(np.isfinite(self.telemetry[column]).any())
+    def of_adapted(self, quantity: Quantity) -> Array:
+        """(S, A) values of one quantity in the A adapted layers."""
+        return self.telemetry[quantity.column][:, self.adapted()]
+
+    def phi(self) -> tuple[Array, Array]:
+        """TVLARS's phi, which is the same in every layer: steps and values, both (n,); n = 0 for other optimizers."""
+        if not self.has(PHI.column):
+            return np.empty(0), np.empty(0)
+        recorded = self.telemetry[PHI.column]
+        rows = np.flatnonzero(np.isfinite(recorded).any(axis=1))
+        return self.steps[rows], np.array([row[np.isfinite(row)][0] for row in recorded[rows]])
 
 
 def load_curves(run: RunRecord | str | Path, *, telemetry: bool = True) -> Curves:
-    """Reads the curves of a run, whatever state it is in.
+    """Reads the curves of a run, finished or not.
 
     Args:
         run: its record or its folder.
         telemetry: whether to read the layers too; False = the curves have no layers.
 
     Raises:
-        ValueError: no run there, or a damaged file, in one line.
+        ValueError: no run there, or a damaged file; one line.
     """
     record = run if isinstance(run, RunRecord) else read_run(run)
-    names = dict.fromkeys(name for row in record.metrics for name, value in row.items() if _is_number(value))
+    names = dict.fromkeys(name for row in record.metrics for name, value in row.items() if is_number(value))
     metrics = {
-        name: np.array([row[name] if _is_number(row.get(name)) else np.nan for row in record.metrics], dtype=float)
+        name: np.array([row[name] if is_number(row.get(name)) else np.nan for row in record.metrics], dtype=float)
         for name in names
     }
-    if not telemetry:
+    table = read_telemetry(record.folder) if telemetry else None
+    if table is None or not {"step", "layer"} <= set(table.column_names):
         return Curves(metrics, (), np.empty(0, dtype=int), {})
-    return Curves(metrics, *_telemetry(record.folder))
+    # From the long table (one row for each step and layer) to one matrix for each quantity.
+    steps, row = np.unique(table["step"].to_numpy(), return_inverse=True)
+    layer_of_row = table["layer"].to_pylist()
+    layers = tuple(dict.fromkeys(layer_of_row))  # in order of first appearance
+    position = {name: index for index, name in enumerate(layers)}
+    column = np.array([position[name] for name in layer_of_row])
+    matrices = {}
+    for quantity in QUANTITIES:
+        if quantity.column in table.column_names:
+            matrix = np.full((len(steps), len(layers)), np.nan, dtype=np.float32)
+            matrix[row, column] = table[quantity.column].to_numpy()
+            matrices[quantity.column] = matrix
+    return Curves(metrics, layers, steps, matrices)
 
 
 def thin(length: int, points: int) -> Array:
@@ -105,8 +131,13 @@ def thin(length: int, points: int) -> Array:
     return np.unique(np.linspace(0, length - 1, points).round().astype(int))
 
 
+def rounded(values: Iterable[float]) -> list[float]:
+    """Numbers to four significant digits: a curve on the page needs no more."""
+    return [float(f"{value:.4g}") for value in values]
+
+
 def short_names(layers: Sequence[str]) -> list[str]:
-    """Layer names without what says nothing: ``backbone.layer1.0.conv1.weight`` -> ``layer1.0.conv1``.
+    """Layer names without their uninformative parts: ``backbone.layer1.0.conv1.weight`` -> ``layer1.0.conv1``.
 
     A name that would no longer be unique keeps its full length.
     """
@@ -119,26 +150,3 @@ def short_names(layers: Sequence[str]) -> list[str]:
             parts = parts[:-1]
         short.append(".".join(parts))
     return [name if short.count(name) == 1 else full for name, full in zip(short, layers, strict=True)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _telemetry(folder: Path) -> tuple[tuple[str, ...], Array, dict[str, Array]]:
-    """The telemetry's long table as one matrix for each quantity."""
-    table = read_telemetry(folder)
-    if "step" not in table.column_names or "layer" not in table.column_names:
-        return (), np.empty(0, dtype=int), {}
-    steps, row = np.unique(table["step"].to_numpy(), return_inverse=True)
-    names = table["layer"].to_pylist()
-    layers = tuple(dict.fromkeys(names))  # in order of first appearance
-    position = {name: index for index, name in enumerate(layers)}
-    column_of = np.array([position[name] for name in names])
-    telemetry = {}
-    for quantity in QUANTITIES:
-        if quantity.column in table.column_names:
-            matrix = np.full((len(steps), len(layers)), np.nan, dtype=np.float32)
-            matrix[row, column_of] = table[quantity.column].to_numpy()
-            telemetry[quantity.column] = matrix
-    return layers, steps, telemetry

@@ -14,13 +14,13 @@ import numpy as np
 from ssl_bench.report import comparisons
 from ssl_bench.report.aggregate import Cell, Collection, Result
 from ssl_bench.report.claims import ERRATA
-from ssl_bench.report.curves import QUANTITIES, Array, Curves, thin
+from ssl_bench.report.curves import QUANTITIES, Curves, Quantity, rounded, thin
 from ssl_bench.report.evidence import Claim, Load
-from ssl_bench.report.landscape_charts import claim_charts, tables_of
 from ssl_bench.report.scope import scope
+from ssl_bench.report.sharpness_figures import claim_charts, tables_of
 from ssl_bench.report.tables import Table, number, points
 
-# Points of a curve in the page: enough for its bends at a few hundred pixels; a thousand runs are then some megabytes.
+# Points of a curve in the page: enough at a few hundred pixels, and a thousand runs stay at some megabytes.
 METRIC_POINTS, LAYER_POINTS = 120, 60
 
 LABELS = {
@@ -30,12 +30,12 @@ LABELS = {
     "test_loss": "test loss",
     "top1": "training top-1 (%)",
     "top5": "training top-5 (%)",
-    "online_top1": "online monitor (%), no result",
+    "online_top1": "online monitor (%), not a result",
     "lr": "learning rate",
     "images_per_second": "images per second",
     **{quantity.column: f"{quantity.meaning} {quantity.text}" for quantity in QUANTITIES},
 }
-# What the page's list of sections calls a table; the others go by their title.
+# Short names for the page's list of sections; other tables appear by their title.
 SHORT = {
     "table1": "Table 1",
     "table1-wide": "Table 1, wide",
@@ -44,7 +44,7 @@ SHORT = {
     "profiles": "Profiles",
     "variance": "Variance",
 }
-# Said by another curve, or by the clocks.
+# Metrics that another curve or the clocks show already.
 _UNSHOWN = frozenset({"step", "samples", "epochs", "seconds", "lr_multiplier", "skipped_steps"})
 
 
@@ -77,24 +77,25 @@ def write_page(
         "cells": {cell.key: _cell(cell, collection, load, root) for cell in collection.cells},
     }
     text = json.dumps(_plain(content), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    assets = files("ssl_bench.report") / "assets"
+    page, style, script = ((assets / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     parts = {
-        "title": "ssl_bench report",
-        "style": _file("page.css"),
-        "script": _file("page.js"),
+        "title": html.escape("ssl_bench report"),
+        "style": style,
+        "script": script,
         "data": text.replace("<", "\\u003c"),  # so that no text of a record ends the script element
     }
-    page = _file("page.html")
     for name, part in parts.items():
-        page = page.replace("{{" + name + "}}", html.escape(part) if name == "title" else part)
+        page = page.replace("{{" + name + "}}", part)
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def counts(collection: Collection) -> str:
-    """One line on what the report is made from."""
+    """One line on the number of runs and recipes."""
     statuses = Counter(result.status for result in collection.results)
     said = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
-    skipped = f"; folders passed over: {len(collection.skipped)}" if collection.skipped else ""
+    skipped = f"; skipped folders: {len(collection.skipped)}" if collection.skipped else ""
     return f"runs: {len(collection.results)}, of recipes (seeds aside): {len(collection.cells)} ({said}){skipped}"
 
 
@@ -107,7 +108,7 @@ def _table(table: Table) -> dict[str, Any]:
         "numeric": table.numeric(),
         "rows": table.rows,
         "notes": table.notes,
-        "keys": list(table.keys) or [""] * len(table.rows),
+        "keys": table.keys or [""] * len(table.rows),
     }
 
 
@@ -119,107 +120,81 @@ def _effort(collection: Collection) -> list[dict[str, Any]]:
         curves = {arm.name: comparisons.best_of_k(arm.trials(chance)) for arm in arms}
         curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
         if curves:
-            found.append({"title": f"{setting[0]}, {setting[1]}, batch size {setting[2]}", "curves": curves})
+            found.append({"title": str(setting), "curves": curves})
     return found
 
 
 def _cell(cell: Cell, collection: Collection, load: Load, root: Path) -> dict[str, Any]:
     protocols = collection.protocols(cell.problem)
-    columns = ["seed", "status"]
-    for protocol in protocols:
-        columns += [f"{protocol} top-1 %", "untrained"]
-    where = f"{cell.problem}, {cell.dataset}, batch size {cell.batch_size}, lr {number(cell.lr)}"
-    recipe = {name: value for name, value in cell.recipe.items() if name not in ("seed", "run_dir")}
+    measured = [name for protocol in protocols for name in (f"{protocol} top-1 %", "untrained")]
+    columns = ["seed", "status", *measured, "folder"]
     return {
-        "title": f"{cell.arm}: {where}",
-        "recipe": recipe,
-        "runs_table": {"columns": [*columns, "folder"], "rows": [_row(r, protocols, root) for r in cell.results]},
+        "title": f"{cell.arm}: {cell.setting}, lr {number(cell.lr)}",
+        "recipe": {name: value for name, value in cell.recipe.items() if name not in ("seed", "run_dir")},
+        "runs_table": {"columns": columns, "rows": [_row(result, protocols, root) for result in cell.results]},
         "runs": [_run(result, cell, load(result)) for result in cell.results],
     }
 
 
 def _row(result: Result, protocols: Sequence[str], root: Path) -> list[str]:
-    row = [str(result.seed), _status(result)]
+    folder, status = result.record.folder, result.status
+    if status == "diverged":
+        ended = result.record.results or {}
+        status += f" at step {ended.get('step', '?')}" + (f", first in {ended['layer']}" if ended.get("layer") else "")
+    row = [str(result.seed), status]
     for protocol in protocols:
         trained, untrained = result.scores.get(protocol), result.untrained.get(protocol)
-        shown = trained if result.status == "finished" else None
-        row += [points(shown.top1 if shown else None), points(untrained.top1 if untrained else None)]
-    return [*row, _below(result.record.folder, root)]
-
-
-def _status(result: Result) -> str:
-    results = result.record.results or {}
-    if result.status != "diverged":
-        return result.status
-    layer = f", first in {results['layer']}" if results.get("layer") else ""
-    return f"diverged at step {results.get('step', '?')}{layer}"
-
-
-def _below(folder: Path, root: Path) -> str:
-    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+        row.append(points(trained.top1 if trained and result.status == "finished" else None))
+        row.append(points(untrained.top1 if untrained else None))
+    return [*row, str(folder.relative_to(root) if folder.is_relative_to(root) else folder)]
 
 
 def _run(result: Result, cell: Cell, curves: Curves) -> dict[str, Any]:
     head = result.record.provenance
-    plan = head.get("plan", {})
-    dropped = ("recipe", "format", "argv", "param_groups")
+    shown = {name: value for name, value in head.items() if name not in ("recipe", "format", "argv", "param_groups")}
     groups = [{name: group[name] for name in group if name != "param_names"} for group in head.get("param_groups", [])]
-    provenance = {name: value for name, value in head.items() if name not in dropped}
-    metrics = [name for name in curves.metrics if name not in _UNSHOWN]
+    order = {name: rank for rank, name in enumerate(LABELS)}
+    metrics = sorted(curves.metrics.keys() - _UNSHOWN, key=lambda name: (order.get(name, len(order)), name))
     return {
         "seed": result.seed,
-        "images_per_step": _images_per_step(curves, cell.batch_size),
-        "steps_per_epoch": plan.get("steps_per_epoch") or 1,
-        "provenance": {**provenance, "param_groups": groups, "results": result.record.results},
-        "metrics": {name: _metric(curves, name) for name in sorted(metrics, key=_rank)},
-        "layers": {q.column: _layers(curves, q.column) for q in QUANTITIES if curves.has(q.column)},
+        "images_per_step": images_per_step(curves, cell.batch_size),
+        "steps_per_epoch": head.get("plan", {}).get("steps_per_epoch") or 1,
+        "provenance": {**shown, "param_groups": groups, "results": result.record.results},
+        "metrics": {name: _metric(curves, name) for name in metrics},
+        "layers": {q.column: _layers(curves, q) for q in QUANTITIES if curves.has(q.column)},
         "analysis": tables_of(result),
     }
 
 
-def _images_per_step(curves: Curves, batch_size: int) -> float:
+def images_per_step(curves: Curves, batch_size: int) -> float:
     """On average: fewer than the batch size where epochs end with a short batch."""
     steps, seen = curves.metric("samples")
     return float(seen[-1] / steps[-1]) if len(steps) else float(batch_size)
-
-
-def _rank(name: str) -> tuple[int, str]:
-    order = list(LABELS)
-    return (order.index(name) if name in order else len(order)), name
 
 
 def _metric(curves: Curves, name: str) -> dict[str, list[float]]:
     steps, values = curves.metric(name)
     seconds = curves.metrics.get("seconds", curves.metrics["step"])[~np.isnan(curves.metrics[name])]
     kept = thin(len(steps), METRIC_POINTS)
-    return {"step": steps[kept].tolist(), "seconds": _short(seconds[kept]), "y": _short(values[kept])}
+    return {"step": steps[kept].tolist(), "seconds": rounded(seconds[kept]), "y": rounded(values[kept])}
 
 
-def _layers(curves: Curves, column: str) -> dict[str, list[float]]:
+def _layers(curves: Curves, quantity: Quantity) -> dict[str, list[float]]:
     """Smallest, median and largest value over the adapted layers, along the steps."""
-    matrix = curves.telemetry[column][:, curves.adapted()]
+    matrix = curves.of_adapted(quantity)
     usable = np.flatnonzero(np.isfinite(matrix).any(axis=1))
     kept = usable[thin(len(usable), LAYER_POINTS)]
-    steps = curves.steps[kept]
-    clock = curves.metrics
+    steps, clock = curves.steps[kept], curves.metrics
     has_clock = "seconds" in clock and len(clock["step"]) > 0
     seconds = np.interp(steps, clock["step"], clock["seconds"]) if has_clock else np.full(len(steps), np.nan)
     rows = [matrix[index][np.isfinite(matrix[index])] for index in kept]
-    levels = np.array([np.quantile(row, (0, 0.5, 1)) for row in rows]).T
-    return {
-        "step": steps.tolist(),
-        "seconds": _short(seconds),
-        **{name: _short(level) for name, level in zip(("low", "y", "high"), levels, strict=True)},
-    }
-
-
-def _short(values: Array) -> list[float]:
-    """Numbers of four digits: a curve needs no more."""
-    return [float(f"{value:.4g}") for value in values]
+    low, median, high = np.array([np.quantile(row, (0, 0.5, 1)) for row in rows]).T
+    curve = {"seconds": seconds, "low": low, "y": median, "high": high}
+    return {"step": steps.tolist(), **{name: rounded(values) for name, values in curve.items()}}
 
 
 def _plain(value: Any) -> Any:
-    """Values that JSON has: null for what is not finite."""
+    """The value with JSON's types only: null for a number that is not finite, text for anything unknown."""
     if isinstance(value, dict):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -227,7 +202,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | bool) or value is None else str(value)
-
-
-def _file(name: str) -> str:
-    return (files("ssl_bench.report") / name).read_text(encoding="utf-8")

@@ -1,43 +1,130 @@
-"""The tables of accuracies: ours alone, and beside the paper's Table 1."""
+"""The tables of accuracies: ours alone, and beside the paper's Table 1 with its bold numbers checked."""
 
+import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
 
 from ssl_bench.report.aggregate import Cell, Collection
-from ssl_bench.report.paper import EPOCHS, MARKS, Key, PaperCell, bold_rule_broken, bold_verdict, paper_key, table1
-from ssl_bench.report.scope import beside_the_papers, cut_short, epochs_trained, scope, short
-from ssl_bench.report.tables import Table, Value, number, points, signed
+from ssl_bench.report.scope import EPOCHS, cut_short, epochs_trained, scope, short
+from ssl_bench.report.tables import SETTING, Table, Value, number, points, signed
+
+Key = tuple[str, str, int, float, str]  # problem, data set, batch size, learning rate, optimizer
 
 OPTIMIZERS = ("lars", "lamb", "tvlars")  # the paper's, in its order
+
+# The paper: "Bold numbers indicate better performance (>= 1% accuracy)".
+BOLD_MARGIN = 1.0
+
+Verdict = Literal["holds", "ahead by less than 1 point", "not ahead", "open"]
+MARKS: dict[Verdict, str] = {"holds": "✓", "ahead by less than 1 point": "~", "not ahead": "✗", "open": "?"}
+
+
+@dataclass(frozen=True)
+class PaperCell:
+    """One number of the paper's Table 1: a single run, in percent, by a protocol that the text does not state."""
+
+    key: Key
+    accuracy: float
+    bold: bool
+
+    @property
+    def rivals(self) -> list[Key]:
+        """The other two optimizers' places at the same learning rate."""
+        return [(*self.key[:4], name) for name in OPTIMIZERS if name != self.key[4]]
+
+
+@cache
+def table1() -> dict[Key, PaperCell]:
+    """The paper's 216 numbers by their key; the optimizers of one learning rate stand together."""
+    text = (files("ssl_bench.report") / "assets" / "table1.csv").read_text(encoding="utf-8")
+    cells = []
+    for row in csv.DictReader(text.splitlines()):
+        key = (row["problem"], row["dataset"], int(row["batch_size"]), float(row["lr"]), row["optimizer"])
+        cells.append(PaperCell(key, float(row["accuracy_percent"]), row["bold"] == "True"))
+    cells.sort(key=lambda cell: (cell.key[0] != "classification", *cell.key[:4], OPTIMIZERS.index(cell.key[4])))
+    return {cell.key: cell for cell in cells}
+
+
+def bold_verdict(cell: Cell, rivals: Sequence[Cell], protocol: str) -> Verdict:
+    """Whether our runs confirm a number that the paper prints bold, by the paper's own rule, on the means.
+
+    Args:
+        cell: ours, where the paper's number is bold.
+        rivals: our cells of the other optimizers at the same problem, data set, batch size and learning rate; of
+            several variants of one optimizer the best counts.
+        protocol: of the accuracies.
+
+    Returns:
+        "holds" if it leads every rival by a point, "open" if it or one of the paper's rivals has not ended.
+    """
+
+    def height(cell: Cell) -> float | None:
+        """The mean; minus infinity where every run failed, None where there is nothing yet."""
+        mean = cell.summary(protocol).mean
+        return float("-inf") if mean is None and cell.failed else mean
+
+    own, others = height(cell), [height(rival) for rival in rivals]
+    known = [value for value in others if value is not None]
+    missing = set(OPTIMIZERS) - {c.optimizer.lower() for c in [cell, *rivals]}
+    if own is None or missing or len(known) < len(others):
+        return "open"
+    lead = own - max(known)
+    if own == float("-inf") or lead <= 0:
+        return "not ahead"
+    return "holds" if lead >= BOLD_MARGIN else "ahead by less than 1 point"
+
+
+def bold_rule_broken() -> tuple[int, int]:
+    """How many of the paper's bold numbers do not lead both others by a point in its own table, and of how many."""
+    cells = table1()
+    bold = [cell for cell in cells.values() if cell.bold]
+    leads = [cell.accuracy - max(cells[rival].accuracy for rival in cell.rivals) for cell in bold]
+    # Rounded, for 39.64 - 38.64 is less than 1 in binary.
+    return sum(round(lead, 6) < BOLD_MARGIN for lead in leads), len(bold)
+
+
+def matched(collection: Collection) -> dict[Key, list[Cell]]:
+    """Our cells by their place in the paper's Table 1."""
+    ours: dict[Key, list[Cell]] = defaultdict(list)
+    for cell in collection.cells:
+        key = (cell.problem, cell.dataset.replace("_", "-"), cell.batch_size, cell.lr, cell.optimizer.lower())
+        if key in table1():
+            ours[key].append(cell)
+    return dict(ours)
 
 
 def results_table(collection: Collection, problem: str) -> Table:
     """Every cell of one problem: each protocol's accuracy, beside it the untrained model's."""
     protocols = collection.protocols(problem) or [collection.headline(problem)]
-    cells = [cell for cell in collection.cells if cell.problem == problem]
-    columns = ["data set", "batch size", "lr", "optimizer", "variant"]
-    for protocol in protocols:
-        columns += [f"{protocol} top-1 %", "untrained"]
-    rows, records = [], []
-    for cell in cells:
-        row = [cell.dataset, str(cell.batch_size), number(cell.lr), cell.optimizer, cell.variant]
-        for protocol in protocols:
-            row += [cell.text(protocol), points(cell.untrained(protocol).mean)]
-            records.append(record_of(cell, protocol))
-        rows.append((*row, *_length(cell)))
+    measured = [name for protocol in protocols for name in (f"{protocol} top-1 %", "untrained")]
+    columns = ("data set", "batch size", "lr", "optimizer", "variant", *measured, "epochs", "minutes")
     notes = (
         "Mean ± sample standard deviation over n seeds, of the last epoch; n = 1 has no deviation. A run that diverged "
-        "or collapsed has no accuracy and is in no mean. Untrained: the same protocol before the first step.",
+        "or collapsed has no accuracy and enters no mean. Untrained: the same protocol before the first step. Minutes: "
+        "median training time.",
     )
-    return Table(
-        f"results-{problem}",
-        f"Results: {problem}",
-        (*columns, "epochs", "minutes"),
-        rows,
-        records,
-        notes,
-        [cell.key for cell in cells],
-    )
+    table = Table(f"results-{problem}", f"Results: {problem}", columns, notes)
+    for cell in collection.cells:
+        if cell.problem != problem:
+            continue
+        accuracies = []
+        for protocol in protocols:
+            accuracies += [cell.text(protocol), points(cell.untrained(protocol).mean)]
+        last = [result.record.metrics[-1] for result in cell.results if result.record.metrics]
+        minutes = sorted(row.get("seconds", 0.0) / 60 for row in last)
+        table.add(
+            (
+                *(*cell.setting.cells[1:], number(cell.lr), cell.optimizer, cell.variant, *accuracies),
+                *(short(epochs_trained([cell])), f"{minutes[len(minutes) // 2]:.3g}" if minutes else "–"),
+            ),
+            *(record_of(cell, protocol) for protocol in protocols),
+            key=cell.key,
+        )
+    return table
 
 
 def table1_long(collection: Collection, *, complete: bool) -> Table:
@@ -45,73 +132,57 @@ def table1_long(collection: Collection, *, complete: bool) -> Table:
 
     Args:
         collection: our cells; those that have no place in Table 1 are left out.
-        complete: whether numbers of the paper that we have no run for are rows too.
+        complete: whether the paper's numbers for which we have no run are rows too.
     """
     ours = matched(collection)
-    rows, records, keys = [], [], []
-    none: list[Cell | None] = [None] if complete else []
-    for key, paper in sorted(table1().items(), key=_place):
-        for cell in [*ours.get(key, [])] or none:
+    compared = ("ours, top-1 %", "paper", "difference", "epochs, ours / paper", "bold holds", "variant")
+    columns = (*SETTING, "lr", "optimizer", *compared)
+    table = Table("table1", "Table 1 of the paper, and ours", columns, table1_notes(collection))
+    missing: list[Cell | None] = [None] if complete else []
+    for key, paper in table1().items():
+        for cell in [*ours.get(key, [])] or missing:
             record = _beside(paper, cell, ours, collection)
-            records.append(record)
-            keys.append(cell.key if cell else "")
-            epochs = beside_the_papers([cell] if cell else [], key[0])
-            rows.append(
-                (
-                    *(key[0], key[1], str(key[2]), number(key[3]), key[4].upper()),
-                    *(str(record["ours"]), f"{paper.accuracy:.2f}{' (bold)' if paper.bold else ''}"),
-                    *(signed(record["difference"]), epochs, str(record["mark"] or ""), str(record["variant"] or "")),
-                )
-            )
-    columns: tuple[str, ...]
-    columns = ("problem", "data set", "batch size", "lr", "optimizer", "ours, top-1 %", "paper")
-    columns = (*columns, "difference", "epochs, ours / paper", "bold holds", "variant")
-    return Table("table1", "Table 1 of the paper, and ours", columns, rows, records, table1_notes(collection), keys)
+            printed = f"{paper.accuracy:.2f}{' (bold)' if paper.bold else ''}"
+            place = (key[0], key[1], str(key[2]), number(key[3]), key[4].upper())
+            comparison = (str(record["ours"]), printed, signed(record["difference"]))
+            end = (_epochs([cell], key[0]), str(record["mark"] or ""), str(record["variant"] or ""))
+            table.add((*place, *comparison, *end), record, key=cell.key if cell else "")
+    return table
 
 
 def table1_wide(collection: Collection) -> Table:
-    """Table 1 as the paper lays it out: the optimizers side by side, ours / the paper's (difference)."""
+    """Table 1 as the paper lays it out: the optimizers side by side, ours / the paper's."""
     ours = matched(collection)
-    rows = []
-    for point in dict.fromkeys(key[:4] for key, _ in sorted(table1().items(), key=_place)):
-        columns = {name: ours.get((*point, name), []) for name in OPTIMIZERS}
-        for index in range(max(map(len, columns.values()))):
-            texts, variants, shown = [], [], []
-            for name, cells in columns.items():
-                if index >= max(1, len(cells)):
+    columns = (*SETTING, "lr", *(f"{name.upper()}, ours / paper" for name in OPTIMIZERS), "epochs, ours / paper")
+    title = "Table 1 in the paper's layout: ours / the paper's"
+    table = Table("table1-wide", title, (*columns, "variant"), table1_notes(collection))
+    for place in dict.fromkeys(key[:4] for key in table1()):
+        found = {name: ours.get((*place, name), []) for name in OPTIMIZERS}
+        for index in range(max(map(len, found.values()))):  # several variants: several rows, the paper's in the first
+            texts, shown = [], []
+            for name, cells in found.items():
+                cell = cells[index] if index < len(cells) else None
+                if cell is None and index > 0:
                     texts.append("")
                     continue
-                paper = table1()[*point, name]
-                cell = cells[index] if index < len(cells) else None
+                paper = table1()[*place, name]
                 record = _beside(paper, cell, ours, collection)
                 bold = "**" if paper.bold else ""
-                mine = f"{record['ours']} / " if cell else "– / "
-                texts.append(f"{mine}{bold}{paper.accuracy:.2f}{bold} {record['mark'] or ''}".rstrip())
-                shown += [cell] if cell else []
-                if cell and cell.variant:
-                    variants.append(f"{cell.optimizer}: {cell.variant}")
-            epochs = beside_the_papers(shown, point[0])
-            rows.append((point[0], point[1], str(point[2]), number(point[3]), *texts, epochs, "; ".join(variants)))
-    columns_ = (
-        "problem",
-        "data set",
-        "batch size",
-        "lr",
-        "LARS, ours / paper",
-        "LAMB, ours / paper",
-        "TVLARS, ours / paper",
-        "epochs, ours / paper",
-    )
-    title = "Table 1 in the paper's layout: ours / the paper's"
-    return Table("table1-wide", title, (*columns_, "variant"), rows, [], table1_notes(collection))
+                mine = record["ours"] if cell else "–"
+                texts.append(f"{mine} / {bold}{paper.accuracy:.2f}{bold} {record['mark'] or ''}".rstrip())
+                shown.append(cell)
+            variants = [f"{cell.optimizer}: {cell.variant}" for cell in shown if cell and cell.variant]
+            names = (place[0], place[1], str(place[2]), number(place[3]))
+            table.add((*names, *texts, _epochs(shown, place[0]), "; ".join(variants)))
+    return table
 
 
 def table1_notes(collection: Collection) -> tuple[str, ...]:
     """How to read Table 1, with what the paper's own numbers say about its bold rule."""
     broken, bold = bold_rule_broken()
-    used = ", ".join(f"{name}: {collection.headline(name)}" for name in ("classification", "barlow_twins"))
+    used = ", ".join(f"{name}: {collection.headline(name)}" for name in EPOCHS)
     marks = (
-        "With fewer epochs than the paper's no mark confirms or refutes a number of the paper: who is ahead changes."
+        "With fewer epochs than the paper's no mark confirms or refutes a number of the paper: the order can change."
     )
     return (
         *scope(collection),
@@ -119,31 +190,17 @@ def table1_notes(collection: Collection) -> tuple[str, ...]:
         "The paper's epochs: for Barlow Twins by its text; for classification, where that states none, by its figures "
         "and its authors' code. Ours are those trained so far.",
         f"Protocol of ours: {used}. The paper's numbers are single runs by a protocol that it does not state.",
-        "Bold in the paper means ahead by at least 1 point. In our means ✓: so it is, ~: a lead of less than 1 point, "
-        "✗: none, ?: cannot be told yet; of several variants of a rival the best one counts.",
+        "Bold in the paper means ahead by at least 1 point. In our means: ✓ it is, ~ a lead of less than 1 point, "
+        "✗ no lead, ? not known yet; of several variants of a rival the best one counts.",
         f"In the paper's own table {broken} of the {bold} bold numbers do not lead both others by 1 point.",
     )
 
 
-def matched(collection: Collection) -> dict[Key, list[Cell]]:
-    """Our cells by their place in the paper's Table 1."""
-    ours: dict[Key, list[Cell]] = defaultdict(list)
-    for cell in collection.cells:
-        if paper_key(cell) in table1():
-            ours[paper_key(cell)].append(cell)
-    return dict(ours)
-
-
 def record_of(cell: Cell, protocol: str) -> dict[str, Value]:
-    """A cell's numbers by one protocol, for programs."""
+    """A cell's numbers by one protocol, for a CSV file."""
     summary, untrained = cell.summary(protocol), cell.untrained(protocol)
     return {
-        "problem": cell.problem,
-        "dataset": cell.dataset,
-        "batch_size": cell.batch_size,
-        "lr": cell.lr,
-        "optimizer": cell.optimizer,
-        "variant": cell.variant,
+        **cell.record,
         "cell": cell.key,
         "protocol": protocol,
         "top1_mean": summary.mean,
@@ -157,31 +214,23 @@ def record_of(cell: Cell, protocol: str) -> dict[str, Value]:
     }
 
 
-def _place(item: tuple[Key, PaperCell]) -> tuple[bool, str, int, float, int]:
-    """Sorts Table 1 so that the optimizers of one learning rate stand together."""
-    problem, dataset, batch_size, lr, optimizer = item[0]
-    return problem != "classification", dataset, batch_size, lr, OPTIMIZERS.index(optimizer)
-
-
-def _verdict(paper: PaperCell, cell: Cell | None, ours: Mapping[Key, Sequence[Cell]], protocol: str) -> str | None:
-    """The mark of a bold number; None where the paper's is not bold."""
-    if not paper.bold:
-        return None
-    if cell is None:
-        return MARKS["open"]
-    others = [name for name in OPTIMIZERS if name != paper.key[4]]
-    rivals = [rival for name in others for rival in ours.get((*paper.key[:4], name), [])]
-    return MARKS[bold_verdict(cell, rivals, protocol)]
+def _epochs(cells: Sequence[Cell | None], problem: str) -> str:
+    """Epochs of ours and of the paper, "4 / 100"."""
+    return f"{short(epochs_trained(cell for cell in cells if cell))} / {EPOCHS.get(problem, '–')}"
 
 
 def _beside(
     paper: PaperCell, cell: Cell | None, ours: Mapping[Key, Sequence[Cell]], collection: Collection
 ) -> dict[str, Value]:
-    """One line of the comparison with the paper."""
+    """One number of the paper beside ours; the mark is None where the paper's is not bold."""
     key = paper.key
     protocol = collection.headline(key[0])
     summary = cell.summary(protocol) if cell else None
     mean = summary.mean if summary else None
+    mark = None
+    if paper.bold:
+        rivals = [rival for place in paper.rivals for rival in ours.get(place, [])]
+        mark = MARKS[bold_verdict(cell, rivals, protocol) if cell else "open"]
     return {
         "problem": key[0], "dataset": key[1], "batch_size": key[2], "lr": key[3], "optimizer": key[4],
         "variant": cell.variant if cell else None,
@@ -193,14 +242,7 @@ def _beside(
         "paper": paper.accuracy,
         "paper_bold": str(paper.bold),
         "difference": mean - paper.accuracy if mean is not None else None,
-        "mark": _verdict(paper, cell, ours, protocol),
+        "mark": mark,
         "epochs": epochs_trained([cell]) if cell else None,
         "paper_epochs": EPOCHS.get(key[0]),
     }  # fmt: skip
-
-
-def _length(cell: Cell) -> tuple[str, str]:
-    """Epochs trained and the median minutes of training."""
-    last = [result.record.metrics[-1] for result in cell.results if result.record.metrics]
-    minutes = sorted(row.get("seconds", 0.0) / 60 for row in last)
-    return short(epochs_trained([cell])), f"{minutes[len(minutes) // 2]:.3g}" if minutes else "–"

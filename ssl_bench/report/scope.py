@@ -1,54 +1,92 @@
-"""How far the runs go: epochs and seeds, beside the paper's."""
+"""What the runs cover: which belong to a study, which are missing, and their epochs and seeds beside the paper's."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ssl_bench.report.aggregate import Cell, Collection, Result, lookup
-from ssl_bench.report.evidence import is_number
-from ssl_bench.report.paper import EPOCHS
+from ssl_bench.records.reader import RunRecord
+from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
+from ssl_bench.report.tables import Table, is_number
+from ssl_bench.study.grid import Study
+
+# The paper's. For Barlow Twins its appendix states them; for classification only its figures and its authors' code do.
+EPOCHS = {"classification": 100, "barlow_twins": 1000}
+
+# A study's run at fewer epochs, or in another arithmetic, is still its run; the tables say how long each one was.
+RELAXED = frozenset({"epochs", "steps", "precision", "chunk_size", "deterministic"})
 
 
-def steps_per_epoch(result: Result) -> float | None:
-    """Of a run's plan; None where its record does not say."""
-    return _planned(result, "steps_per_epoch")
+def members(records: Iterable[RunRecord], study: Study) -> list[RunRecord]:
+    """The records whose recipe is in a study, whatever their seed and length."""
+
+    def key(record: RunRecord) -> str | None:
+        try:
+            return cell_key(record.recipe, less=RELAXED)
+        except (KeyError, TypeError, ValueError, AttributeError):  # not a benchmark run's recipe
+            return None
+
+    keys = {cell_key(cell.recipe.to_dict(), less=RELAXED) for cell in study.cells}
+    return [record for record in records if key(record) in keys]
+
+
+def coverage(collection: Collection, study: Study) -> Table:
+    """The runs that a study defines and that are not finished; one that diverged or collapsed is done, and listed."""
+    found = {(cell_key(run.record.recipe, less=RELAXED), run.seed): run.status for run in collection.results}
+    table = Table("coverage", f"Study {study.name}: runs that are not finished", ("status", "run"))
+    counts: Counter[str] = Counter()
+    for cell in study.cells:
+        state = found.get((cell_key(cell.recipe.to_dict(), less=RELAXED), cell.recipe.seed), "no run")
+        counts[state] += 1
+        table.records.append({"status": state, "run": cell.label, "identity": cell.identity})
+        if state != "finished":
+            table.add((state, cell.label))
+    said = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    note = f"Of the {len(study.cells)} runs: {said}. A run at another length or precision than the study's counts too."
+    table.notes = (note,)
+    return table
+
+
+def planned(result: Result, name: str) -> float | None:
+    """A number > 0 of the run's plan, e.g. "steps_per_epoch"; None where its record has none."""
+    value: Any = lookup(result.record.provenance.get("plan", {}), name)
+    return float(value) if is_number(value) and value > 0 else None
 
 
 def epochs_planned(result: Result) -> float | None:
     """The epochs that a run was started for; None where its record does not say."""
-    total, each = _planned(result, "total_steps"), steps_per_epoch(result)
+    total, each = planned(result, "total_steps"), planned(result, "steps_per_epoch")
     return total / each if total and each else None
 
 
 def cut_short(cell: Cell) -> bool:
     """Whether a cell's runs were started for fewer epochs than the paper's."""
-    planned, papers = epochs_planned(cell.results[0]), EPOCHS.get(cell.problem)
-    return planned is not None and papers is not None and planned < 0.95 * papers
+    epochs, papers = epochs_planned(cell.results[0]), EPOCHS.get(cell.problem)
+    return epochs is not None and papers is not None and epochs < 0.95 * papers
 
 
 def epochs_trained(cells: Iterable[Cell]) -> float | None:
-    """The most epochs that a run of these cells has done; None where no run has a line of metrics."""
+    """The most epochs that any run of these cells has completed; None where no run has logged metrics."""
     last = [result.record.metrics[-1] for cell in cells for result in cell.results if result.record.metrics]
     return max((row.get("epochs", 0.0) for row in last), default=None)
 
 
-def beside_the_papers(cells: Iterable[Cell], problem: str) -> str:
-    """Epochs of ours and of the paper, "4 / 100", for a table that has the paper's numbers."""
-    return f"{short(epochs_trained(cells))} / {EPOCHS.get(problem, '–')}"
-
-
 def scope(collection: Collection) -> list[str]:
-    """One sentence for each problem: for how many epochs and on how many seeds, and the paper's epochs beside ours."""
+    """One sentence for each problem: epochs and seeds of the runs, and the paper's epochs beside them."""
+
+    def span(values: list[str]) -> str:
+        return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
+
     said = []
-    for problem in dict.fromkeys(cell.problem for cell in collection.cells):
+    for problem in collection.problems:
         cells = [cell for cell in collection.cells if cell.problem == problem]
-        planned = [epochs_planned(result) for cell in cells for result in cell.results]
-        epochs = _range([short(value) for value in sorted({value for value in planned if value is not None})])
+        started = {epochs_planned(result) for cell in cells for result in cell.results}
+        epochs = span([short(value) for value in sorted(value for value in started if value is not None)])
         papers = EPOCHS.get(problem)
         beside = "" if papers is None else ", as in the paper" if epochs == str(papers) else f" (the paper: {papers})"
         seeds = sorted({len(cell.results) for cell in cells})
         spread = ", so no spread between seeds is known" if seeds == [1] else ""
-        count = f"n = {_range([str(number) for number in seeds])} {'seed' if seeds == [1] else 'seeds'}"
-        said.append(f"{problem}: {epochs or '?'} epochs a run{beside}; {count} for each recipe{spread}.")
+        count = f"n = {span([str(number) for number in seeds])} {'seed' if seeds == [1] else 'seeds'}"
+        said.append(f"{problem}: {epochs or '?'} epochs per run{beside}; {count} for each recipe{spread}.")
     return said
 
 
@@ -57,12 +95,3 @@ def short(epochs: float | None) -> str:
     if epochs is None:
         return "–"
     return f"{epochs:.1f}".removesuffix(".0") if epochs >= 1 else f"{epochs:.2g}"
-
-
-def _range(values: list[str]) -> str:
-    return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
-
-
-def _planned(result: Result, name: str) -> float | None:
-    value: Any = lookup(result.record.provenance.get("plan", {}), name)
-    return float(value) if is_number(value) and value > 0 else None

@@ -4,84 +4,96 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 Value = str | int | float | None
 
+SETTING = ("problem", "data set", "batch size")  # the first columns of most tables
 
-@dataclass(frozen=True)
+# Printed in place of a number.
+_WORDS = ("–", "diverged", "collapsed", "interrupted", "running", "not measured", "no run", "n = 1", "no pair")
+
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "−": "$-$",
+    "✓": r"$\checkmark$", "✗": r"$\times$", "≥": r"$\geq$", "∞": r"$\infty$", "<": r"$<$", ">": r"$>$",
+})  # fmt: skip
+
+
+@dataclass
 class Table:
-    """A table, as people read it and as programs do.
+    """A table for readers (printed rows) and for programs (records).
 
     Attributes:
-        name: of its files.
-        title: one sentence.
-        columns: of the printed form.
-        rows: printed cells, as strings; as many in each as there are columns.
-        records: of the CSV file: plain values by name, one or more records for a row.
-        notes: what a reader must know to believe the numbers.
-        keys: of the cell behind each row, where a row is about one cell; else empty.
+        name: the files' name, without a suffix.
+        title: one line.
+        columns: headings of the printed form.
+        notes: what a reader must know to trust the numbers.
+        rows: printed cells, one for each column.
+        records: plain values by name for the CSV file; a row can have several.
+        keys: for each row the key of the cell that it is about; empty where rows are not about cells.
     """
 
     name: str
     title: str
     columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    records: Sequence[Mapping[str, Value]]
     notes: tuple[str, ...] = ()
-    keys: Sequence[str] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    records: list[Mapping[str, Value]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def add(self, row: Sequence[str], *records: Mapping[str, Value], key: str | None = None) -> None:
+        """Appends a printed row with its records and, where it is about one cell, that cell's key."""
+        self.rows.append(tuple(row))
+        self.records.extend(records)
+        if key is not None:
+            self.keys.append(key)
+
+    def numeric(self) -> list[bool]:
+        """Which columns are right-aligned: those of numbers, ignoring the words that stand for a missing one."""
+        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.columns)
+        filled = [[text for text in column if text and not text.startswith(_WORDS)] for column in columns]
+        return [bool(texts) and all(map(_starts_with_number, texts)) for texts in filled]
 
     def markdown(self) -> str:
         """The title as a heading, a pipe table, and the notes."""
-        numeric = self.numeric()
+        rule = "|" + "|".join("---:" if right else ":---" for right in self.numeric()) + "|"
         lines = [
-            _line(self.columns),
-            "|" + "|".join("---:" if right else ":---" for right in numeric) + "|",
-            *map(_line, self.rows),
+            "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in (self.columns, *self.rows)
         ]
-        body = "\n".join(lines) if self.rows else "Nothing to show."
+        body = "\n".join([lines[0], rule, *lines[1:]]) if self.rows else "Nothing to show."
         return f"## {self.title}\n\n{body}\n" + "".join(f"\n{note}\n" for note in self.notes)
 
     def csv(self) -> str:
-        """The records, unrounded, with a header line."""
+        """The records, unrounded, with a header line; a missing value or NaN is an empty field."""
         names = dict.fromkeys(name for record in self.records for name in record)
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(names), lineterminator="\n")
         writer.writeheader()
         for record in self.records:
-            writer.writerow({name: "" if _absent(value) else value for name, value in record.items()})
+            absent = {name: "" for name, value in record.items() if isinstance(value, float) and math.isnan(value)}
+            writer.writerow({**record, **absent})
         return buffer.getvalue()
 
     def latex(self) -> str:
         """A longtable with booktabs rules; needs \\usepackage{booktabs,longtable,amssymb}."""
         align = "".join("r" if right else "l" for right in self.numeric())
-        head = " & ".join(map(_escape, self.columns)) + r" \\"
-        rows = [" & ".join(map(_escape, row)) + r" \\" for row in self.rows]
-        notes = [rf"% {note}" for note in self.notes]
-        return "\n".join(
-            [
-                *notes,
-                rf"\begin{{longtable}}{{{align}}}",
-                rf"\caption{{{_escape(self.title)}}}\\",
-                r"\toprule",
-                head,
-                r"\midrule",
-                r"\endhead",
-                *rows,
-                r"\bottomrule",
-                r"\end{longtable}",
-                "",
-            ]
-        )
+        head, *rows = (" & ".join(map(_escape, row)) + r" \\" for row in (self.columns, *self.rows))
+        begin = [rf"\begin{{longtable}}{{{align}}}", rf"\caption{{{_escape(self.title)}}}\\", r"\toprule", head]
+        end = [r"\bottomrule", r"\end{longtable}", ""]
+        return "\n".join([*(rf"% {note}" for note in self.notes), *begin, r"\midrule", r"\endhead", *rows, *end])
 
-    def numeric(self) -> list[bool]:
-        """Which columns are right-aligned: those of numbers, whatever words stand in place of a missing one."""
-        kinds = [[_is_numeric(row[index]) for row in self.rows] for index in range(len(self.columns))]
-        return [True in column and False not in column for column in kinds]
+    def write(self, folder: Path) -> None:
+        """Writes ``<name>.md``, ``<name>.tex`` and, if there are records, ``<name>.csv``."""
+        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
+        if self.records:
+            (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
 
 
 def number(value: float) -> str:
-    """A setting, as short as it can be."""
+    """A setting, as short as possible; empty for NaN."""
     return "" if math.isnan(value) else f"{value:g}"
 
 
@@ -91,39 +103,20 @@ def points(value: Value) -> str:
 
 
 def signed(value: Value) -> str:
-    """A difference in points with its sign, or a dash."""
+    """A difference in percentage points with its sign, or a dash."""
     return f"{value:+.2f}" if isinstance(value, float) else "–"
 
 
-def _line(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a number; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _absent(value: Value) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-# What stands in place of a number.
-_WORDS = ("–", "diverged", "collapsed", "interrupted", "running", "not measured", "no run", "n = 1", "no pair")
-
-
-def _is_numeric(text: str) -> bool | None:
-    """Whether a printed cell is a number; None for what says nothing about its column."""
-    if not text or text.startswith(_WORDS):
-        return None
+def _starts_with_number(text: str) -> bool:
     return text[0].isdigit() or (len(text) > 1 and text[0] in "+-−" and text[1].isdigit())
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "−": "$-$",
-    "✓": r"$\checkmark$", "✗": r"$\times$", "≥": r"$\geq$", "∞": r"$\infty$", "<": r"$<$", ">": r"$>$",
-}  # fmt: skip
 
 
 def _escape(text: str) -> str:
     """Plain text as LaTeX; ``**bold**`` becomes bold."""
-    escaped = "".join(_LATEX.get(character, character) for character in text)
-    parts = escaped.split("**")
+    parts = text.translate(_LATEX).split("**")
     return "".join(rf"\textbf{{{part}}}" if index % 2 else part for index, part in enumerate(parts))

@@ -24,7 +24,7 @@ CLASSIFICATION = {
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs: a corner of Table 1, a Barlow Twins setting, and what must be passed over."""
+    """A folder of runs: a corner of Table 1, a Barlow Twins setting, and what must be skipped."""
     folder = tmp_path_factory.mktemp("study")
     for (optimizer, lr), top1 in CLASSIFICATION.items():
         for seed in range(3):

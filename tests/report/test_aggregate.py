@@ -1,4 +1,4 @@
-"""Cells: what belongs together, what a failed run says, and what is passed over."""
+"""Cells: what belongs together, what a failed run says, and what is skipped."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ from ssl_bench.report.aggregate import Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.evidence import Claim
-from ssl_bench.report.paper import table1
+from ssl_bench.report.results import table1
 
 POLYNOMIAL = {"target": "polynomial", "power": 1.0}
 

@@ -17,7 +17,7 @@ from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.build import Loader, all_tables
 from ssl_bench.report.claims import check_claims
 from ssl_bench.report.curves import Curves
-from ssl_bench.report.page import _images_per_step, write_page
+from ssl_bench.report.page import images_per_step, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
@@ -95,8 +95,8 @@ def test_samples_are_counted_as_the_run_counted_them() -> None:
     """24, 24 and 16 of 64 images, again and again: 21.3 a step."""
     steps = np.array([2.0, 3.0, 6.0])
     short = Curves({"step": steps, "samples": np.array([48.0, 64.0, 128.0])}, (), np.empty(0), {})
-    assert _images_per_step(short, 24) == 128 / 6
-    assert _images_per_step(Curves({}, (), np.empty(0), {}), 24) == 24
+    assert images_per_step(short, 24) == 128 / 6
+    assert images_per_step(Curves({}, (), np.empty(0), {}), 24) == 24
 
 
 def test_a_record_cannot_break_out_of_the_page(tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_the_page_holds_the_analyses(analyzed_page: Path) -> None:
     (noise,) = claims["d"]["charts"]
     assert noise["charts"][0]["series"][-1] == {"name": "1 / B", "color": 6, "x": [64, 256, 1024], "y": [4, 1, 0.25]}
     assert data["scope"] == [
-        "classification: 0.61 epochs a run (the paper: 100); n = 1 seed for each recipe, so no spread between seeds is "
-        "known."
+        "classification: 0.61 epochs per run (the paper: 100); n = 1 seed for each recipe, so no spread between seeds "
+        "is known."
     ]
     analyses = [run["analysis"] for cell in data["cells"].values() for run in cell["runs"]]
     assert sum(analysis is None for analysis in analyses) == 1

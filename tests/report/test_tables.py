@@ -8,7 +8,7 @@ import pytest
 from synthetic_runs import write_run
 
 from ssl_bench.records.reader import find_runs
-from ssl_bench.report import comparisons, paper, results
+from ssl_bench.report import comparisons, results
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.scope import scope
 from ssl_bench.report.tables import Table
@@ -25,7 +25,7 @@ def row(table: Table, *beginning: str) -> tuple[str, ...]:
 
 def test_written_forms() -> None:
     table = Table(
-        "t", "50% of a_b", ("na|me", "value"), [("x|y & z", "–"), ("**w**", "+1.5")], [{"a": 1.5, "b": None}], ("So.",)
+        "t", "50% of a_b", ("na|me", "value"), ("So.",), [("x|y & z", "–"), ("**w**", "+1.5")], [{"a": 1.5, "b": None}]
     )
     assert table.markdown() == (
         "## 50% of a_b\n\n| na\\|me | value |\n|:---|---:|\n| x\\|y & z | – |\n| **w** | +1.5 |\n\nSo.\n"
@@ -37,17 +37,17 @@ def test_written_forms() -> None:
     assert r"\textbf{w} & +1.5 \\" in latex
     assert r"\begin{longtable}{lr}" in latex
     assert latex.count(r"\begin") == latex.count(r"\end{") == 1
-    assert "Nothing to show." in Table("t", "Empty", ("a",), [], []).markdown()
+    assert "Nothing to show." in Table("t", "Empty", ("a",)).markdown()
 
 
 def test_the_papers_numbers() -> None:
-    cells = paper.table1()
+    cells = results.table1()
     assert len(cells) == 216
     assert cells["classification", "cifar10", 512, 1.0, "tvlars"].accuracy == 78.92
     assert cells["classification", "cifar10", 512, 1.0, "tvlars"].bold
     assert cells["barlow_twins", "cifar10", 8192, 15.0, "lars"].accuracy == 9.65
     # By hand: e.g. 41.40 of LAMB before the bold 39.28, and the bold 80.96 that equals LARS's.
-    broken, bold = paper.bold_rule_broken()
+    broken, bold = results.bold_rule_broken()
     assert bold == 66
     assert broken == sum(
         1
@@ -81,7 +81,7 @@ def test_table_1_is_beside_ours(collection: Collection) -> None:
     assert row(table, "classification", "TVLARS", "3")[9] == "✗"  # 79 after 80
     assert row(table, "barlow_twins", "TVLARS", "1")[9] == "?"  # no LAMB
     assert any("13 of the 66" in note for note in table.notes)
-    assert "classification: 0.31 epochs a run (the paper: 100); n = 3 seeds for each recipe." in table.notes
+    assert "classification: 0.31 epochs per run (the paper: 100); n = 3 seeds for each recipe." in table.notes
     assert any("no mark confirms or refutes" in note for note in table.notes)
     whole = results.table1_long(collection, complete=True)
     assert len(whole.rows) == 216
@@ -109,14 +109,14 @@ def test_the_bold_rule(tmp_path: Path) -> None:
         write_run(tmp_path / name, optimizer=name, telemetry=False, **settings)  # type: ignore[arg-type]
     cells = {cell.optimizer: cell for cell in gather(*find_runs(tmp_path)).cells}
     tvlars, lars, lamb = cells["TVLARS"], cells["LARS"], cells["LAMB"]
-    assert paper.bold_verdict(tvlars, [lars, lamb], "test-v1") == "holds"
-    assert paper.bold_verdict(lars, [tvlars, lamb], "test-v1") == "not ahead"
-    assert paper.bold_verdict(lamb, [tvlars, lars], "test-v1") == "not ahead"
-    assert paper.bold_verdict(tvlars, [lars], "test-v1") == "open"
+    assert results.bold_verdict(tvlars, [lars, lamb], "test-v1") == "holds"
+    assert results.bold_verdict(lars, [tvlars, lamb], "test-v1") == "not ahead"
+    assert results.bold_verdict(lamb, [tvlars, lars], "test-v1") == "not ahead"
+    assert results.bold_verdict(tvlars, [lars], "test-v1") == "open"
     write_run(tmp_path / "slow", optimizer="lamb", lr=1.0, seed=1, status=None, telemetry=False)
     write_run(tmp_path / "alone", optimizer="lamb", lr=2.0, status=None, telemetry=False)
     unfinished = next(cell for cell in gather(*find_runs(tmp_path)).cells if cell.lr == 2.0)
-    assert paper.bold_verdict(tvlars, [lars, unfinished], "test-v1") == "open"
+    assert results.bold_verdict(tvlars, [lars, unfinished], "test-v1") == "open"
 
 
 def test_leaderboard_ranks_at_the_best_rate(collection: Collection) -> None:
@@ -193,13 +193,13 @@ def test_what_was_reduced_is_said(tmp_path: Path) -> None:
     whole = 100 * 50_000 // 512 + 1
     write_run(tmp_path / "a", steps=whole, telemetry=False)
     assert scope(gather(*find_runs(tmp_path))) == [
-        "classification: 100 epochs a run, as in the paper; n = 1 seed for each recipe, so no spread between seeds is "
-        "known."
+        "classification: 100 epochs per run, as in the paper; n = 1 seed for each recipe, so no spread between seeds "
+        "is known."
     ]
     write_run(tmp_path / "b", steps=391, lr=2.0, telemetry=False)
     write_run(tmp_path / "c", steps=391, lr=2.0, seed=1, telemetry=False)
     write_run(tmp_path / "d", steps=391, track="pretrain", method="vicreg", telemetry=False)
     assert scope(gather(*find_runs(tmp_path))) == [
-        "classification: 4 to 100 epochs a run (the paper: 100); n = 1 to 2 seeds for each recipe.",
-        "vicreg: 4 epochs a run; n = 1 seed for each recipe, so no spread between seeds is known.",
+        "classification: 4 to 100 epochs per run (the paper: 100); n = 1 to 2 seeds for each recipe.",
+        "vicreg: 4 epochs per run; n = 1 seed for each recipe, so no spread between seeds is known.",
     ]

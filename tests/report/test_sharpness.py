@@ -11,8 +11,7 @@ from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import gather
 from ssl_bench.report.analysis import read_analysis, uncertain
 from ssl_bench.report.evidence import Claim
-from ssl_bench.report.gradient_noise import check_gradient_noise
-from ssl_bench.report.landscape import check_sharpness
+from ssl_bench.report.sharpness import check_gradient_noise, check_sharpness
 
 NOWA = {"target": "polynomial", "power": 1.0}
 

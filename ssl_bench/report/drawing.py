@@ -1,0 +1,153 @@
+"""What all figures share: the look, colours, legends, and how a figure is saved (light, printable, SVG and PNG)."""
+
+import hashlib
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ssl_bench.report.curves import Curves, Quantity, thin
+
+# Points of a curve: enough for every visible bend, few enough for the SVG of a long run.
+POINTS = 600
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#666666",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 130,
+    "svg.fonttype": "none",  # text stays text: searchable, and small
+    "svg.hashsalt": "ssl_bench",  # the same runs give the same file
+}
+
+# Distinct in grey and to the colour-blind (Okabe and Ito 2008, without the yellow, which is too pale on paper).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+
+LONGEST_NAME = 100  # characters of a file's name without its suffix
+CHARACTER = 0.075  # width of a legend's letter in inches, rounded up
+
+# First layer dark, last layer light; the palest part, too pale on paper, is left out.
+DEPTH = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report and its text.
+
+    Attributes:
+        name: of its files, ``<name>.svg`` and ``<name>.png``.
+        title: what it shows.
+        caption: how to read it, and which of the paper's figures it corresponds to.
+    """
+
+    name: str
+    title: str
+    caption: str
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Applies the report's look to the figures made and saved inside the context."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure in the format of its path's suffix, without a date, so that equal figures give equal files."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return path
+
+
+def depth_colors(n_layers: int) -> list[Any]:
+    """One colour for each of the layers, first to last."""
+    return [DEPTH(index / max(1, n_layers - 1)) for index in range(n_layers)]
+
+
+def depth_bar(figure: Figure, axes: Any, n_layers: int) -> None:
+    """A colour bar that explains the layers' colours."""
+    scale = ScalarMappable(Normalize(1, max(2, n_layers)), DEPTH)
+    bar = figure.colorbar(scale, ax=axes, label="layer, from the input", fraction=0.025, pad=0.01, aspect=30)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_layers(axis: Any, curves: Curves, quantity: Quantity) -> None:
+    """Draws one quantity of a run against the step, one line for each adapted layer; notes it if not recorded."""
+    axis.set_ylabel(f"{quantity.meaning} {quantity.symbol}")
+    if not curves.has(quantity.column):
+        note(axis, "not recorded")
+        return
+    kept = thin(len(curves.steps), POINTS)
+    matrix = curves.of_adapted(quantity)[kept]
+    if quantity.log:
+        matrix = np.where(matrix > 0, matrix, np.nan)  # a logarithmic axis has no place for zero
+    for column, color in zip(matrix.T, depth_colors(matrix.shape[1]), strict=True):
+        if np.isfinite(column).any():
+            axis.plot(curves.steps[kept], column, color=color, linewidth=0.9, alpha=0.9)
+    if quantity.log and np.isfinite(matrix).any():
+        axis.set_yscale("log")
+
+
+def note(axis: Any, text: str) -> None:
+    """A remark in the middle of an empty panel."""
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#777777")
+
+
+def name_of(*parts: object) -> str:
+    """A file name of plain characters."""
+    text = "-".join(str(part) for part in parts)
+    text = "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
+    if len(text) <= LONGEST_NAME:
+        return text
+    # A variant of many keys: file systems allow 255 bytes, and nobody reads that much.
+    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def legend_below(figure: Figure, axis: Any = None, *, colors: Mapping[str, str] | None = None) -> None:
+    """A legend below all panels: as many columns as fit, long names wrapped.
+
+    Args:
+        figure: gets the legend.
+        axis: its lines are the entries.
+        colors: by name, in place of an axis's lines; each entry is a line with a dot.
+    """
+    entries = axis.get_legend_handles_labels()[0] if axis is not None else []
+    for name, color in (colors or {}).items():
+        entries.append(Line2D([], [], color=color, marker="o", markersize=4, label=name))
+    room = int((figure.get_figwidth() - 0.6) / CHARACTER)
+    labels = [textwrap.fill(str(entry.get_label()), max(20, room)) for entry in entries]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+    columns = max(1, min(3, len(entries), (room + 6) // (longest + 6)))
+    figure.legend(entries, labels, loc="outside lower center", ncols=1 if len(entries) > 6 else columns)
+
+
+def colors_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour of the palette for each name."""
+    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
