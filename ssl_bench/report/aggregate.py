@@ -60,15 +60,12 @@ class Score:
     """The accuracy of one model by one evaluation protocol.
 
     Attributes:
-        top1, top5: percent; top5 is None where the protocol has none.
-        n_test: images.
+        top1: percent.
         chance: percent; None where it is not recorded.
         probes: percent; top-1 of each probe seed, empty where the protocol has one number.
     """
 
     top1: float
-    top5: float | None
-    n_test: int | None
     chance: float | None
     probes: tuple[float, ...]
 
@@ -268,16 +265,13 @@ def _result(record: RunRecord) -> Result:
             numbered = ((name.removeprefix("top1_seed"), value) for name, value in metrics.items())
             probes = sorted((int(seed), value) for seed, value in numbered if seed.isdigit())
             values = tuple(float(value) for _, value in probes)
-            score = Score(float(top1), metrics.get("top5"), entry.get("n_test"), entry.get("chance"), values)
-            found[model][protocol].append(score)
+            found[model][protocol].append(Score(float(top1), entry.get("chance"), values))
 
     def joined(scores: Sequence[Score]) -> Score:
         if len(scores) == 1:
             return scores[0]
         probes = tuple(value for score in scores for value in (score.probes or (score.top1,)))
-        top5 = [score.top5 for score in scores if score.top5 is not None]
-        mean = sum(score.top1 for score in scores) / len(scores)
-        return replace(scores[0], top1=mean, top5=sum(top5) / len(top5) if top5 else None, probes=probes)
+        return replace(scores[0], top1=sum(score.top1 for score in scores) / len(scores), probes=probes)
 
     by_model = [{name: joined(scores) for name, scores in each.items()} for each in found.values()]
     return Result(record, int(record.recipe["seed"]), *by_model)

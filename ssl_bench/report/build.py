@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 
 from ssl_bench.records.reader import find_runs
@@ -11,7 +12,7 @@ from ssl_bench.report.aggregate import Collection, Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.drawing import Plate
-from ssl_bench.report.evidence import Claim
+from ssl_bench.report.evidence import Claim, Load
 from ssl_bench.report.figures import write_figures
 from ssl_bench.report.page import counts, write_page
 from ssl_bench.report.scope import coverage, members, scope
@@ -25,27 +26,24 @@ _KEPT_RUNS = 48
 _NOT_IN_TERMINAL = frozenset({"protocol"})
 
 
-class Loader:
-    """Reads runs' curves and keeps the last few.
+def caching_loader() -> Load:
+    """A function that reads runs' curves and keeps the last few.
 
     A damaged telemetry file costs a run its layers, not its numbers; one warning says so.
     """
+    warned: set[Path] = set()
 
-    def __init__(self) -> None:
-        self._warned: set[Path] = set()
-        self._load = lru_cache(maxsize=_KEPT_RUNS)(self._read)
-
-    def __call__(self, result: Result) -> Curves:
-        return self._load(result)
-
-    def _read(self, result: Result) -> Curves:
+    @lru_cache(maxsize=_KEPT_RUNS)
+    def load(result: Result) -> Curves:
         try:
             return load_curves(result.record)
         except ValueError as error:
-            if result.record.folder not in self._warned:
-                self._warned.add(result.record.folder)
+            if result.record.folder not in warned:
+                warned.add(result.record.folder)
                 print(f"warning: {error}; the report shows this run without its layers", file=sys.stderr)
             return load_curves(result.record, telemetry=False)
+
+    return load
 
 
 def read_collection(runs: str | Path, *, study: Study | None = None) -> Collection:
@@ -115,7 +113,7 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     grid = None if study is None else load_study(study)
     collection = read_collection(root, study=grid)
 
-    load = Loader()
+    load = caching_loader()
     tables = all_tables(collection, study=grid)
     claims = check_claims(collection, load)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
@@ -141,12 +139,12 @@ def print_leaderboard(runs: str | Path) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     accuracies = (results.results_table(collection, problem) for problem in collection.problems)
     for table in (comparisons.leaderboard(collection), *accuracies):
-        shown = [index for index, name in enumerate(table.columns) if name not in _NOT_IN_TERMINAL]
+        shown = [name not in _NOT_IN_TERMINAL for name in table.columns]
         rich = Rich(title=table.title, title_justify="left")
-        for index in shown:
-            rich.add_column(table.columns[index], justify="right" if table.numeric()[index] else "left")
+        for name, right in compress(zip(table.columns, table.numeric(), strict=True), shown):
+            rich.add_column(name, justify="right" if right else "left")
         for row in table.rows:
-            rich.add_row(*(row[index] for index in shown))
+            rich.add_row(*compress(row, shown))
         console.print(rich)
         for note in table.notes:
             console.print(note)
@@ -165,9 +163,8 @@ def _markdown(
     parts += [table.markdown() for table in tables]
     parts.append("## Claims of the paper, checked\n")
     for claim in claims:
-        parts.append(
-            f"### ({claim.letter}) {claim.title}: {claim.verdict}\n\nThe paper: {claim.says}\n\n{claim.finding}\n"
-        )
+        heading = f"### ({claim.letter}) {claim.title}: {claim.verdict}"
+        parts.append(f"{heading}\n\nThe paper: {claim.says}\n\n{claim.finding}\n")
         if claim.table.rows:
             parts.append(f"Evidence: [tables/{claim.table.name}.md](tables/{claim.table.name}.md)\n")
     parts.append("## Errata of the paper\n\n" + "\n".join(f"- {text}" for text in ERRATA) + "\n")

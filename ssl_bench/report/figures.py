@@ -164,12 +164,9 @@ def _decay(problem: str, dataset: str, here: dict[Setting, list[Arm]]) -> Iterat
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
     axis = figure.subplots()
     for color, (batch_size, values) in zip(depth_colors(len(lines)), sorted(lines.items()), strict=True):
-        axis.plot(
-            *zip(*sorted(values.items()), strict=True), "o-", color=color, label=f"B = {batch_size}", markersize=4
-        )
-    axis.set_xscale("log")
-    axis.set_xlabel("λ")
-    axis.set_ylabel("top-1 accuracy (%)")
+        decays, accuracies = zip(*sorted(values.items()), strict=True)
+        axis.plot(decays, accuracies, "o-", color=color, label=f"B = {batch_size}", markersize=4)
+    axis.set(xscale="log", xlabel="λ", ylabel="top-1 accuracy (%)")
     axis.legend()
     caption = "TVLARS at its best learning rate (and variant) for each λ. Paper: figures 4, 64-69."
     yield Plate(name_of("lambda", problem, dataset), f"Accuracy against λ: {problem}, {dataset}", caption), figure
@@ -187,9 +184,7 @@ def _effort(collection: Collection, grouped: dict[Setting, list[Arm]]) -> Iterat
     axis = figure.subplots()
     for name, color in colors_of(found).items():
         axis.step(comparisons.GAPS, [100 * share for share in found[name]], where="post", color=color, label=name)
-    axis.set_xlabel("points behind the best optimizer")
-    axis.set_ylabel("share of settings (%)")
-    axis.set_ylim(-2, 102)
+    axis.set(xlabel="points behind the best optimizer", ylabel="share of settings (%)", ylim=(-2, 102))
     axis.legend()
     caption = f"Over problems, data sets and batch sizes ({len(grouped)}), each optimizer at its best learning rate."
     yield Plate("profiles", "Performance profiles", caption), figure
@@ -212,9 +207,7 @@ def _phi(collection: Collection, load: Load) -> Iterator[tuple[Plate, Figure]]:
         kept = thin(len(steps), 300)
         label = ", ".join(filter(None, (f"B = {batch_size}", variant)))
         axis.plot(steps[kept], phi[kept], color=color, label=label)
-    axis.set_xlabel("step")
-    axis.set_ylabel("time factor φ")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="step", ylabel="time factor φ", ylim=(0, None))
     if len(courses) <= 16:
         axis.legend()
     yield Plate("phi", "TVLARS's time factor φ", "As recorded in the runs. Paper: figure 3."), figure
@@ -232,24 +225,28 @@ def _layers(setting: Setting, arm: Arm, load: Load) -> Iterator[tuple[Plate, Fig
             columns.append((cell, found, load(found)))
     if not columns:
         return
-    quantities = (W_NORM, G_NORM, RATIO, MOVED)
     figure = Figure(figsize=(2.6 * len(columns) + 2.6, 9.0), layout="constrained")
-    axes = figure.subplots(len(quantities) + 1, len(columns), sharex=True, sharey="row", squeeze=False)
+    axes = figure.subplots(5, len(columns), sharex=True, sharey="row", squeeze=False)
     for index, (cell, result, curves) in enumerate(columns):
-        axes[0, index].set_title(f"lr {cell.lr:g}, seed {result.seed}")
-        for axis, quantity in zip(axes[:-1, index], quantities, strict=True):
+        for axis, quantity in zip(axes[:-1, index], (W_NORM, G_NORM, RATIO, MOVED), strict=True):
             draw_layers(axis, curves, quantity)
         _draw_losses(axes[-1, index], curves)
+        axes[0, index].set_title(f"lr {cell.lr:g}, seed {result.seed}")
         axes[-1, index].set_xlabel("step")
         for axis in axes[:, index] if index else ():
             axis.set_ylabel("")
-    _layer_legend(figure, columns[0][2])
+    # The layers' names at the right, in their colours; evenly spaced ones where there are too many to read.
+    curves = columns[0][2]
+    names = short_names([curves.layers[index] for index in curves.adapted()])
+    colors, shown = depth_colors(len(names)), thin(len(names), LEGEND_LAYERS)
+    handles = [Line2D([], [], color=colors[index], label=names[index]) for index in shown]
+    title = "layers" if len(shown) == len(names) else f"{len(shown)} of {len(names)} layers"
+    figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", fontsize=7.5)
     caption = (
-        "One run for each learning rate. u is what the ratio divides by: g + βw, for LAMB Adam's direction with decay. "
+        "One run for each learning rate. u is the ratio's denominator: g + βw, for LAMB Adam's direction with decay. "
         "Paper: figures 2, 6-59."
     )
-    name = name_of("layers", *setting, arm.name)
-    yield Plate(name, f"Layers: {arm.name}, {setting}", caption), figure
+    yield Plate(name_of("layers", *setting, arm.name), f"Layers: {arm.name}, {setting}", caption), figure
 
 
 def _draw_losses(axis: Any, curves: Curves) -> None:
@@ -263,17 +260,6 @@ def _draw_losses(axis: Any, curves: Curves) -> None:
         axis.legend()
     else:
         note(axis, "not recorded")
-
-
-def _layer_legend(figure: Figure, curves: Curves) -> None:
-    """The layers' names at the right, in their colours; evenly spaced ones where there are too many to read."""
-    chosen = curves.adapted()
-    names = short_names([curves.layers[index] for index in chosen])
-    colors = depth_colors(len(names))
-    shown = thin(len(names), LEGEND_LAYERS)
-    handles = [Line2D([], [], color=colors[index], label=names[index]) for index in shown]
-    title = "layers" if len(shown) == len(names) else f"{len(shown)} of {len(names)} layers"
-    figure.legend(handles=handles, loc="outside right upper", title=title, alignment="left", fontsize=7.5)
 
 
 def demo_figure(runs: Mapping[str, RunRecord | str | Path], path: str | Path) -> Path:

@@ -1,7 +1,7 @@
-"""How sure are we: the statistics of the report, each a pure function of numbers.
+"""The statistics of the report, each a pure function of numbers.
 
-Accuracies are in percent, differences in points. Nothing here draws from a global generator: the bootstrap has its own
-seed, so that the same runs always give the same interval.
+Accuracies are in percent, differences in percentage points. The bootstrap has its own seed, so that the same runs
+always give the same interval. scipy.special is enough here: scipy.stats takes a second to import.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,18 +44,18 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """The bias-corrected and accelerated (BCa) bootstrap interval (Efron 1987) of a statistic.
 
-    With few values it is too narrow, the more so the fewer: of three there are but ten distinct resamples. The report
-    therefore gives Student's interval beside it.
+    With few values it is too narrow: three values have only ten distinct resamples. The report therefore gives
+    Student's interval beside it.
 
     Args:
         values: n numbers.
         statistic: called with ``axis``, vectorised like np.mean.
-        confidence: coverage asked for, in (0, 1).
-        resamples: how many resamples.
+        confidence: nominal coverage, in (0, 1).
+        resamples: number of resamples.
         seed: of the resampling.
 
     Returns:
-        the interval's ends, a point where all values are equal; None for n < 2.
+        the interval's ends, both the same where all values are equal; None for n < 2.
     """
     data = np.asarray(values, dtype=float)
     n = len(data)
@@ -141,7 +141,7 @@ def best_of_k(values: Sequence[float]) -> list[float]:
     with replacement, as in Dodge et al. 2019, is biased downwards.
 
     Args:
-        values: what each trial reached, e.g. one for each learning rate of a grid.
+        values: the result of each trial, e.g. one for each learning rate of a grid.
     """
     ordered = np.sort(np.asarray(values, dtype=float))
     n, below = len(ordered), np.arange(len(ordered))
@@ -155,9 +155,9 @@ def best_of_k(values: Sequence[float]) -> list[float]:
 
 
 def share_near_best(values: Sequence[float], within: float = 1.0) -> float:
-    """The share of trials within so many points of the best one: 1 = any choice does, 1/n = only the best does."""
+    """The share of trials within so many points of the best one: 1 = any choice is good, 1/n = only the best is."""
     if not values:
-        raise ValueError("share_near_best: got no values")
+        raise ValueError("values must hold at least one number, got none")
     best = max(values)
     return sum(value >= best - within for value in values) / len(values)
 
@@ -165,7 +165,7 @@ def share_near_best(values: Sequence[float], within: float = 1.0) -> float:
 def performance_profile(scores: dict[str, dict[str, float]], gaps: Sequence[float]) -> dict[str, list[float]]:
     """For each contender the share of problems on which it is within so many points of the best (Dolan & More 2002).
 
-    Differences stand in place of their ratios, because accuracies have a ceiling, not a scale.
+    They use ratios; here differences, because accuracies have a ceiling, not a scale.
 
     Args:
         scores: percent by problem and contender; a contender without a score on a problem is never near the best there.
@@ -189,8 +189,8 @@ class TwoLevel:
     Attributes:
         runs: pretraining seeds.
         probes: probe seeds of each.
-        sd_runs: deviation that comes of the pretraining seed, in points; 0 where the estimate would be negative.
-        sd_probes: deviation that comes of the probe seed.
+        sd_runs: deviation due to the pretraining seed, in points; 0 where the estimate would be negative.
+        sd_probes: deviation due to the probe seed.
         sd_mean: standard error of the grand mean.
     """
 
@@ -211,7 +211,8 @@ def two_level(accuracies: Sequence[Sequence[float]]) -> TwoLevel | None:
         None where there are fewer than two runs or two probe seeds.
     """
     if len({len(row) for row in accuracies}) > 1:
-        raise ValueError("two_level: got runs with different numbers of probe seeds; allowed: the same number in each")
+        counts = [len(row) for row in accuracies]
+        raise ValueError(f"accuracies must have the same number of probe seeds in every run, got {counts}")
     table = np.asarray(accuracies, dtype=float)
     if table.ndim != 2 or min(table.shape) < 2:
         return None

@@ -100,16 +100,9 @@ def counts(collection: Collection) -> str:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    return {
-        "name": table.name,
-        "title": table.title,
-        "short": SHORT.get(table.name, table.title),
-        "columns": table.columns,
-        "numeric": table.numeric(),
-        "rows": table.rows,
-        "notes": table.notes,
-        "keys": table.keys or [""] * len(table.rows),
-    }
+    printed = {name: value for name, value in vars(table).items() if name != "records"}
+    keys = table.keys or [""] * len(table.rows)
+    return printed | {"short": SHORT.get(table.name, table.title), "numeric": table.numeric(), "keys": keys}
 
 
 def _effort(collection: Collection) -> list[dict[str, Any]]:

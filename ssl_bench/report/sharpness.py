@@ -8,7 +8,7 @@ scale-invariant one. A difference no larger than the sum of the two residuals co
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ssl_bench.report.aggregate import Collection
 from ssl_bench.report.analysis import (
@@ -80,13 +80,10 @@ class _Tally:
         """Both measures' counts in one sentence; empty without a pair."""
         pairs, parts = len(self.by[TOP]), []
         for measure, outcomes in self.by.items():
-            counts = [f"{word} in {outcomes.count(word)}" for word in ("sharper", "flatter", "no difference")]
+            counts = [f"{word} in {outcomes.count(word)}" for word in get_args(Outcome)]
             parts.append(f"by the {measure.text} {', '.join(counts)}")
-        sentence = (
-            f"{self.question}, {_pairs(pairs)} of one learning rate and seed at the last measured step: "
-            f"{'; '.join(parts)}."
-        )
-        return sentence if pairs else ""
+        where = f"{_pairs(pairs)} of one learning rate and seed at the last measured step"
+        return f"{self.question}, {where}: {'; '.join(parts)}." if pairs else ""
 
 
 def check_sharpness(collection: Collection) -> Claim:

@@ -94,8 +94,7 @@ def _noise_figure(setting: Setting, curves: Sequence[NoiseCurve]) -> tuple[Plate
             here = [curve for curve in curves if (curve.run.cell.lr, curve.run.cell.arm) == (rate, arm)]
             _draw_noise(axis, [curve for curve in here if curve.run is here[0].run])
     sizes = sorted({each["batch_size"] for curve in curves for each in curve.rows})
-    axes[0, 0].set_xscale("log")
-    axes[0, 0].set_yscale("log")
+    axes[0, 0].set(xscale="log", yscale="log")  # of all panels, which share their axes
     for axis, arm in zip(axes[0], arms, strict=True):
         optimizer, _, variant = arm.partition(" (")
         axis.set_title(optimizer + (f"\n{textwrap.fill(f'({variant}', 34)}" if variant else ""))

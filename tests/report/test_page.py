@@ -14,7 +14,7 @@ from synthetic_runs import analysis_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
-from ssl_bench.report.build import Loader, all_tables
+from ssl_bench.report.build import all_tables, caching_loader
 from ssl_bench.report.claims import check_claims
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.page import images_per_step, write_page
@@ -28,7 +28,7 @@ WATCH = "<script>window.problems = []; addEventListener('error', (event) => prob
 @pytest.fixture(scope="module")
 def page(collection: Collection, study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The study's page."""
-    load = Loader()
+    load = caching_loader()
     path = tmp_path_factory.mktemp("page") / "index.html"
     tables = all_tables(collection, study=None)
     return write_page(collection, tables, check_claims(collection, load), load, path, root=study)
@@ -103,7 +103,7 @@ def test_a_record_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     bad = "</script><img src=x onerror=alert(1)>"
     write_run(tmp_path / "runs" / "a", optimizer="lars", telemetry=False, note=bad)
     collection = gather(*find_runs(tmp_path / "runs"))
-    load = Loader()
+    load = caching_loader()
     path = write_page(collection, all_tables(collection, study=None), [], load, tmp_path / "p.html", root=tmp_path)
     assert bad not in path.read_text()
     assert embedded(path)["cells"][collection.cells[0].key]["recipe"]["optimizer"]["note"] == bad
@@ -226,7 +226,7 @@ def analyzed_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nowa = {"target": "polynomial", "power": 1.0}
     write_run(folder / "nowa", telemetry=False, schedule=nowa, analysis=analysis_of((5, 10), (20, 20)))
     write_run(folder / "plain", telemetry=False, lr=2.0)
-    collection, load = gather(*find_runs(folder)), Loader()
+    collection, load = gather(*find_runs(folder)), caching_loader()
     tables, claims = all_tables(collection, study=None), check_claims(collection, load)
     return write_page(collection, tables, claims, load, folder / "index.html", root=folder)
 

@@ -37,7 +37,7 @@ applyTheme();
 
 // Tables --------------------------------------------------------------------------------------------------------------
 
-/** What a printed cell sorts by: its leading number, or its words; words come after numbers. */
+/** The sort key of a printed cell: its leading number, or its text; text sorts after numbers. */
 function sortKey(text) {
   const found = text.replace(/\*\*/g, "").match(/^[+−-]?\d[\d,]*\.?\d*(e[+-]?\d+)?/i);
   return found ? [0, parseFloat(found[0].replace("−", "-").replace(/,/g, "")), text] : [text && text !== "–" ? 1 : 2, 0, text];
@@ -47,20 +47,20 @@ function compare(left, right) {
   return left[0] - right[0] || left[1] - right[1] || left[2].localeCompare(right[2]);
 }
 
-/** A table's elements; the roles keep their meaning where a phone's style makes cards of the rows. */
+/** A table's elements; the explicit roles are needed because the phone layout turns rows into cards. */
 function frame(label, heads, body) {
   const head = make("thead", {role: "rowgroup"}, make("tr", {role: "row"}, ...heads));
   const table = make("table", {role: "table", "aria-label": label}, head, body);
   return make("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": label}, table);
 }
 
-/** A sortable, filterable table; rows about one cell get a button that opens its runs. */
+/** A table to sort and filter; rows about one cell get a button that opens its runs. */
 function renderTable(table) {
   const opens = table.keys.some(Boolean);
   const rows = table.rows.map((texts, index) => ({texts, key: table.keys[index], node: renderRow(table, texts, table.keys[index], opens)}));
   const body = make("tbody", {role: "rowgroup"}, ...rows.map((row) => row.node));
   const count = make("output", {class: "quiet", "aria-live": "polite"});
-  const search = make("input", {type: "search", placeholder: "Filter: words, all of which must occur", "aria-label": `Filter the table ${table.title}`});
+  const search = make("input", {type: "search", placeholder: "Filter rows: all words must match", "aria-label": `Filter the table ${table.title}`});
   const selects = table.columns.flatMap((name, column) => {
     const values = [...new Set(table.rows.map((row) => row[column]))];
     if (!FILTERED.includes(name) || values.length < 2) return [];
@@ -92,7 +92,7 @@ function renderTable(table) {
     const rising = heads[column].getAttribute("aria-sort") !== "ascending";
     heads.forEach((head, index) => head.setAttribute("aria-sort", index !== column ? "none" : rising ? "ascending" : "descending"));
     const order = rows.map((row) => [sortKey(row.texts[column]), row]);
-    order.sort(([a], [b]) => (a[0] !== b[0] ? a[0] - b[0] : rising ? compare(a, b) : compare(b, a)));  // words stay last
+    order.sort(([a], [b]) => (a[0] !== b[0] ? a[0] - b[0] : rising ? compare(a, b) : compare(b, a)));  // text stays last
     body.append(...order.map(([, row]) => row.node));
   }
   const runs = opens ? [make("th", {scope: "col", role: "columnheader"}, "runs")] : [];
@@ -195,7 +195,7 @@ function chart(title, xLabel, series, {range = null, logs = false} = {}) {
   return make("figure", {}, caption, svg);
 }
 
-/** The names of the colours, in their order; an empty name is a colour that nothing has. */
+/** Names of the colours, in order; an empty name is an unused colour. */
 function legend(names) {
   return make("ul", {class: "legend"}, ...names.flatMap((name, index) => (name ? [make("li", {}, make("i", {style: `background: var(--s${index % 7})`}), name)] : [])));
 }
@@ -208,7 +208,7 @@ function chartGroups(groups) {
 
 // A cell's runs -------------------------------------------------------------------------------------------------------
 
-/** A run's curve on a clock: steps are stored, the other clocks follow from them. */
+/** A run's curve on a clock: only steps and seconds are stored; the other clocks follow from the steps. */
 function onClock(run, curve, clock) {
   if (clock === "seconds") return curve.seconds;
   const factor = clock === "samples" ? run.images_per_step : clock === "epochs" ? 1 / run.steps_per_epoch : 1;
@@ -230,7 +230,7 @@ function cellCharts(cell, clock) {
   ].filter((node) => node !== null);
 }
 
-/** A small table as it stands: no sorting, no filter. */
+/** A small table without sorting or filters. */
 function plainTable(label, {columns, rows}) {
   const single = {columns, numeric: columns.map(() => false)};
   const heads = columns.map((name) => make("th", {scope: "col", role: "columnheader"}, name));
@@ -242,7 +242,7 @@ function analysisOf(run) {
   if (!run.analysis) return [];
   return [make("details", {}, make("summary", {}, `Sharpness and gradient noise of seed ${run.seed}`),
     ...run.analysis.tables.flatMap((table) => [make("h4", {}, table.title), plainTable(`${table.title} of seed ${run.seed}`, table)]),
-    make("h4", {}, "Measured"), make("pre", {tabindex: "0"}, JSON.stringify(run.analysis.settings, null, 2)))];
+    make("h4", {}, "How it was measured"), make("pre", {tabindex: "0"}, JSON.stringify(run.analysis.settings, null, 2)))];
 }
 
 function openCell(key) {
@@ -304,7 +304,7 @@ section("claims", "Claims", "Claims of the paper, checked", ...data.claims.map((
   claim.charts.length ? make("details", {}, make("summary", {}, `Curves (${claim.charts.length} settings and learning rates)`), ...chartGroups(claim.charts)) : null,
   claim.table.rows.length ? make("details", {}, make("summary", {}, `Evidence, row by row (${claim.table.rows.length})`), ...renderTable(claim.table)) : null)));
 section("errata", "Errata", "Errata of the paper", make("ul", {}, ...data.errata.map((text) => make("li", {}, text))));
-section("skipped", "Passed over", "Folders passed over", data.skipped.length
+section("skipped", "Skipped", "Skipped folders", data.skipped.length
   ? make("ul", {}, ...data.skipped.map((reason) => make("li", {}, reason)))
   : make("p", {class: "quiet"}, "None: every record below the folder was read."));
 
