@@ -18,7 +18,8 @@ def register(app: typer.Typer) -> None:
 def report(
     runs: Runs,
     study: Annotated[
-        str | None, typer.Option(help="Only the runs of this study (a name or a YAML file), and what is missing of it.")
+        str | None,
+        typer.Option(help="Only the runs of this study (a name or a YAML file); lists missing ones."),
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.")] = "report",
     debug: Debug = False,
@@ -58,7 +59,7 @@ def export(
 ) -> None:
     """Copy the runs' records, without weights.
 
-    Small enough to commit or to send, local paths cut short; report and leaderboard read the copies like the runs.
+    Small enough to commit or to send, with local paths shortened; report and leaderboard read the copies like the runs.
     """
     from ssl_bench.recipe.command import guarded
 

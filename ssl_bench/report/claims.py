@@ -53,7 +53,7 @@ def _start_of_the_ratio(collection: Collection, load: Load) -> Claim:
     table = Table("claim-a", "Ratio |w|/|u| at the start", (*columns, "peak, warm-up", "peak, without"))
     higher, same_start = [], []
     for warm, cold, seed in warm_and_cold(collection):
-        # Both within the length of the warm-up; a tenth of the run where the record does not say.
+        # Both runs are read over the length of the warm-up; a tenth of the run where the record does not say.
         plan = warm.results[0].record.provenance.get("plan", {})
         steps = lookup(plan, "schedule.warmup_steps")
         ends = int(steps) if is_number(steps) else max(1, int(lookup(plan, "total_steps", 10)) // 10)
@@ -101,8 +101,9 @@ def _limit_of_the_ratio(collection: Collection, load: Load) -> Claim:
         decay = float(lookup(cell.recipe, "optimizer.weight_decay", 0.0))
         w, g, ratio = (curves.of_adapted(quantity) for quantity in (W_NORM, G_NORM, RATIO))
         usable = np.isfinite(ratio) & (w > 0)
-        pull = g[usable] / (decay * w[usable])  # the gradient over the decay's pull
-        scaled = decay * ratio[usable]
+        # u = g + βw, so that β|w|/|u| lies within 1 / (1 ± pull); scaled by β, runs of any decay share the limit 1.
+        pull = g[usable] / (decay * w[usable])  # |g| / (β|w|)
+        scaled = decay * ratio[usable]  # β|w| / |u|
         if not len(pull):
             continue
         least = int(pull.argmin())
@@ -122,7 +123,7 @@ def _limit_of_the_ratio(collection: Collection, load: Load) -> Claim:
 
 
 def _limit_verdict(near: Sequence[float], smallest: float) -> tuple[Verdict, str]:
-    """Args: the ratios over their limit where the gradient vanished, and the smallest |g|/(β|w|) of all."""
+    """The verdict from the ratios (over their limit) where gradients vanished, and from the smallest |g|/(β|w|)."""
     if math.isinf(smallest):
         return "not measured", "No LARS or TVLARS run with weight decay in the ratio's denominator has telemetry."
     if not near:
@@ -141,6 +142,7 @@ def _limit_verdict(near: Sequence[float], smallest: float) -> tuple[Verdict, str
 def _adapted_by_decay(collection: Collection, load: Load) -> Iterable[tuple[Cell, Result, Curves]]:
     """Runs with telemetry whose ratio is |w| over a norm that includes the decay, with nothing clamped."""
     for cell in collection.cells:
+        # LAMB divides by Adam's direction and the released TVLARS clamps the ratio: neither has this limit.
         plain = cell.optimizer == "LARS" or lookup(cell.recipe, "optimizer.variant", "paper") == "paper"
         if cell.optimizer in ("LARS", "TVLARS") and plain and lookup(cell.recipe, "optimizer.weight_decay"):
             for result in cell.results:

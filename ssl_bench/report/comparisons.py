@@ -1,11 +1,11 @@
-"""Which optimizer, and how sure: rankings, paired differences, tuning effort, and where the variance comes from.
+"""Which optimizer is better, and how sure we are: rankings, paired differences, tuning effort, sources of variance.
 
 Within a setting (problem, data set, batch size) the contenders are *arms*: an optimizer with its variant. An arm's
 trials are its learning rates.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -30,11 +30,20 @@ FEW_PAIRS = 5
 
 @dataclass(frozen=True)
 class Arm:
-    """One optimizer with its variant in one setting; its cells differ in the learning rate."""
+    """One optimizer with its variant in one setting.
+
+    Attributes:
+        setting: where it competes.
+        name: the optimizer with its variant.
+        protocol: of the accuracies.
+        chance: a guesser's accuracy in the setting, percent; 0 where no run recorded it.
+        cells: one for each learning rate.
+    """
 
     setting: Setting
     name: str
     protocol: str
+    chance: float
     cells: tuple[Cell, ...]
 
     @property
@@ -53,30 +62,28 @@ class Arm:
         """Without the variant."""
         return self.cells[0].optimizer
 
-    def trials(self, chance: float) -> list[float]:
+    @property
+    def trials(self) -> list[float]:
         """The mean top-1 of each learning rate's finished runs, or chance where all of them failed.
 
         Cells that have not ended are no trials.
         """
         means = [(cell, cell.summary(self.protocol).mean) for cell in self.cells]
-        return [chance if mean is None else mean for cell, mean in means if mean is not None or cell.failed]
+        return [self.chance if mean is None else mean for cell, mean in means if mean is not None or cell.failed]
 
 
 def arms(collection: Collection) -> dict[Setting, list[Arm]]:
     """All arms by setting, in the tables' order."""
-    found: dict[tuple[Setting, str], list[Cell]] = defaultdict(list)
+    found: dict[Setting, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for cell in collection.cells:
-        found[cell.setting, cell.arm].append(cell)
-    grouped: dict[Setting, list[Arm]] = defaultdict(list)
-    for (setting, name), cells in found.items():
-        grouped[setting].append(Arm(setting, name, collection.headline(setting.problem), tuple(cells)))
-    return dict(grouped)
-
-
-def chance_of(contenders: Sequence[Arm]) -> float:
-    """A guesser's accuracy in a setting, percent; 0 where no run recorded it."""
-    known = [cell.chance(arm.protocol) for arm in contenders for cell in arm.cells]
-    return next((chance for chance in known if chance is not None), 0.0)
+        found[cell.setting][cell.arm].append(cell)
+    grouped = {}
+    for setting, by_arm in found.items():
+        protocol = collection.headline(setting.problem)
+        known = [cell.chance(protocol) for cells in by_arm.values() for cell in cells]
+        chance = next((value for value in known if value is not None), 0.0)
+        grouped[setting] = [Arm(setting, name, protocol, chance, tuple(cells)) for name, cells in by_arm.items()]
+    return grouped
 
 
 def leaderboard(collection: Collection) -> Table:
@@ -161,7 +168,7 @@ def _paired(paired: Paired | None, lost: int) -> tuple[tuple[str, ...], dict[str
 
 
 def sensitivity(collection: Collection) -> Table:
-    """The share of its learning-rate grid that serves an arm well, and the expected best of k trials of that grid."""
+    """The share of an arm's learning rates that are near its best, and the expected best of k of them."""
     notes = (
         "Within 1 point: the share of the learning rates whose mean is within a point of the best one's. Best of k: "
         "the expected best of k learning rates drawn at random from the grid without replacement, k = 1, 2, ...; a "
@@ -171,13 +178,12 @@ def sensitivity(collection: Collection) -> Table:
     columns = (*SETTING, "optimizer", "lr grid", *measured)
     table = Table("sensitivity", "Sensitivity to the learning rate", columns, notes)
     for setting, contenders in arms(collection).items():
-        chance = chance_of(contenders)
         for arm in contenders:
-            trials, best = arm.trials(chance), arm.best
+            trials, best = arm.trials, arm.best
             if not trials:
                 continue
             curve = best_of_k(trials)
-            share = share_near_best(trials, WITHIN) if best else None  # where every rate failed none is near a best
+            share = share_near_best(trials, WITHIN) if best else None  # if every rate failed, none is near a best
             failed = sum(not cell.summary(arm.protocol).n for cell in arm.cells)
             lrs = [cell.lr for cell in arm.cells]
             record = setting.record | {"arm": arm.name, "trials": len(trials), "share_within_1": share}

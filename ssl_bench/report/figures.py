@@ -110,6 +110,7 @@ def _mean_curves(arm: Arm, load: Load) -> dict[str, tuple[Array, Array, Array, A
     for clock in CLOCKS:
         pairs = [pair for pair in (run.metric(metric, clock) for run in runs) if len(pair[0])]
         if pairs:
+            # Runs may have logged different numbers of lines: the mean ends with the shortest.
             length = min(len(x) for x, _ in pairs)
             y = np.array([values[:length] for _, values in pairs])
             x = np.mean([positions[:length] for positions, _ in pairs], axis=0)

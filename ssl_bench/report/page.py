@@ -109,9 +109,7 @@ def _effort(collection: Collection) -> list[dict[str, Any]]:
     """The best-of-k curves of settings in which some arm has several trials."""
     found = []
     for setting, arms in comparisons.arms(collection).items():
-        chance = comparisons.chance_of(arms)
-        curves = {arm.name: comparisons.best_of_k(arm.trials(chance)) for arm in arms}
-        curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+        curves = {arm.name: comparisons.best_of_k(arm.trials) for arm in arms if len(arm.trials) > 1}
         if curves:
             found.append({"title": str(setting), "curves": curves})
     return found

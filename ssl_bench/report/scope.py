@@ -61,6 +61,7 @@ def epochs_planned(result: Result) -> float | None:
 def cut_short(cell: Cell) -> bool:
     """Whether a cell's runs were started for fewer epochs than the paper's."""
     epochs, papers = epochs_planned(cell.results[0]), EPOCHS.get(cell.problem)
+    # Some slack, for epochs become whole steps: at a large batch an epoch has only three.
     return epochs is not None and papers is not None and epochs < 0.95 * papers
 
 

@@ -121,6 +121,7 @@ def _compare(question: str, pairs: Iterable[Pair], by_run: Mapping[tuple[str, in
             continue
         for measure, outcomes in tally.by.items():
             (a, a_error), (b, b_error) = (measure.of(x.sharpness[-1]) or (0.0, 0.0) for x in (left, right))
+            # The residuals bound the error of each eigenvalue: within their sum the order of the two is not known.
             if abs(a - b) <= (a_error or 0.0) + (b_error or 0.0):
                 outcomes.append("no difference")
             else:

@@ -12,7 +12,6 @@ from ssl_bench.report.aggregate import Collection, Result, Setting
 from ssl_bench.report.analysis import (
     MEASURES,
     Analyzed,
-    Measure,
     NoiseCurve,
     analyzed,
     measured_how,
@@ -155,23 +154,22 @@ def tables_of(result: Result) -> dict[str, Any] | None:
 
 
 def _sharpness_charts(title: str, runs: Sequence[Analyzed]) -> Group:
-    """One chart for each measure, one line for each run in its optimizer's colour."""
+    """One chart for each measure, one line for each run in its optimizer's colour, with a band of its uncertainty."""
     names = list(dict.fromkeys(run.cell.arm for run in runs))
     charts = []
     for measure in MEASURES:
-        lines = [_line(run, measure, names.index(run.cell.arm)) for run in runs if measure.along(run)]
-        charts.append({"title": measure.text, "x": "epoch", "log": False, "series": lines})
+        series: list[dict[str, Any]] = []
+        for run in runs:
+            points = measure.along(run)
+            if points:
+                x, y, errors = zip(*points, strict=True)
+                line = {"name": run.name, "color": names.index(run.cell.arm), "x": rounded(x), "y": rounded(y)}
+                if None not in errors:
+                    line["low"] = rounded(value - error for value, error in zip(y, errors, strict=True))
+                    line["high"] = rounded(value + error for value, error in zip(y, errors, strict=True))
+                series.append(line)
+        charts.append({"title": measure.text, "x": "epoch", "log": False, "series": series})
     return {"title": f"{title}; {measured_how(runs)}", "names": names, "charts": charts}
-
-
-def _line(run: Analyzed, measure: Measure, color: int) -> dict[str, Any]:
-    """A run's measure along its epochs, with a band of the uncertainty where there is one."""
-    x, y, errors = zip(*measure.along(run), strict=True)
-    line = {"name": run.name, "color": color, "x": rounded(x), "y": rounded(y)}
-    if None not in errors:
-        line["low"] = rounded(value - error for value, error in zip(y, errors, strict=True))
-        line["high"] = rounded(value + error for value, error in zip(y, errors, strict=True))
-    return line
 
 
 def _noise_charts(title: str, curves: Sequence[NoiseCurve]) -> Group:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class Table:
         """Which columns are right-aligned: those of numbers, ignoring the words that stand for a missing one."""
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.columns)
         filled = [[text for text in column if text and not text.startswith(_WORDS)] for column in columns]
-        return [bool(texts) and all(map(_starts_with_number, texts)) for texts in filled]
+        return [bool(texts) and all(re.match(r"[+\-−]?\d", text) for text in texts) for texts in filled]
 
     def markdown(self) -> str:
         """The title as a heading, a pipe table, and the notes."""
@@ -110,10 +111,6 @@ def signed(value: Value) -> str:
 def is_number(value: object) -> bool:
     """Whether a value read from JSON is a number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _starts_with_number(text: str) -> bool:
-    return text[0].isdigit() or (len(text) > 1 and text[0] in "+-−" and text[1].isdigit())
 
 
 def _escape(text: str) -> str:
