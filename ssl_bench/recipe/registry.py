@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from docstring_parser import DocstringStyle, parse
+from docstring_parser import parse
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ssl_bench.runtime.suggestion import nearest
@@ -116,10 +116,10 @@ def resolve(kind: str, target: str) -> Any:
 
 @cache
 def options(factory: Callable[..., Any]) -> dict[str, Option]:
-    """The keywords that a recipe may set, from the signature, with their help from the docstring's ``Args:``."""
+    """The keywords that a recipe may set, from the signature, with their help from the docstring (of any style)."""
     owners = [factory, factory.__init__] if inspect.isclass(factory) else [factory]
-    documents = [parse(inspect.getdoc(owner) or "", style=DocstringStyle.GOOGLE) for owner in owners]
-    texts = {entry.arg_name: " ".join((entry.description or "").split()) for doc in documents for entry in doc.params}
+    entries = [entry for owner in owners for entry in parse(inspect.getdoc(owner) or "").params]
+    texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
     hints = get_type_hints(owners[-1])
     return {
         name: Option(name, hints.get(name, Any), parameter.default, texts.get(name, ""))

@@ -56,6 +56,26 @@ def test_options_come_from_signature_and_docstring():
     assert known["pair"].help == ""
 
 
+def test_a_docstring_of_another_style_or_none_is_no_obstacle():
+    def numpy_style(params, *, lr: float):
+        """Steps.
+
+        Parameters
+        ----------
+        lr : float
+            Learning rate.
+        """
+
+    def broken(params, *, lr: float):
+        """Steps.
+
+        Args:
+        """
+
+    assert registry.options(numpy_style)["lr"].help == "Learning rate."
+    assert registry.options(broken)["lr"].help == ""
+
+
 def test_check_converts_and_fills_in_defaults():
     values = registry.check("optimizer", HERE, {"lr": "0.5", "pair": [3, 4]})
     assert values == {"lr": 0.5, "delay_steps": 0, "mode": "a", "pair": (3, 4)}
