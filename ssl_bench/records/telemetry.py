@@ -45,7 +45,14 @@ class TelemetryStore:
                 earlier block had.
             OSError: the disk is full or not writable, in one line.
         """
-        table = _table(columns)
+        if "step" not in columns:
+            raise ValueError(f"telemetry: columns must have 'step' among them, got {', '.join(columns) or 'none'}")
+        arrays = {}
+        for name, column in columns.items():
+            array = pa.array(column.numpy() if hasattr(column, "numpy") else column)
+            arrays[name] = array.dictionary_encode() if pa.types.is_string(array.type) else array
+        arrays["step"] = arrays["step"].cast(pa.int64())
+        table = pa.table(arrays).sort_by("step").combine_chunks()  # a stable sort: rows of one step keep their order
         if table.num_rows == 0:
             return
         first = table["step"][0].as_py()
@@ -99,7 +106,12 @@ class TelemetryStore:
             schema = table.schema
             with atomic_file(self._whole) as file, pq.ParquetWriter(file, schema, **_options(schema)) as writer:
                 for batch in table.to_batches(max_chunksize=_ROWS_PER_GROUP):
-                    writer.write_table(_canonical(batch), row_group_size=_ROWS_PER_GROUP)
+                    # Dictionaries in the order of first appearance, not in that of the parts that the rows came from.
+                    columns = [
+                        one.cast(one.type.value_type).dictionary_encode() if pa.types.is_dictionary(one.type) else one
+                        for one in batch.columns
+                    ]
+                    writer.write_table(pa.table(columns, schema.names), row_group_size=_ROWS_PER_GROUP)
         for path in parts:
             path.unlink()
         self._unsynced.clear()
@@ -144,27 +156,6 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
 def _write(table: pa.Table, path: Path, *, synced: bool) -> None:
     with atomic_file(path, synced=synced) as file:
         pq.write_table(table, file, row_group_size=_ROWS_PER_GROUP, **_options(table.schema))
-
-
-def _canonical(batch: pa.RecordBatch) -> pa.Table:
-    """The rows with their dictionaries in the order of first appearance, not in that of the parts they came from."""
-    columns = [
-        column.cast(column.type.value_type).dictionary_encode() if pa.types.is_dictionary(column.type) else column
-        for column in batch.columns
-    ]
-    return pa.table(columns, names=batch.schema.names)
-
-
-def _table(columns: Mapping[str, Any]) -> pa.Table:
-    """A block's columns as a table, sorted by step; rows of one step keep their order."""
-    if "step" not in columns:
-        raise ValueError(f"telemetry: columns must have 'step' among them, got {', '.join(columns) or 'none'}")
-    arrays = {}
-    for name, column in columns.items():
-        array = pa.array(column.numpy() if hasattr(column, "numpy") else column)
-        arrays[name] = array.dictionary_encode() if pa.types.is_string(array.type) else array
-    table = pa.table({**arrays, "step": arrays["step"].cast(pa.int64())})
-    return table.sort_by("step").combine_chunks()  # a stable sort
 
 
 def _line(schema: pa.Schema) -> str:

@@ -103,7 +103,14 @@ class Run:
                 for part in (folder, *(folder / name for name in ("telemetry", "checkpoints", "snapshots"))):
                     remove_temporaries(part)
             if (folder / RUN).exists():
-                _check_same(folder, recipe, identity, resume, differences)
+                if resume == "never":
+                    advice = "continue it with resume=auto or choose another run_dir"
+                    raise RecordError(f"run_dir {folder}: it holds a run; {advice}")
+                head = read_head(folder)
+                if head["identity"] != identity:
+                    reason = "; ".join(differences(head["recipe"], recipe)) if differences else ""
+                    reason = reason or f"identity: the run has {head['identity']}, asked for {identity}"
+                    raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
             return cls(folder, recipe, identity, lock)
         except BaseException:
             lock.release()
@@ -281,19 +288,6 @@ def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]
         atomic_json(folder / RESULTS, {**results, "evaluations": list(merged.values())})
     finally:
         lock.release()
-
-
-def _check_same(
-    folder: Path, recipe: Mapping[str, Any], identity: str, resume: Resume, differences: Differences | None
-) -> None:
-    """Refuses to continue the directory's run unless that is asked for and it is the same experiment."""
-    if resume == "never":
-        raise RecordError(f"run_dir {folder}: it holds a run; continue it with resume=auto or choose another run_dir")
-    head = read_head(folder)
-    if head["identity"] != identity:
-        reason = "; ".join(differences(head["recipe"], recipe)) if differences else ""
-        reason = reason or f"identity: the run has {head['identity']}, asked for {identity}"
-        raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
 
 
 def _check_evaluations(evaluations: Iterable[Mapping[str, Any]]) -> None:

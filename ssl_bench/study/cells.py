@@ -9,6 +9,7 @@ A run that another study below RUNS made of the same recipe is the same experime
 """
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -113,12 +114,11 @@ class CellStore:
         """Why the last attempt failed, as `fail` wrote it."""
         path = self._failure_path(cell)
         try:
-            found = json.loads(path.read_bytes())
+            return dict(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             return {"error": f"{path}: damaged: {error}"}
-        return found if isinstance(found, dict) else {"error": f"{path}: damaged"}
 
     def failed_at(self, cell: Cell) -> float:
         """When it failed, by the file system's clock; 0 if it has not."""
@@ -139,8 +139,20 @@ class CellStore:
         Returns:
             the error in one line.
         """
-        lines = _tail(self.log(cell))
-        error = reason or _error_line(lines, code)
+        try:
+            with open(self.log(cell), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
+                lines = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+        except FileNotFoundError:
+            lines = []
+        # The line that says what went wrong: ours begin with "error:", a traceback ends with the exception.
+        ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        last = [line for line in lines if line.strip() and not line.startswith(" ")]
+        if code < 0:
+            found = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+        else:
+            found = (ours or last or [f"exit code {code}"])[-1]
+        error = reason or found
         note = {
             "error": error,
             "exit_code": code,
@@ -158,21 +170,3 @@ class CellStore:
 
     def _failure_path(self, cell: Cell) -> Path:
         return self.notes / f"{cell.name}.failed.json"
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 20_000))
-            return file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-    except FileNotFoundError:
-        return []
-
-
-def _error_line(lines: Sequence[str], code: int) -> str:
-    """The line that says what went wrong: ours begin with "error:", a traceback ends with the exception."""
-    if code < 0:
-        return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-    ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    last = [line for line in lines if line.strip() and not line.startswith(" ")]
-    return (ours or last or [f"exit code {code}"])[-1]

@@ -26,15 +26,10 @@ BEAT_EVERY = 10.0  # seconds between heartbeats
 class Holder:
     """Who holds a claim: a process on a machine, under one boot of its kernel."""
 
-    owner: str
+    owner: str  # a name that outlives the process, or ""
     process: int
     machine: str
     boot: str
-
-    @classmethod
-    def here(cls, owner: str = "") -> "Holder":
-        """This process."""
-        return cls(owner, os.getpid(), socket.gethostname(), _boot())
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.machine}" + (f" ({self.owner})" if self.owner else "")
@@ -67,7 +62,8 @@ class CellClaim:
         path = folder / f"{name}.claim-{max(earlier, default=0) + 1}"
         try:
             # Locked before it has contents: whoever reads this kernel's boot in the file may rely on the lock.
-            lock = Lock(path, json.dumps(vars(Holder.here(owner))), new=True)
+            here = Holder(owner, os.getpid(), socket.gethostname(), _boot())
+            lock = Lock(path, json.dumps(vars(here)), new=True)
         except FileExistsError:
             return None  # another was faster
         claim = cls(path, lock)

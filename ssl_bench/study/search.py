@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 from ssl_bench.recipe.compose import CONFIGS
 from ssl_bench.recipe.registry import explain
 from ssl_bench.runtime.suggestion import nearest
-from ssl_bench.study.grid import Overrides, as_argument, read_file
+from ssl_bench.study.grid import Overrides, as_argument, as_overrides, read_file
 
 SEARCHES = CONFIGS / "tune"
 DIGITS = 4  # significant ones of a point's numbers, as they stand on the command line
@@ -157,7 +157,8 @@ def points(arm: Arm, trials: int, seed: int) -> list[Overrides]:
         found = []
         for _ in range(trials):
             trial = study.ask(distributions)
-            found.append({key: as_argument(key, _rounded(value)) for key, value in trial.params.items()})
+            rounded = {key: float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x for key, x in trial.params.items()}
+            found.append(as_overrides(arm.label, rounded))
             study.tell(trial, 0.0)
     finally:
         optuna.logging.set_verbosity(level)
@@ -172,7 +173,3 @@ def _distribution(values: Range | Choices) -> Any:
     if isinstance(values.low, int) and isinstance(values.high, int):
         return IntDistribution(values.low, values.high, log=values.log)
     return FloatDistribution(values.low, values.high, log=values.log)
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
