@@ -1,17 +1,17 @@
-"""Optimizers of large-batch training, schedules, parameter groups and layer telemetry; needs torch only.
+"""Large-batch optimizers, learning-rate schedules, parameter groups and per-layer telemetry; needs torch only.
 
     from ssl_bench.optim import TVLARS
     optimizer = TVLARS(model.parameters(), lr=1.0, delay_steps=10 * steps_per_epoch)
 
-CLARS (Huo, Gu, Huang: "Large Batch Training Does Not Need Warmup", arXiv 2002.01576; AAAI 2021) is left out: only its
-abstract was at hand, so its formula could not be settled. The rule ascribed to it, gamma eta |w_k| / ((1/B) sum_i
-|grad_k f_i|), needs per-sample gradients, which a loss on the whole batch or a net with batch norm does not define.
+CLARS (Huo, Gu, Huang: "Large Batch Training Does Not Need Warmup", arXiv 2002.01576; AAAI 2021) is left out: its ratio
+divides by the mean norm of fresh micro-batch gradients, which an optimizer alone never sees.
 """
 
 from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+from ssl_bench.optim.adapters import adamw, sgd, timm_optimizer
 from ssl_bench.optim.groups import build_groups, check_cover
 from ssl_bench.optim.lamb import LAMB, LAMBC
 from ssl_bench.optim.lars import LARS
@@ -25,8 +25,6 @@ from ssl_bench.optim.schedules import (
     warmup_cosine,
 )
 from ssl_bench.optim.telemetry import Telemetry
-from ssl_bench.optim.timm_adapter import timm_optimizer
-from ssl_bench.optim.torch_adapter import adamw, sgd
 from ssl_bench.optim.tvlars import TVLARS
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssl_bench.optim.layerwise import check_range
+
 Filter = Sequence[str] | Callable[[str, Tensor], bool]
 
 
@@ -43,14 +45,11 @@ def build_groups(
     Raises:
         ValueError: for a negative value, a module without trainable parameters, or a pattern that matches no name.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_1d", lr_1d)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"build_groups: {name} must be a number >= 0, got {value!r}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_1d", lr if lr_1d is None else lr_1d)):
+        check_range("build_groups", name, value)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not named:
-        raise ValueError(
-            f"build_groups: module {type(module).__name__} has no trainable parameters; at least 1 is needed"
-        )
+        raise ValueError(f"build_groups: module must have trainable parameters, got a {type(module).__name__} without")
     neither, undecayed, unadapted = (_matching(f, named) for f in (exclude, exclude_decay, exclude_adapt))
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, param in named:
@@ -77,22 +76,25 @@ def check_cover(module: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
         groups: parameter groups, or an optimizer's `param_groups`.
 
     Raises:
-        ValueError: names the first parameter that is missing or comes twice.
+        ValueError: names the first parameter that is missing or in more than one place.
     """
     wanted = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
     seen: set[int] = set()
     for group in groups:
         for i, param in enumerate(group["params"]):
-            if id(param) in seen:
-                raise ValueError(f"parameter groups: {wanted.get(id(param), i)!r} comes more than once; allowed: once")
             if id(param) not in wanted:
-                raise ValueError(f"parameter groups: parameter {i} of a group is no trainable parameter of the module")
+                raise ValueError(
+                    "check_cover: groups must hold only trainable parameters of the module, got another as number "
+                    f"{i} of its group"
+                )
+            if id(param) in seen:
+                name = wanted[id(param)]
+                raise ValueError(f"check_cover: groups must hold each parameter once, got {name!r} more than once")
             seen.add(id(param))
     missing = [name for key, name in wanted.items() if key not in seen]
     if missing:
-        raise ValueError(
-            f"parameter groups: {missing[0]!r} ({len(missing)} in all) is in no group; allowed: all in one"
-        )
+        lost = f"{missing[0]!r} ({len(missing)} in all)"
+        raise ValueError(f"check_cover: groups must hold every trainable parameter, got none with {lost}")
 
 
 def _matching(chosen: Filter, named: Sequence[tuple[str, Tensor]]) -> set[str]:
@@ -103,6 +105,8 @@ def _matching(chosen: Filter, named: Sequence[tuple[str, Tensor]]) -> set[str]:
     for pattern in chosen:
         hits = {name for name, _ in named if fnmatchcase(name, pattern)}
         if not hits:
-            raise ValueError(f"build_groups: pattern {pattern!r} matches no parameter, e.g. {named[0][0]!r}")
+            raise ValueError(
+                f"build_groups: a pattern must match a parameter name (such as {named[0][0]!r}), got {pattern!r}"
+            )
         found |= hits
     return found

@@ -1,23 +1,19 @@
 """LARS (You et al. 2017, arXiv 1708.03888) with every axis on which its public implementations differ."""
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ssl_bench.optim import blocked
+from ssl_bench.optim.kernels import Kernels, Momentum, Norms, Scalar
 from ssl_bench.optim.layerwise import (
-    Bucket,
     LayerStats,
     LayerwiseOptimizer,
-    Scalar,
-    Tensors,
+    Ratio,
     check_choice,
+    check_nesterov,
     check_range,
-    nan_like,
-    norms,
-    scaled,
+    layer_stats,
 )
 
 Denominator = Literal["norm_of_sum", "sum_of_norms"]
@@ -94,26 +90,12 @@ class LARS(LayerwiseOptimizer):
         check_choice(self.component, "denominator", group["denominator"], get_args(Denominator))
         check_choice(self.component, "zero_norm", group["zero_norm"], get_args(ZeroNorm))
         if group["norm_clamp"] is not None:
-            check_range(self.component, "norm_clamp", group["norm_clamp"], math.ulp(0.0))
-        if group["nesterov"] and group["momentum"] == 0:
-            raise ValueError(f"{self.component}: nesterov needs momentum > 0, got momentum=0")
+            check_range(self.component, "norm_clamp", group["norm_clamp"], above=True)
+        check_nesterov(self.component, group["momentum"], group["nesterov"])
 
-    def _update(self, group: dict[str, Any], chunk: Bucket, *, fused: bool) -> LayerStats | None:
-        rule = Rule(
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            eta=group["eta"],
-            adapt=group["adapt"] and (group["adapt_without_decay"] or group["weight_decay"] != 0),
-            denominator=group["denominator"],
-            eps=group["eps"],
-            lr_in_buffer=group["lr_in_buffer"],
-            nesterov=group["nesterov"],
-            clip=group["clip"],
-            zero_norm=group["zero_norm"],
-            norm_clamp=group["norm_clamp"],
-        )
-        return momentum_step(rule, chunk, None, fused=fused, recording=self.recording)
+    def _update(self, group: dict[str, Any], kernels: Kernels) -> LayerStats | None:
+        adapt = group["adapt"] and (group["adapt_without_decay"] or group["weight_decay"] != 0)
+        return momentum_step(Rule.of(group, adapt=adapt), kernels, None, self.recording)
 
 
 class Rule(NamedTuple):
@@ -133,69 +115,14 @@ class Rule(NamedTuple):
     norm_clamp: float | None = None
     decay_in_update: bool = True  # False: beta w is part of the norm only (TVLARS's Algorithm 1)
 
-    @property
-    def outside(self) -> Scalar:
-        """What the momentum buffer is multiplied by."""
-        return 1.0 if self.lr_in_buffer else self.lr
-
-
-class Norms(NamedTuple):
-    """Norms of K tensors, each (K,); those that were not wanted are NaN."""
-
-    w: Tensor  # |w|
-    g: Tensor  # |g|
-    d: Tensor  # |g + beta w|
-
-
-class Ratio(NamedTuple):
-    """Trust ratios of K tensors, each (K,)."""
-
-    raw: Tensor  # |w| over the denominator
-    q: Tensor  # the factor on the gradient
-    hit: Tensor  # bool: a zero norm set q to 1
-
-
-def momentum_step(rule: Rule, chunk: Bucket, phi: Tensor | None, *, fused: bool, recording: bool) -> LayerStats | None:
-    """One step of LARS or TVLARS on K tensors of one device and dtype.
-
-    Args:
-        rule: the group's settings.
-        chunk: the tensors; parameters and "momentum_buffer" are changed, gradients are not.
-        phi: (K,) factor on the ratio, or None.
-        fused: whether the CPU's cache-blocked path serves.
-        recording: whether statistics are wanted.
-
-    Returns:
-        The statistics, or None without `recording`.
-    """
-    first = chunk.params[0]
-    if isinstance(rule.lr, Tensor):  # on the CPU's own path a tensor's value is at hand
-        rule = rule._replace(lr=float(rule.lr) if fused else rule.lr.reshape(()).to(first.device))
-    elif torch.compiler.is_compiling():
-        # A number is an input of the graph only where it multiplies a tensor; as `alpha` it is a constant of it, and
-        # every new learning rate would compile anew.
-        rule = rule._replace(lr=torch.ones((), dtype=first.dtype, device=first.device) * rule.lr)
-    norm, sums = _take_norms(rule, chunk, fused, recording)
-    ratio = trust_ratio(rule, norm, phi) if rule.adapt and norm is not None else None
-    # A skipped tensor has no decay either.
-    bare = ratio.hit if ratio is not None and rule.zero_norm == "skip" and rule.weight_decay != 0 else None
-    q = None if ratio is None else ratio.q
-    if fused:
-        step_norm = _blocked_update(rule, chunk, q, bare, recording)
-    else:
-        step_norm = _foreach_update(rule, chunk, sums, q, bare, recording)
-    if norm is None or step_norm is None:
-        return None
-    nan = nan_like(norm.w)
-    if ratio is None:
-        ratio = Ratio(nan, nan, torch.zeros_like(nan, dtype=torch.bool))
-    lr = rule.lr * (torch.ones_like(nan) if q is None else q)
-    phi = nan if phi is None else phi
-    return LayerStats(chunk.params, *norm, ratio.raw, ratio.q, phi, lr, step_norm, ratio.hit)
+    @classmethod
+    def of(cls, group: dict[str, Any], **resolved: Any) -> "Rule":
+        """The group's settings, and those that its optimizer resolves itself."""
+        return cls(**({name: group[name] for name in cls._fields if name in group} | resolved))
 
 
 def trust_ratio(rule: Rule, norm: Norms, phi: Tensor | None) -> Ratio:
-    """The factor on each tensor's gradient from its norms.
+    """The factor on each tensor's gradient from its norms; the one place where LARS and TVLARS have their formula.
 
     Args:
         rule: the group's settings.
@@ -217,67 +144,34 @@ def trust_ratio(rule: Rule, norm: Norms, phi: Tensor | None) -> Ratio:
     return Ratio(raw, q, hit)
 
 
-def _take_norms(rule: Rule, chunk: Bucket, fused: bool, recording: bool) -> tuple[Norms | None, Tensors]:
-    """The norms that the settings or the recording need (None for none), and g + beta w off the CPU's own path."""
-    params, grads, decay = chunk.params, chunk.grads, rule.weight_decay
+def momentum_step(rule: Rule, kernels: Kernels, phi: Tensor | None, recording: bool) -> LayerStats | None:
+    """One step of LARS or TVLARS on K tensors of one device and dtype.
+
+    Args:
+        rule: the group's settings.
+        kernels: the tensors; parameters and "momentum_buffer" are changed, gradients are not.
+        phi: (K,) factor on the ratio, or None.
+        recording: whether statistics are wanted.
+
+    Returns:
+        The statistics, or None without `recording`.
+    """
+    rule = rule._replace(lr=kernels.scalar(rule.lr))
     by_sum = rule.denominator == "norm_of_sum"
-    needs_g = recording or (rule.adapt and (not by_sum or rule.zero_norm != "update"))
-    needs_d = recording or (rule.adapt and by_sum)
-    if fused:
-        if not (needs_g or needs_d):
-            return None, grads
-        return Norms(*blocked.layer_norms(params, grads, decay)), grads
-    sums: Tensors = grads
-    if decay != 0 and (needs_d or rule.decay_in_update):
-        sums = torch._foreach_add(grads, params, alpha=decay)
-    if not (needs_g or needs_d):
-        return None, sums
-    w = norms(params)
-    g = norms(grads) if needs_g or decay == 0 else nan_like(w)
-    d = g if decay == 0 else norms(sums) if needs_d else nan_like(w)
-    return Norms(w, g, d), sums
-
-
-def _blocked_update(rule: Rule, chunk: Bucket, q: Tensor | None, bare: Tensor | None, recording: bool) -> Tensor | None:
-    """The update on the CPU; returns |w_new - w| (K,) if recording."""
-    size = len(chunk.params)
-    inside = float(rule.lr) if rule.lr_in_buffer else 1.0
+    # Each norm is a pass over memory on a GPU: only what the ratio or the recording needs.
+    want_g = recording or (rule.adapt and not (by_sum and rule.zero_norm == "update"))
+    want_d = recording or (rule.adapt and by_sum)
+    norm = kernels.norms(rule.weight_decay, want_g=want_g, want_d=want_d) if want_g or want_d else None
+    ratio = trust_ratio(rule, norm, phi) if rule.adapt and norm is not None else None
+    factor: Scalar | None = None if ratio is None else ratio.q
+    if rule.lr_in_buffer:
+        factor = rule.lr if factor is None else factor * rule.lr
+    outside = 1.0 if rule.lr_in_buffer else rule.lr
     decay = rule.weight_decay if rule.decay_in_update else 0.0
-    return blocked.momentum_update_(
-        chunk.params,
-        chunk.grads,
-        chunk.state["momentum_buffer"],
-        factors=[inside] * size if q is None else [inside * a for a in q.tolist()],
-        decays=[decay] * size if bare is None else [0.0 if b else decay for b in bare.tolist()],
-        momentum=rule.momentum,
-        lr=float(rule.outside),
-        nesterov=rule.nesterov,
-        want_norms=recording,
-    )
-
-
-def _foreach_update(
-    rule: Rule, chunk: Bucket, sums: Tensors, q: Tensor | None, bare: Tensor | None, recording: bool
-) -> Tensor | None:
-    """The update by multi-tensor operations, without host synchronisation; returns |w_new - w| (K,) if recording."""
-    params, buffers, dtype = chunk.params, chunk.state["momentum_buffer"], chunk.params[0].dtype
-    d: Tensors = chunk.grads
-    if rule.decay_in_update:
-        d = sums
-        if bare is not None:
-            # Exact: a hit has w = 0 or g = 0, and so g + beta w - beta w = g.
-            off = bare.to(dtype) * -rule.weight_decay
-            d = torch._foreach_add(d, torch._foreach_mul(params, off.unbind()))
-    if q is not None:
-        factor = q * rule.lr if rule.lr_in_buffer else q
-        d = torch._foreach_mul(d, factor.to(dtype).unbind())
-    elif rule.lr_in_buffer:
-        d = scaled(d, rule.lr)
-    torch._foreach_mul_(buffers, rule.momentum)
-    torch._foreach_add_(buffers, d)
-    update: Tensors = torch._foreach_add(d, buffers, alpha=rule.momentum) if rule.nesterov else buffers
-    if isinstance(rule.outside, Tensor):
-        torch._foreach_sub_(params, scaled(update, rule.outside))
-    else:
-        torch._foreach_add_(params, update, alpha=-rule.outside)
-    return norms(update) * rule.outside if recording else None
+    bare = ratio.hit if ratio is not None and rule.zero_norm == "skip" else None
+    sgd = Momentum(outside, rule.momentum, decay, rule.nesterov)
+    step_norm = kernels.momentum_(sgd, factor, bare, want_norm=recording)
+    if norm is None or step_norm is None:
+        return None
+    lr = rule.lr * (torch.ones_like(norm.w) if ratio is None else ratio.q)
+    return layer_stats(kernels.params, norm, ratio, phi, lr, step_norm)

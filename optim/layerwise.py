@@ -1,27 +1,23 @@
-"""What LARS, LAMB and TVLARS share: groups, validation, norms, zero norms, the step over buckets, layer statistics."""
+"""What LARS, LAMB and TVLARS share: checks, parameter groups, the walk over a step's chunks, layer statistics."""
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Scalar = float | Tensor
-Tensors = list[Tensor] | tuple[Tensor, ...]
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-# One chunk's weights and gradients stay in a CPU's last cache level between the norms and the update.
-CPU_CHUNK = 1 << 20  # elements
+from ssl_bench.optim.kernels import LOW_PRECISION, Blocked, Bucket, Kernels, Norms, chunks, nan_like, split_by_kind
 
 
-class Bucket(NamedTuple):
-    """Tensors of one parameter group that share device and dtype, and so one sequence of multi-tensor operations."""
+class Ratio(NamedTuple):
+    """Trust ratios of K tensors, each (K,)."""
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    state: dict[str, list[Tensor]]  # e.g. {"momentum_buffer": [...], "step": [...]}, parallel to `params`
+    raw: Tensor  # |w| over the denominator
+    q: Tensor  # the factor on the gradient
+    hit: Tensor  # bool: a zero norm set q to 1
 
 
 class LayerStats(NamedTuple):
@@ -39,14 +35,21 @@ class LayerStats(NamedTuple):
     zero_norm: Tensor  # bool: a zero norm replaced the ratio
 
 
-# ------------------------------------------------------------------------------------------------------- validation
+def layer_stats(
+    params: list[Tensor], norm: Norms, ratio: Ratio | None, phi: Tensor | None, lr: Tensor, step_norm: Tensor
+) -> LayerStats:
+    """The statistics of K tensors, which are not adapted where `ratio` is None."""
+    nan = nan_like(norm.w)
+    raw, q, hit = ratio or Ratio(nan, nan, torch.zeros_like(nan, dtype=torch.bool))
+    return LayerStats(params, *norm, raw, q, nan if phi is None else phi, lr, step_norm, hit)
 
 
-def check_range(component: str, name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
-    """Refuse a number outside [low, high) or not finite; a one-element tensor passes (reading it would synchronise).
+def check_range(
+    component: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above: bool = False
+) -> None:
+    """Refuse (ValueError) anything but a number in [low, high), or in (low, high) with `above`.
 
-    Raises:
-        ValueError: names the component, the argument, the value and the allowed range.
+    A one-element tensor passes, because reading its value would wait for the device.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -54,18 +57,30 @@ def check_range(component: str, name: str, value: Any, low: float = 0.0, high: f
                 f"{component}: {name} must be a number or a one-element tensor, got {value.numel()} elements"
             )
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-        raise ValueError(f"{component}: {name} must be a number in [{low:g}, {high:g}), got {value!r}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value < high or (above and value == low):
+        allowed = f"{'(' if above else '['}{low:g}, {high:g})"
+        raise ValueError(f"{component}: {name} must be a number in {allowed}, got {value!r}")
 
 
 def check_choice(component: str, name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Refuse a name that is not in `allowed`.
-
-    Raises:
-        ValueError: names the component, the argument, the value and the allowed names.
-    """
+    """Refuse (ValueError) a name that is not in `allowed`."""
     if value not in allowed:
         raise ValueError(f"{component}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_betas(component: str, betas: Sequence[Any]) -> None:
+    """Refuse (ValueError) anything but two decay rates in [0, 1)."""
+    if len(betas) != 2:
+        raise ValueError(f"{component}: betas must be two numbers in [0, 1), got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_range(component, f"betas[{i}]", beta, 0.0, 1.0)
+
+
+def check_nesterov(component: str, momentum: float, nesterov: bool) -> None:
+    """Refuse (ValueError) Nesterov's look-ahead without momentum."""
+    if nesterov and momentum == 0:
+        raise ValueError(f"{component}: momentum must be > 0 with nesterov=True, got {momentum!r}")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -76,51 +91,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def check_param(component: str, param: Tensor) -> None:
-    """Refuse parameters whose layer-wise norm this process cannot take.
-
-    Raises:
-        ValueError: for a sharded, complex, integer or sparse parameter.
-    """
-    if is_sharded(param):
-        raise ValueError(
-            f"{component}: parameter of type {type(param).__name__} is sharded, so its local norm is not the layer's; "
-            "allowed: whole parameters (DistributedDataParallel)"
-        )
-    if not param.is_floating_point():
-        raise ValueError(f"{component}: parameters must be real floating-point tensors, got {param.dtype}")
-    if param.layout != torch.strided:
-        raise ValueError(f"{component}: parameters must be dense tensors, got layout {param.layout}")
-
-
-# ------------------------------------------------------------------------------------------------- norms and ratios
-
-
-def norms(tensors: Tensors) -> Tensor:
-    """Euclidean norm of each tensor, accumulated in at least float32: (K,) on the tensors' device."""
-    dtype = torch.float32 if tensors[0].dtype in LOW_PRECISION else None
-    return torch.stack(list(torch._foreach_norm(tensors, 2, dtype)))
-
-
-def nan_like(reference: Tensor) -> Tensor:
-    """NaN in the reference's shape: a statistic that does not exist here."""
-    return torch.full_like(reference, math.nan)
-
-
-def scaled(tensors: Tensors, factor: Scalar) -> Tensors:
-    """Each tensor times a number or a 0-d tensor, which is not read on the host."""
-    return torch._foreach_mul(tensors, factor)
-
-
-# ---------------------------------------------------------------------------------------------------- the optimizer
-
-
 class LayerwiseOptimizer(Optimizer):
     """Base of the optimizers that scale each tensor's step by its norms.
 
-    A subclass names its per-parameter state in `STATE`, checks a group's settings in `_check_group` and does the
-    arithmetic of a chunk of tensors in `_update`. The base resolves the groups, creates state, refuses what has no
-    layer-wise norm, and walks over the chunks.
+    A subclass names its per-parameter state in `STATE`, checks a group's settings in `_check_group` and has its rule
+    in `_update`. The base splits the groups, creates state, refuses what has no layer-wise norm, and walks over the
+    chunks.
     """
 
     STATE: tuple[str, ...] = ()
@@ -131,6 +107,11 @@ class LayerwiseOptimizer(Optimizer):
         # `capturable` makes load_state_dict keep "step" in float32 on the parameter's device whatever the
         # parameter's dtype; the counters always live there, so that no step needs the host.
         super().__init__(params, {"adapt": True, "capturable": True} | defaults)
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scratch = {}
 
     @property
     def component(self) -> str:
@@ -141,15 +122,13 @@ class LayerwiseOptimizer(Optimizer):
         """Refuse settings out of range. `group` holds every keyword, the group's own over the defaults."""
         raise NotImplementedError
 
-    def _update(self, group: dict[str, Any], chunk: Bucket, *, fused: bool) -> LayerStats | None:
-        """Update the chunk's parameters and state in place; return statistics if `self.recording`."""
+    def _update(self, group: dict[str, Any], kernels: Kernels) -> LayerStats | None:
+        """Update a chunk's parameters and state in place; return statistics if `self.recording`."""
         raise NotImplementedError
 
     def _is_1d(self, param: Tensor) -> bool:
         """Whether the tensor is a bias or a norm's scale, left out of decay and adaptation by default."""
         return param.ndim <= 1
-
-    # ------------------------------------------------------------------------------------------------------- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; those with ndim <= 1 go to a group of their own without decay and adaptation.
@@ -163,42 +142,41 @@ class LayerwiseOptimizer(Optimizer):
             ValueError: a parameter twice, sharded, sparse or not real floating point; a setting out of range.
         """
         group = dict(param_group)
-        params = group["params"]
-        items: Any = [params] if isinstance(params, Tensor) else params
-        if not isinstance(items, set):  # which torch refuses, with the reason
-            items = list(items)
+        items: Any = group.pop("params")
+        if isinstance(items, Tensor):
+            items = [items]
+        if isinstance(items, set):
+            raise TypeError(f"{self.component}: params must be ordered, got a set")
+        items = list(zip(group.pop("param_names"), items, strict=True)) if "param_names" in group else list(items)
         tensors = [item[1] if isinstance(item, tuple) else item for item in items]
         for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                check_param(self.component, tensor)
+            if isinstance(tensor, Tensor):  # torch refuses anything else
+                self._check_param(tensor)
         if len({id(t) for t in tensors}) != len(tensors):
-            raise ValueError(f"{self.component}: params holds a parameter more than once; allowed: each one once")
+            raise ValueError(f"{self.component}: params must hold each parameter once, got one of them more than once")
         self._check_group(self.defaults | group)
-        for part in self._split(group, items, tensors):
-            super().add_param_group(part)
-
-    def _split(self, group: dict[str, Any], items: Any, tensors: list[Any]) -> list[dict[str, Any]]:
-        """The group as one group, or as two where 1-d tensors take other settings than the rest."""
-        special: dict[str, Any] = {}
-        if not self.defaults["adapt_1d"] and "adapt" not in group:
+        special: dict[str, Any] = {}  # what holds for 1-d tensors where the group does not say otherwise
+        if not self.defaults["adapt_1d"]:
             special["adapt"] = False
-        if not self.defaults["decay_1d"] and "weight_decay" not in group:
+        if not self.defaults["decay_1d"]:
             special["weight_decay"] = 0.0
-        flags = [isinstance(t, Tensor) and self._is_1d(t) for t in tensors]
-        if not special or not any(flags):
-            return [group | {"params": items}]
-        names = group.get("param_names")
-        parts = []
-        for wanted, extra in ((False, {}), (True, special)):
-            chosen = [i for i, flag in enumerate(flags) if flag is wanted]
-            part = group | extra | {"params": [items[i] for i in chosen]}
-            if names is not None:
-                part["param_names"] = [names[i] for i in chosen]
-            if chosen:
-                parts.append(part)
-        return parts
+        apart = [not special.keys() <= group.keys() and isinstance(t, Tensor) and self._is_1d(t) for t in tensors]
+        for part, extra in ((False, {}), (True, special)):
+            chosen = [item for item, flag in zip(items, apart, strict=True) if flag is part]
+            if chosen or (not items and not part):  # torch takes an empty group
+                super().add_param_group(extra | group | {"params": chosen})
 
-    # --------------------------------------------------------------------------------------------------------- step
+    def _check_param(self, param: Tensor) -> None:
+        """Refuse parameters whose layer-wise norm this process cannot take."""
+        if is_sharded(param):
+            raise ValueError(
+                f"{self.component}: params must be whole (DistributedDataParallel), got a {type(param).__name__} that "
+                "is sharded: its local norm is not the layer's"
+            )
+        if not param.is_floating_point():
+            raise ValueError(f"{self.component}: params must be real floating-point tensors, got {param.dtype}")
+        if param.layout != torch.strided:
+            raise ValueError(f"{self.component}: params must be dense tensors, got layout {param.layout}")
 
     def _init_group(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *state: list[Tensor]
@@ -210,18 +188,17 @@ class LayerwiseOptimizer(Optimizer):
             if param.grad.layout != torch.strided:
                 raise ValueError(f"{self.component}: gradients must be dense, got layout {param.grad.layout}")
             if is_sharded(param.grad):
-                raise ValueError(f"{self.component}: gradient is sharded; allowed: whole parameters")
+                raise ValueError(f"{self.component}: gradients must be whole, got a sharded one")
             entries = self.state[param]
-            for name in self.STATE:
+            for name, values in zip(self.STATE, state, strict=True):
                 if name not in entries:
                     if name == "step":
                         entries[name] = torch.zeros((), dtype=torch.float32, device=param.device)
                     else:
                         entries[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                values.append(entries[name])
             params.append(param)
             grads.append(param.grad)
-            for values, name in zip(state, self.STATE, strict=True):
-                values.append(entries[name])
         return False  # no complex parameters
 
     @torch.no_grad()
@@ -241,118 +218,43 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stats: list[LayerStats] = []
+        stats: list[LayerStats | None] = []
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             state: list[list[Tensor]] = [[] for _ in self.STATE]
             self._init_group(group, params, grads, *state)
-            whole = Bucket(params, grads, dict(zip(self.STATE, state, strict=True)))
-            for bucket in split_by_kind(whole):
-                fused = self._use_fused(group, bucket)
-                for chunk in chunks(bucket, chunk_elements(group, bucket)):
-                    found = in_float32(self._update, group, chunk, fused=fused)
-                    if found is not None:
-                        stats.append(found)
+            for bucket in split_by_kind(Bucket(params, grads, dict(zip(self.STATE, state, strict=True)))):
+                blocked = group["fused"] is not False and Blocked.serves(bucket)
+                if group["fused"] and not blocked:
+                    raise ValueError(
+                        f"{self.component}: fused must be None (where it can serve) or False here, got True, which "
+                        "needs dense float32 or float64 parameters on the CPU, gradients laid out alike, and no "
+                        "torch.compile"
+                    )
+                for chunk in chunks(bucket, foreach=group["foreach"] is not False):
+                    if blocked:
+                        stats.append(self._update(group, Blocked(chunk, self._scratch)))
+                    else:
+                        stats.append(self._in_float32(group, chunk))
         if self.recording:
-            self.layer_stats = stats
+            self.layer_stats = [s for s in stats if s is not None]
         return loss
 
-    def _use_fused(self, group: dict[str, Any], bucket: Bucket) -> bool:
-        """Whether the CPU's cache-blocked path serves this bucket."""
-        if group["fused"] is False:
-            return False
-        able = not torch.compiler.is_compiling() and can_fuse(bucket)
-        if group["fused"] and not able:
-            raise ValueError(
-                f"{self.component}: fused=True needs dense float32 or float64 parameters on the CPU, gradients laid "
-                "out alike, and no torch.compile; allowed: fused=None (used where it can serve) or False"
-            )
-        return able
+    def _in_float32(self, group: dict[str, Any], chunk: Bucket) -> LayerStats | None:
+        """Update by `Kernels`, bf16/fp16 tensors on float32 copies that are rounded once when they are written back.
 
-
-def can_fuse(bucket: Bucket) -> bool:
-    """Whether every tensor is a dense float32/float64 CPU tensor laid out like its gradient and its state."""
-    first = bucket.params[0]
-    if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.float64):
-        return False
-    moments = [values for name, values in bucket.state.items() if name != "step"]
-    for p, g, *state in zip(bucket.params, bucket.grads, *moments, strict=True):
-        if type(g) is not Tensor or g.dtype != p.dtype or not is_dense(p):
-            return False
-        if any(t.stride() != p.stride() for t in (g, *state)):
-            return False
-    return True
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in whatever order of the axes."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def split_by_kind(bucket: Bucket) -> list[Bucket]:
-    """The bucket's tensors by device and dtype; empty without tensors."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, p in enumerate(bucket.params):
-        kinds.setdefault((p.device, p.dtype), []).append(i)
-    return [bucket] if len(kinds) == 1 else [take(bucket, chosen) for chosen in kinds.values()]
-
-
-def take(bucket: Bucket, chosen: Sequence[int]) -> Bucket:
-    """The tensors at the given positions."""
-    return Bucket(
-        [bucket.params[i] for i in chosen],
-        [bucket.grads[i] for i in chosen],
-        {name: [values[i] for i in chosen] for name, values in bucket.state.items()},
-    )
-
-
-def chunk_elements(group: dict[str, Any], bucket: Bucket) -> float:
-    """How many elements go through one multi-tensor operation: 0 for the per-tensor loop, infinity off the CPU."""
-    if group["foreach"] is False:
-        return 0
-    return CPU_CHUNK if bucket.params[0].device.type == "cpu" and not torch.compiler.is_compiling() else math.inf
-
-
-def chunks(bucket: Bucket, elements: float) -> Iterator[Bucket]:
-    """Consecutive tensors with together at most so many elements; a larger tensor comes alone."""
-    if elements == math.inf:
-        yield bucket
-        return
-    start, total = 0, 0
-    for i, p in enumerate(bucket.params):
-        if i > start and total + p.numel() > elements:
-            yield take(bucket, range(start, i))
-            start, total = i, 0
-        total += p.numel()
-    if start < len(bucket.params):
-        yield take(bucket, range(start, len(bucket.params)))
-
-
-def in_float32(
-    update: Callable[..., LayerStats | None], group: dict[str, Any], chunk: Bucket, *, fused: bool
-) -> LayerStats | None:
-    """Run `update`, for bf16/fp16 tensors on float32 copies that are rounded once when they are written back.
-
-    A ratio of 1e-3 times a small gradient underflows in float16, and bf16 would round d, q d and b in turn.
-    """
-    dtype = chunk.params[0].dtype
-    if dtype not in LOW_PRECISION:
-        return update(group, chunk, fused=fused)
-    wide = Bucket(
-        [p.float() for p in chunk.params],
-        [g.float() for g in chunk.grads],
-        {name: [t.float() for t in values] for name, values in chunk.state.items()},
-    )
-    stats = update(group, wide, fused=False)
-    torch._foreach_copy_(chunk.params, wide.params)
-    for name, values in chunk.state.items():
-        torch._foreach_copy_(values, wide.state[name])
-    return None if stats is None else stats._replace(params=chunk.params)
+        A ratio of 1e-3 times a small gradient underflows in float16, and bf16 would round d, q d and b in turn.
+        """
+        if chunk.params[0].dtype not in LOW_PRECISION:
+            return self._update(group, Kernels(chunk, self._scratch))
+        wide = Bucket(
+            [p.float() for p in chunk.params],
+            [g.float() for g in chunk.grads],
+            {name: [t.float() for t in values] for name, values in chunk.state.items()},
+        )
+        stats = self._update(group, Kernels(wide, self._scratch))
+        torch._foreach_copy_(chunk.params, wide.params)
+        for name, values in chunk.state.items():
+            torch._foreach_copy_(values, wide.state[name])
+        return None if stats is None else stats._replace(params=chunk.params)

@@ -29,18 +29,16 @@ def warmup_cosine(total_steps: int, warmup_steps: int, final: float = 1e-3, stri
     Raises:
         ValueError: for a value out of range.
     """
-    _check_lengths("warmup_cosine", total_steps, warmup_steps)
-    _check_fraction("warmup_cosine", "final", final)
+    _check("warmup_cosine", total_steps, warmup_steps, final)
 
-    def schedule(step: int) -> float:
-        k = _clamped("warmup_cosine", step, total_steps, strict)
+    def schedule(k: int) -> float:
         if k < warmup_steps:
             return k / warmup_steps
         done = (k - warmup_steps) / (total_steps - warmup_steps) if total_steps > warmup_steps else 1.0
         q = (1 + math.cos(math.pi * done)) / 2
         return q + final * (1 - q)
 
-    return schedule
+    return _within("warmup_cosine", total_steps, strict, schedule)
 
 
 def polynomial(total_steps: int, power: float = 1.0, final: float = 1e-3, strict: bool = False) -> Schedule:
@@ -58,16 +56,11 @@ def polynomial(total_steps: int, power: float = 1.0, final: float = 1e-3, strict
     Raises:
         ValueError: for a value out of range.
     """
-    _check_lengths("polynomial", total_steps, 0)
-    _check_fraction("polynomial", "final", final)
+    _check("polynomial", total_steps, 0, final)
     if not 0 < power < math.inf:
-        raise ValueError(f"polynomial: power must be a number > 0, got {power!r}")
+        raise ValueError(f"polynomial: power must be a number in (0, inf), got {power!r}")
 
-    def schedule(step: int) -> float:
-        k = _clamped("polynomial", step, total_steps, strict)
-        return (1 - final) * (1 - k / total_steps) ** power + final
-
-    return schedule
+    return _within("polynomial", total_steps, strict, lambda k: (1 - final) * (1 - k / total_steps) ** power + final)
 
 
 def released_warmup_cosine(
@@ -80,7 +73,7 @@ def released_warmup_cosine(
     the run ends at 0.854 of the peak. (The code also multiplies by B/256: `batch_scale("linear", B, 256)`.)
 
     Args:
-        total_steps: the run's length in steps, >= 1; serves only to refuse steps beyond it.
+        total_steps: the run's length in steps, >= 1; used only to clamp or refuse steps beyond it.
         warmup_steps: K_w in steps, 0 <= K_w < schedule_steps (20 epochs in the code).
         schedule_steps: the K of the formula in steps (100 epochs in the code).
         final: multiplier at the cosine's lowest points, in [0, 1].
@@ -92,26 +85,24 @@ def released_warmup_cosine(
     Raises:
         ValueError: for a value out of range.
     """
-    _check_lengths("released_warmup_cosine", total_steps, 0)
+    _check("released_warmup_cosine", total_steps, 0, final)
     if not 0 <= warmup_steps < schedule_steps:
         raise ValueError(
-            "released_warmup_cosine: warmup_steps must lie in "
-            f"[0, schedule_steps={schedule_steps}), got {warmup_steps!r}"
+            f"released_warmup_cosine: warmup_steps must be in [0, schedule_steps={schedule_steps}), "
+            f"got {warmup_steps!r}"
         )
-    _check_fraction("released_warmup_cosine", "final", final)
 
-    def schedule(step: int) -> float:
-        k = _clamped("released_warmup_cosine", step, total_steps, strict)
+    def schedule(k: int) -> float:
         if k < warmup_steps:
             return k / warmup_steps
         q = (1 + math.cos(math.pi * (k - warmup_steps) / (schedule_steps - warmup_steps))) / 2
         return q + final * (1 - q)
 
-    return schedule
+    return _within("released_warmup_cosine", total_steps, strict, schedule)
 
 
 def batch_scale(rule: Literal["none", "sqrt", "linear"], batch_size: int, base_batch: int) -> float:
-    """What the learning rate is multiplied by for the batch size.
+    """Factor on the learning rate for the batch size.
 
     Args:
         rule: "none" 1 (the paper's grid is given per batch size), "sqrt" sqrt(B / B0), "linear" B / B0.
@@ -122,7 +113,7 @@ def batch_scale(rule: Literal["none", "sqrt", "linear"], batch_size: int, base_b
         ValueError: for an unknown rule or a size below 1.
     """
     if batch_size < 1 or base_batch < 1:
-        raise ValueError(f"batch_scale: batch sizes must be >= 1, got {batch_size!r} and {base_batch!r}")
+        raise ValueError(f"batch_scale: batch_size and base_batch must be >= 1, got {batch_size!r} and {base_batch!r}")
     if rule == "none":
         return 1.0
     if rule == "sqrt":
@@ -140,19 +131,22 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def _check_lengths(component: str, total_steps: int, warmup_steps: int) -> None:
+def _check(component: str, total_steps: int, warmup_steps: int, final: float) -> None:
+    """Refuse (ValueError) lengths and a final multiplier out of range."""
     if total_steps < 1:
         raise ValueError(f"{component}: total_steps must be >= 1, got {total_steps!r}")
     if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"{component}: warmup_steps must lie in [0, total_steps={total_steps}], got {warmup_steps!r}")
+        raise ValueError(f"{component}: warmup_steps must be in [0, total_steps={total_steps}], got {warmup_steps!r}")
+    if not 0 <= final <= 1:
+        raise ValueError(f"{component}: final must be in [0, 1], got {final!r}")
 
 
-def _check_fraction(component: str, name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{component}: {name} must lie in [0, 1], got {value!r}")
+def _within(component: str, total_steps: int, strict: bool, multiplier: Schedule) -> Schedule:
+    """The multiplier of the steps 0 to K; beyond K that of K or, if strict, an error."""
 
+    def schedule(step: int) -> float:
+        if step < 0 or (strict and step > total_steps):
+            raise ValueError(f"{component}: step must be in [0, total_steps={total_steps}], got {step!r}")
+        return multiplier(min(step, total_steps))
 
-def _clamped(component: str, step: int, total_steps: int, strict: bool) -> int:
-    if step < 0 or (strict and step > total_steps):
-        raise ValueError(f"{component}: step must lie in [0, total_steps={total_steps}], got {step!r}")
-    return min(step, total_steps)
+    return schedule

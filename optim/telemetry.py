@@ -1,25 +1,18 @@
 """Layer statistics of an optimizer's steps, kept on the device and flushed in blocks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssl_bench.optim.layerwise import Bucket, LayerStats, LayerwiseOptimizer, nan_like, norms, split_by_kind
+from ssl_bench.optim.kernels import Bucket, Norms, nan_like, norms, split_by_kind
+from ssl_bench.optim.layerwise import LayerStats, LayerwiseOptimizer, layer_stats
 
-VALUES = (
-    "weight_norm",  # |w| before the step
-    "grad_norm",  # |g|
-    "update_norm",  # |g + beta w|, for LAMB |u|; NaN for optimizers without layer-wise ratios
-    "raw_ratio",  # |w| over the denominator, without eta, phi and clip; NaN where the tensor is not adapted
-    "ratio",  # the factor that was applied; NaN where the tensor is not adapted
-    "phi",  # TVLARS's time-varying factor; NaN elsewhere
-    "lr",  # what the gradient is multiplied by before momentum
-    "relative_step",  # |w_new - w| / |w|; infinite where w = 0
-    "zero_norm",  # 1 where a zero norm replaced the ratio, else 0
-)
+# weight_norm, grad_norm, update_norm, raw_ratio, ratio, phi and lr as `LayerStats` explains them, NaN where there is no
+# such value; relative_step = |w_new - w| / |w|, infinite where w = 0; zero_norm = 1 where a zero norm replaced the
+# ratio, else 0.
+VALUES = (*LayerStats._fields[1:8], "relative_step", "zero_norm")
 
 
 class Telemetry:
@@ -39,13 +32,10 @@ class Telemetry:
 
     def __init__(self, optimizer: Optimizer, every: int = 1, *, first_step: int = 0) -> None:
         if every < 0:
-            raise ValueError(f"Telemetry: every must be an integer >= 0 (0 = off), got {every!r}")
+            raise ValueError(f"Telemetry: every must be an integer >= 0 (0 turns it off), got {every!r}")
         self.every = every
         self.step = first_step  # number of the next step; counts performed steps, and may be set
-        self._optimizer = optimizer
-        self._blocks: list[
-            tuple[int, Sequence[str], Tensor]
-        ] = []  # (step, layers, (len(VALUES), layers) on the device)
+        self._blocks: list[tuple[int, list[str], Tensor]] = []  # (step, layers, (len(VALUES), layers) on the device)
         self._before: list[tuple[LayerStats, list[Tensor]]] = []  # a plain optimizer's parameters before the step
         self._handles = []
         if every:
@@ -75,8 +65,6 @@ class Telemetry:
         }
         return out | dict(zip(VALUES, values.unbind(0), strict=True))
 
-    # ------------------------------------------------------------------------------------------------------- hooks
-
     @torch.no_grad()
     def _start(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - the hook's signature
         due = self.step % self.every == 0
@@ -87,33 +75,29 @@ class Telemetry:
 
     @torch.no_grad()
     def _finish(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - the hook's signature
-        if self.step % self.every == 0:
-            if isinstance(optimizer, LayerwiseOptimizer):
-                stats = list(optimizer.layer_stats)
-                optimizer.recording, optimizer.layer_stats = False, ()
-            else:
-                stats = [_plain_stats(*seen) for seen in self._before]
-                self._before = []
-            if stats:
-                names = self._names()
-                layers = [names[id(p)] for s in stats for p in s.params]
-                device = stats[0].weight_norm.device
-                self._blocks.append((self.step, layers, torch.cat([_table(s).to(device) for s in stats], 1)))
-        self.step += 1
-
-    def _names(self) -> dict[int, str]:
-        """A name for every parameter: its own, or group and position."""
-        names: dict[int, str] = {}
-        for i, group in enumerate(self._optimizer.param_groups):
+        step, self.step = self.step, self.step + 1
+        if step % self.every != 0:
+            return
+        if isinstance(optimizer, LayerwiseOptimizer):
+            stats = list(optimizer.layer_stats)
+            optimizer.recording, optimizer.layer_stats = False, ()
+        else:
+            for seen, before in self._before:
+                torch._foreach_sub_(before, seen.params)
+            stats = [seen._replace(step_norm=norms(before)) for seen, before in self._before]
+            self._before = []
+        if not stats:
+            return
+        names: dict[int, str] = {}  # a parameter's own name, or group and position
+        for i, group in enumerate(optimizer.param_groups):
             given = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
             names |= {id(p): name for p, name in zip(group["params"], given, strict=True)}
-        return names
-
-
-def _table(stats: LayerStats) -> Tensor:
-    """The statistics of K tensors as (len(VALUES), K) float32, rows as in `VALUES`."""
-    rows = (*stats[1:8], stats.step_norm / stats.weight_norm, stats.zero_norm)
-    return torch.stack([row.to(torch.float32) for row in rows])
+        tables = []
+        for s in stats:
+            rows = (*s[1:8], s.step_norm / s.weight_norm, s.zero_norm)  # in the order of VALUES
+            tables.append(torch.stack([row.to(torch.float32) for row in rows]).to(stats[0].weight_norm.device))
+        layers = [names[id(p)] for s in stats for p in s.params]
+        self._blocks.append((step, layers, torch.cat(tables, 1)))
 
 
 def _look(group: dict[str, Any]) -> list[tuple[LayerStats, list[Tensor]]]:
@@ -123,15 +107,7 @@ def _look(group: dict[str, Any]) -> list[tuple[LayerStats, list[Tensor]]]:
     for bucket in split_by_kind(Bucket(params, [p.grad for p in params], {})):
         w_norm = norms(bucket.params)
         nan = nan_like(w_norm)
-        lr = torch.zeros_like(w_norm) + group["lr"]
-        stats = LayerStats(
-            bucket.params, w_norm, norms(bucket.grads), nan, nan, nan, nan, lr, nan, torch.zeros_like(nan)
-        )  # fmt: skip
+        norm = Norms(w_norm, norms(bucket.grads), nan)
+        stats = layer_stats(bucket.params, norm, None, None, torch.zeros_like(nan) + group["lr"], nan)
         seen.append((stats, [p.clone() for p in bucket.params]))
     return seen
-
-
-def _plain_stats(seen: LayerStats, before: list[Tensor]) -> LayerStats:
-    """The statistics of a plain optimizer's step after it; `before` is used up."""
-    torch._foreach_sub_(before, seen.params)
-    return seen._replace(step_norm=norms(before))

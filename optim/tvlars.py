@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ssl_bench.optim.kernels import Blocked, Kernels
 from ssl_bench.optim.lars import Rule, ZeroNorm, momentum_step
-from ssl_bench.optim.layerwise import Bucket, LayerStats, LayerwiseOptimizer, check_choice, check_range
+from ssl_bench.optim.layerwise import LayerStats, LayerwiseOptimizer, check_choice, check_range
 
 Variant = Literal["paper", "released"]
 PAPER_LAMBDA = 1e-4
@@ -116,44 +117,30 @@ class TVLARS(LayerwiseOptimizer):
         for name in ("lr", "weight_decay", "eta", "decay", "delay_steps", "gamma_min"):
             check_range(self.component, name, group[name])
         for name in ("alpha", "time_unit_steps"):
-            check_range(self.component, name, group[name], 1e-12)
-        check_range(self.component, "momentum", group["momentum"], 1e-12, 1.0)
+            check_range(self.component, name, group[name], above=True)
+        check_range(self.component, "momentum", group["momentum"], 0.0, 1.0, above=True)
         check_choice(self.component, "variant", group["variant"], get_args(Variant))
         check_choice(self.component, "zero_norm", group["zero_norm"], get_args(ZeroNorm))
         if group["variant"] == "released":
             for name in ("delay_steps", "gamma_min"):
                 if group[name] != 0:
-                    raise ValueError(f"{self.component}: {name} must be 0 with variant='released', got {group[name]}")
+                    raise ValueError(f"{self.component}: {name} must be 0 with variant='released', got {group[name]!r}")
 
-    def _phi(self, group: dict[str, Any], steps: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """phi of each tensor, before its counter advances: (K,)."""
-        t = torch.stack(steps).to(dtype)
-        if group["variant"] == "released":
-            t = t + 1
-        return phi(
-            t,
-            decay=group["decay"],
-            delay_steps=group["delay_steps"],
-            alpha=group["alpha"],
-            gamma_min=group["gamma_min"],
-            time_unit_steps=group["time_unit_steps"],
-        )
-
-    def _update(self, group: dict[str, Any], chunk: Bucket, *, fused: bool) -> LayerStats | None:
+    def _update(self, group: dict[str, Any], kernels: Kernels) -> LayerStats | None:
         paper = group["variant"] == "paper"
-        steps = chunk.state["step"]
-        factor = self._phi(group, steps, torch.float64 if fused else chunk.params[0].dtype)
+        steps = kernels.state["step"]
+        t = torch.stack(steps).to(torch.float64 if isinstance(kernels, Blocked) else kernels.params[0].dtype)
+        settings = {name: group[name] for name in ("decay", "delay_steps", "alpha", "gamma_min", "time_unit_steps")}
+        factor = phi(t if paper else t + 1, **settings)  # the released code counts before it uses t
         torch._foreach_add_(steps, 1.0)
-        rule = Rule(
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            eta=group["eta"],
-            adapt=group["adapt"],
+        rule = Rule.of(
+            group,
+            denominator="norm_of_sum",
+            eps=0.0,
+            clip=False,
             lr_in_buffer=paper,
             nesterov=paper,
-            zero_norm=group["zero_norm"],
             norm_clamp=None if paper else RELEASED_NORM_CLAMP,
             decay_in_update=not paper,
         )
-        return momentum_step(rule, chunk, factor, fused=fused, recording=self.recording)
+        return momentum_step(rule, kernels, factor, self.recording)

@@ -49,7 +49,7 @@ def test_polynomial_powers_differ():
 )
 def test_beyond_the_end_it_clamps_or_refuses(make):
     assert make(False)(11) == make(False)(10) == make(True)(10)
-    with pytest.raises(ValueError, match=r"step must lie in \[0, total_steps=10\], got 11"):
+    with pytest.raises(ValueError, match=r"step must be in \[0, total_steps=10\], got 11"):
         make(True)(11)
     with pytest.raises(ValueError, match="got -1"):
         make(False)(-1)
@@ -65,7 +65,7 @@ def test_released_schedule_cycles_and_ends_at_0_854():
     right = warmup_cosine(1000 * per_epoch, 20 * per_epoch)
     assert right(1000 * per_epoch) == pytest.approx(1e-3)
     assert all(schedule(k) == right(k) for k in range(0, 20 * per_epoch, 49))  # the warm-up is sound
-    with pytest.raises(ValueError, match=r"must lie in \[0, total_steps=5\], got 6"):
+    with pytest.raises(ValueError, match=r"must be in \[0, total_steps=5\], got 6"):
         released_warmup_cosine(5, 1, 3, strict=True)(6)
 
 
@@ -75,7 +75,7 @@ def test_batch_scale():
     assert batch_scale("linear", 2048, 512) == 4.0
     with pytest.raises(ValueError, match="rule must be one of none, sqrt, linear, got 'square'"):
         batch_scale("square", 2048, 512)
-    with pytest.raises(ValueError, match="batch sizes must be >= 1, got 0 and 512"):
+    with pytest.raises(ValueError, match="batch_size and base_batch must be >= 1, got 0 and 512"):
         batch_scale("none", 0, 512)
 
 
