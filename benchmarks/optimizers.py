@@ -3,9 +3,9 @@
     python benchmarks/optimizers.py --json benchmarks/results/optimizers-cpu.json
 
 Same parameters (ResNet-18 and the 2048-2048-4096 projector: 67 tensors, 24.8 M), same gradients. The contestants take
-turns, so that another load on the machine meets them all; medians count, and on a busy machine the minima tell more.
-The floor is the time that the necessary passes over the parameters take at the copying bandwidth measured in the same
-turns: LARS and TVLARS read w and g for the norms, read w, g, b and write w, b for the update, 7 passes; LAMB 9 with v.
+turns, so that other load on the machine hits them alike; compare medians, on a busy machine minima. The floor is the
+time of the necessary passes over the parameters at the copying bandwidth measured in the same turns: LARS and TVLARS
+read w and g for the norms, read w, g, b and write w, b for the update, 7 passes; LAMB 9 with v.
 Needs the extra `bench`.
 """
 
@@ -56,9 +56,12 @@ def contestants(copies: Callable[[], list[nn.Parameter]], device: torch.device) 
     made: dict[str, tuple[str, torch.optim.Optimizer]] = {
         "ours LARS": ("LARS", LARS(shared, LR, **lars)),
         "ours LARS, recorded": ("LARS", recorded),
+        "ours LARS, not blocked": ("LARS", LARS(shared, LR, fused=False, **lars)),
         "ours TVLARS paper": ("TVLARS", TVLARS(shared, LR, **lars)),
         "ours TVLARS released": ("TVLARS", TVLARS(shared, LR, variant="released", **lars)),
+        "ours TVLARS, not blocked": ("TVLARS", TVLARS(shared, LR, fused=False, **lars)),
         "ours LAMB": ("LAMB", LAMB(shared, LR, weight_decay=DECAY)),
+        "ours LAMB, not blocked": ("LAMB", LAMB(shared, LR, weight_decay=DECAY, fused=False)),
         "ours SGD (torch fused)": ("SGD", sgd(shared, LR, 0.9, DECAY)),
         "torch SGD": ("SGD", torch.optim.SGD(shared, LR, **lars)),
         "torch SGD foreach": ("SGD", torch.optim.SGD(shared, LR, foreach=True, **lars)),
@@ -78,7 +81,7 @@ def contestants(copies: Callable[[], list[nn.Parameter]], device: torch.device) 
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call, the device's work included."""
+    """Milliseconds of one call, with the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -102,7 +105,7 @@ def training_step(module: nn.Module, device: torch.device, batch: int) -> Callab
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one run."""
+    """Run all contestants in turns and sum the figures up."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     module = build(args.quick).to(device)
@@ -189,7 +192,7 @@ def summary(
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """CPU, threads, GPU and Python version of this run."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
