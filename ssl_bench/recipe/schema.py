@@ -299,12 +299,19 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_its_path(data_name: str) -> bool:
+    """Whether a data set is whatever lies at ``data.path``, so that another path is another experiment.
+
+    A named set is the same wherever it lies; a reader of any files, or one from outside, is told which by the path.
+    """
+    return data_name in ("hf", "folder") or ":" in data_name
+
+
 def _relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of a nested recipe that can change its result, with their values."""
     flat = without_additions(flatten(recipe))
-    # A named data set is the same wherever it lies; a reader of any files is told which ones by the path.
-    reader = flat.get("data.name") in ("hf", "folder") or ":" in str(flat.get("data.name"))
-    return {key: value for key, value in flat.items() if key not in IRRELEVANT and (reader or key != "data.path")}
+    path = is_its_path(str(flat.get("data.name")))
+    return {key: value for key, value in flat.items() if key not in IRRELEVANT and (path or key != "data.path")}
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -93,7 +93,8 @@ def _without_paths(text: str, *, lines: bool) -> str:
         return "".join(json.dumps(_cut(json.loads(line))) + "\n" for line in text.splitlines())
     value = json.loads(text)
     data = value.get("recipe", {}).get("data", {})
-    if data.get("name") in BY_PATH and PurePath(data.get("path") or "").is_absolute():
+    by_path = data.get("name") in BY_PATH or ":" in str(data.get("name"))  # the latter: a data set from outside
+    if by_path and PurePath(data.get("path") or "").is_absolute():
         digest = hashlib.sha256(data["path"].encode()).hexdigest()[:8]
         data["path"] = f"{PurePath(data['path']).name}-{digest}"
     return json.dumps(_cut(value), indent=2) + "\n"

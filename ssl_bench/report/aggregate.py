@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ssl_bench.recipe.schema import IRRELEVANT, flatten, without_additions
+from ssl_bench.recipe.schema import IRRELEVANT, flatten, is_its_path, without_additions
 from ssl_bench.records.reader import RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize
 from ssl_bench.report.tables import Value
@@ -240,7 +240,7 @@ def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
     """
     relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
     relevant = {name: value for name, value in relevant.items() if name not in less}
-    if lookup(recipe, "data.name") in ("hf", "folder"):  # elsewhere the path only says where the same files lie
+    if is_its_path(str(lookup(recipe, "data.name"))):  # elsewhere the path only says where the same files lie
         relevant["data.path"] = lookup(recipe, "data.path")
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -260,7 +260,7 @@ def _result(record: RunRecord) -> Result:
     found: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
     for entry in (record.results or {}).get("evaluations", []):
         model, protocol, metrics = entry.get("model", "trained"), entry["protocol"], entry["metrics"]
-        top1 = metrics["top1"]
+        top1 = metrics.get("top1", math.nan)  # evaluators from outside may measure something else
         if model in found and protocol not in MONITORS and math.isfinite(top1):
             numbered = ((name.removeprefix("top1_seed"), value) for name, value in metrics.items())
             probes = sorted((int(seed), value) for seed, value in numbered if seed.isdigit())
@@ -282,7 +282,7 @@ def _cell(key: str, results: list[Result]) -> Cell:
     target = lookup(recipe, "optimizer.target").split(":")[-1]
     name = lookup(recipe, "optimizer.name", target) if target == "timm" else OPTIMIZER_NAMES.get(target, target)
     data = recipe["data"]["name"]
-    if data in ("hf", "folder"):
+    if is_its_path(data):
         data = f"{data}:{str(recipe['data'].get('path')).rstrip('/').rsplit('/', 1)[-1]}"
     return Cell(
         key=key,

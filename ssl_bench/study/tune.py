@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ssl_bench.recipe import registry
 from ssl_bench.recipe.compose import compose, merge
 from ssl_bench.records.reader import read_results
 from ssl_bench.records.storage import atomic_json
@@ -189,8 +190,15 @@ def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, 
     }
     cell = next(iter(tuned.values())).trials[0][0].cell
     data, path = cell.recipe.data, cell.overrides.get("data.path")
+    found = registry.resolve("dataset", data.name)
     train = load_dataset(
-        data.name, path=path, size=data.size, resident=False, workers=0, cache_dir=data.cache_dir
+        data.name,
+        locate=found if callable(found) else None,
+        path=path,
+        size=data.size,
+        resident=False,
+        workers=0,
+        cache_dir=data.cache_dir,
     ).train
     indices = holdout_indices(train.labels, data.holdout)[1].tolist()
     holdout = {

@@ -79,7 +79,7 @@ def test_sgd_nesterov_needs_momentum():
 
 
 def test_the_package_imports_torch_only():
-    heavy = ("timm", "torchvision", "accelerate", "hydra")
+    heavy = ("timm", "torchvision", "accelerate", "pydantic")
     code = f"import sys, ssl_bench.optim; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
