@@ -94,9 +94,9 @@ def write_page(
 def counts(collection: Collection) -> str:
     """One line on the number of runs and recipes."""
     statuses = Counter(result.status for result in collection.results)
-    said = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
+    states = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
     skipped = f"; skipped folders: {len(collection.skipped)}" if collection.skipped else ""
-    return f"runs: {len(collection.results)}, of recipes (seeds aside): {len(collection.cells)} ({said}){skipped}"
+    return f"runs: {len(collection.results)}, of recipes (seeds aside): {len(collection.cells)} ({states}){skipped}"
 
 
 def _table(table: Table) -> dict[str, Any]:

@@ -62,12 +62,12 @@ def bold_verdict(cell: Cell, rivals: Sequence[Cell], protocol: str) -> Verdict:
         "holds" if it leads every rival by a point, "open" if it or one of the paper's rivals has not ended.
     """
 
-    def height(cell: Cell) -> float | None:
+    def score(cell: Cell) -> float | None:
         """The mean; minus infinity where every run failed, None where there is nothing yet."""
         mean = cell.summary(protocol).mean
         return float("-inf") if mean is None and cell.failed else mean
 
-    own, others = height(cell), [height(rival) for rival in rivals]
+    own, others = score(cell), [score(rival) for rival in rivals]
     known = [value for value in others if value is not None]
     missing = set(OPTIMIZERS) - {c.optimizer.lower() for c in [cell, *rivals]}
     if own is None or missing or len(known) < len(others):

@@ -40,9 +40,9 @@ def coverage(collection: Collection, study: Study) -> Table:
         table.records.append({"status": state, "run": cell.label, "identity": cell.identity})
         if state != "finished":
             table.add((state, cell.label))
-    said = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    note = f"Of the {len(study.cells)} runs: {said}. A run at another length or precision than the study's counts too."
-    table.notes = (note,)
+    states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    relaxed = "A run at another length or precision than the study's counts too."
+    table.notes = (f"Of the {len(study.cells)} runs: {states}. {relaxed}",)
     return table
 
 
@@ -60,9 +60,9 @@ def epochs_planned(result: Result) -> float | None:
 
 def cut_short(cell: Cell) -> bool:
     """Whether a cell's runs were started for fewer epochs than the paper's."""
-    epochs, papers = epochs_planned(cell.results[0]), EPOCHS.get(cell.problem)
+    epochs, in_paper = epochs_planned(cell.results[0]), EPOCHS.get(cell.problem)
     # Some slack, for epochs become whole steps: at a large batch an epoch has only three.
-    return epochs is not None and papers is not None and epochs < 0.95 * papers
+    return epochs is not None and in_paper is not None and epochs < 0.95 * in_paper
 
 
 def epochs_trained(cells: Iterable[Cell]) -> float | None:
@@ -77,18 +77,18 @@ def scope(collection: Collection) -> list[str]:
     def span(values: list[str]) -> str:
         return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
 
-    said = []
+    sentences = []
     for problem in collection.problems:
         cells = [cell for cell in collection.cells if cell.problem == problem]
         started = {epochs_planned(result) for cell in cells for result in cell.results}
         epochs = span([short(value) for value in sorted(value for value in started if value is not None)])
-        papers = EPOCHS.get(problem)
-        beside = "" if papers is None else ", as in the paper" if epochs == str(papers) else f" (the paper: {papers})"
+        paper = EPOCHS.get(problem)
+        beside = "" if paper is None else ", as in the paper" if epochs == str(paper) else f" (the paper: {paper})"
         seeds = sorted({len(cell.results) for cell in cells})
         spread = ", so no spread between seeds is known" if seeds == [1] else ""
         count = f"n = {span([str(number) for number in seeds])} {'seed' if seeds == [1] else 'seeds'}"
-        said.append(f"{problem}: {epochs or '?'} epochs per run{beside}; {count} for each recipe{spread}.")
-    return said
+        sentences.append(f"{problem}: {epochs or '?'} epochs per run{beside}; {count} for each recipe{spread}.")
+    return sentences
 
 
 def short(epochs: float | None) -> str:

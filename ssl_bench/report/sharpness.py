@@ -145,18 +145,15 @@ def _incomparable(left: Analysis, right: Analysis) -> str:
 def _finding(runs: Sequence[Analyzed], tallies: Sequence[_Tally]) -> str:
     if not runs:
         return "No run has sharpness in its analysis.json (ssl-bench analyze RUN)."
-    said = [text for tally in tallies if (text := str(tally))]
-    if not said:
-        said = ["Sharpness is measured, but in no pair of one setting, learning rate and seed that can be compared."]
-    said.append(f"Measured with {measured_how(runs)}.")
-    short = sum(cut_short(run.cell) for run in runs)
-    if short:
-        said.append(
-            f"{short} of {len(runs)} runs were cut short of the paper's epochs: where they ended is no minimum."
-        )
+    none = "Sharpness is measured, but in no pair of one setting, learning rate and seed that can be compared."
+    sentences = [text for tally in tallies if (text := str(tally))] or [none]
+    sentences.append(f"Measured with {measured_how(runs)}.")
+    short = f"{sum(cut_short(run.cell) for run in runs)} of {len(runs)} runs were cut short of the paper's epochs"
+    if any(cut_short(run.cell) for run in runs):
+        sentences.append(f"{short}: where they ended is no minimum.")
     left_out = sum((tally.left_out for tally in tallies), Counter[str]())
-    said += [f"Left out: {_pairs(count)}, {reason}." for reason, count in left_out.items()]
-    return " ".join(said)
+    sentences += [f"Left out: {_pairs(count)}, {reason}." for reason, count in left_out.items()]
+    return " ".join(sentences)
 
 
 def _pairs(count: int) -> str:
