@@ -85,22 +85,28 @@ class Pipeline:
     ):
         chunk_size = chunk_size or batch_size
         if batch_size > len(source):
-            raise ValueError(
-                f"batch_size: got {batch_size}, allowed: at most the {len(source)} images of the train set"
-            )
-        if batch_size % chunk_size:
-            raise ValueError(f"chunk_size: got {chunk_size}, allowed: a divisor of batch_size={batch_size}")
-        if chunk_size % world_size:
-            what = "batch_size" if chunk_size == batch_size else "chunk_size"
-            raise ValueError(f"{what}: got {chunk_size}, allowed: a multiple of the {world_size} processes")
+            raise ValueError(f"batch_size must be at most the {len(source)} images of the train set, got {batch_size}")
+        if batch_size % chunk_size or chunk_size % world_size:
+            allowed = f"a divisor of batch_size={batch_size} and a multiple of the {world_size} processes"
+            raise ValueError(f"chunk_size must be {allowed}, got {chunk_size}")
         self.source, self.augmentations, self.streams = source, augmentations, streams
         self.seed, self.batch_size, self.device, self.with_labels = seed, batch_size, device, with_labels
         self.last_batch, self.n_chunks = last_batch, batch_size // chunk_size
         lengths = {batch_size}
         if last_batch == "short" and (rest := len(source) % batch_size):
-            _refuse_uneven(rest, len(source), self.n_chunks, world_size)
+            # An uneven share would need weights in every mean; of single images batch norm has no variance.
+            parts = self.n_chunks * world_size
+            if rest % parts or rest == parts:
+                why = "do not divide by" if rest % parts else "would come one at a time over"
+                raise ValueError(
+                    f"last_batch must be carry, got short: the last {rest} of {len(source)} images {why} "
+                    f"{self.n_chunks} chunks x {world_size} processes"
+                )
             lengths.add(rest)
-        self._positions = {length: _positions(length, length // self.n_chunks, rank, world_size) for length in lengths}
+        self._positions: dict[int, Tensor] = {}  # in the global batch of this length: chunk after chunk
+        for length in lengths:
+            slices = sampler.local_positions(length, length // self.n_chunks, rank, world_size)
+            self._positions[length] = torch.cat([torch.arange(length)[part] for part in slices])
         self._whole = self.n_chunks * world_size == 1  # this process computes all of it, in order
 
     @property
@@ -162,23 +168,3 @@ class Pipeline:
             for tensor in (batch.images, *batch.views(0)):
                 tensor.record_stream(current)
             yield batch
-
-
-def _positions(batch_size: int, chunk_size: int, rank: int, world_size: int) -> Tensor:
-    """The positions in the global batch of what one process computes, chunk after chunk."""
-    slices = sampler.local_positions(batch_size, chunk_size, rank, world_size)
-    return torch.cat([torch.arange(part.start, part.stop) for part in slices])
-
-
-def _refuse_uneven(rest: int, size: int, n_chunks: int, world_size: int) -> None:
-    """A short batch that the processes or the chunks cannot share alike would need weights in every mean."""
-    if rest % (n_chunks * world_size):
-        raise ValueError(
-            f"last_batch: got short, allowed: carry, because the last {rest} of {size} images do not divide by "
-            f"{n_chunks} chunks x {world_size} processes"
-        )
-    if rest == n_chunks * world_size:
-        raise ValueError(
-            f"last_batch: got short, allowed: carry, because the last {rest} of {size} images would come one at a time "
-            f"({n_chunks} chunks x {world_size} processes), of which batch norm has no variance"
-        )

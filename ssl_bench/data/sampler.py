@@ -1,6 +1,6 @@
 """Which samples a step sees: pure functions of (seed, step).
 
-Nothing here keeps state, so a run can start at any step, on any number of processes, and be the same experiment:
+Nothing here keeps state, so that a run can start at any step, on any number of processes, and be the same experiment:
 everything is drawn for the *global* batch and then sliced by rank.
 """
 
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ssl_bench.runtime.seeds import PERMUTATION, generator
 
-# What happens where the batch size does not divide an epoch: the last batch takes the rest of its images from the next
-# epoch, or it is short.
+# If the batch size does not divide an epoch, its last batch is completed from the next epoch ("carry"), or short.
 LastBatch = Literal["carry", "short"]
 
 

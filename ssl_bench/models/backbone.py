@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,25 +16,33 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from ssl_bench.models.small_maps import use_small_maps
+from ssl_bench.runtime.suggestion import nearest
 
 Stem = Literal["cifar", "imagenet"]
 Init = Literal["timm", "torchvision", "kaiming_uniform"]
+Factory = Callable[[], nn.Module]  # makes a foreign backbone: (n, 3, H, W) -> (n, num_features), an attribute of it
 
 # With the CIFAR stem these are timm models too (resnet18_cifar, ...), once this module is imported.
 CIFAR_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
-# How a backbone was made: an attribute of it, and the one entry of its file's header (safetensors writes several
-# entries in a random order, and equal backbones shall be equal files).
+# How a backbone was made: an attribute of it, and the only entry of its file's header, because safetensors writes
+# several entries in a random order and equal backbones should be equal files.
 _SPEC = "ssl_bench"
 
 
 def create_backbone(
-    name: str = "resnet18", *, stem: Stem = "cifar", init: Init = "torchvision", seed: int = 0, in_chans: int = 3
+    name: str = "resnet18",
+    *,
+    stem: Stem = "cifar",
+    init: Init = "torchvision",
+    seed: int = 0,
+    in_chans: int = 3,
+    factory: Factory | None = None,
 ) -> tuple[nn.Module, int]:
     """Creates a backbone; equal arguments give equal weights, in every process, whatever the global generator's state.
 
     Args:
-        name: a timm model.
+        name: a timm model; with `factory` any name.
         stem: "cifar" makes a ResNet's first convolution 3x3 with stride 1 and drops its max pooling, for images of 32
             to 64 pixels; "imagenet" leaves the model as it is.
         init: "timm" keeps timm's own, which for ResNets is torchvision's but with a zero weight of the last batch norm
@@ -45,58 +52,64 @@ def create_backbone(
             layers, biases 0, batch norms as in torchvision.
         seed: >= 0.
         in_chans: the images' channels.
+        factory: makes the model instead of timm; ``init="timm"`` keeps its own initialisation.
 
     Returns:
         the model, from (n, in_chans, H, W) to (n, D) pooled features, and D.
 
     Raises:
-        ValueError: an unknown name, stem or init, or a model whose stem cannot be exchanged.
+        ValueError: an unknown name, stem or init, a model whose stem cannot be replaced, or without `num_features`.
     """
     for argument, value, allowed in (("stem", stem, get_args(Stem)), ("init", init, get_args(Init))):
         if value not in allowed:
             raise ValueError(f"model {name}: {argument} must be {' or '.join(allowed)}, got {value!r}")
-    _check_name(name)
+    if factory is None:
+        _check_name(name)
     with seeded(seed):
-        model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans)
+        model = factory() if factory else timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans)
         if stem == "cifar":
             use_cifar_stem(model, name)
         if init != "timm":
             _initialise(model, init)
     use_small_maps(model)
     setattr(model, _SPEC, {"name": name, "stem": stem, "in_chans": in_chans})
-    # Where the pooled features go through one more layer (MobileNetV3), timm tells their number apart.
-    features: Any = getattr(model, "head_hidden_size", None) or model.num_features
-    return model, int(features)
+    # If the pooled features pass one more layer (MobileNetV3), timm's num_features is their number before it.
+    features: Any = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+    if not isinstance(features, int) or features < 1:
+        raise ValueError(f"model {name}: num_features must be an attribute, a whole number > 0, got {features!r}")
+    return model, features
 
 
 def _check_name(name: str) -> None:
-    if name in _cifar_names():
-        raise ValueError(f"model: {name} is spelled model.name={name.removesuffix('_cifar')} model.stem=cifar here")
+    plain = name.removesuffix("_cifar")
+    if plain != name and plain in CIFAR_RESNETS:
+        raise ValueError(f"model.name must be {plain} (with model.stem=cifar), got {name}")
     if not timm.is_model(name):
-        nearest = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise ValueError(f"model: timm {timm.__version__} has no model {name!r} among {len(timm.list_models())}{hint}")
+        known = timm.list_models()
+        raise ValueError(
+            f"unknown model {name!r}{nearest(name, known)} (known: timm {timm.__version__}'s {len(known)})"
+        )
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Runs the block with the CPU's generator seeded, on the CPU, and puts the generator back as it was."""
+    """Runs the block on the CPU with the CPU's generator seeded, and restores the generator."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs too
         yield
 
 
 def use_cifar_stem(model: nn.Module, name: str) -> None:
-    """Exchanges a ResNet's 7x7 convolution of stride 2 for a 3x3 one of stride 1, and its max pooling for nothing.
+    """Replaces a ResNet's 7x7 convolution of stride 2 by a 3x3 one of stride 1, and removes its max pooling.
 
     Raises:
-        ValueError: the model is no ResNet with that stem.
+        ValueError: the model is not a ResNet with that stem.
     """
     conv = getattr(model, "conv1", None)
     if not isinstance(model, ResNet) or not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7):
         raise ValueError(
-            f"model {name}: stem=cifar needs a ResNet that starts with one 7x7 convolution (resnet18, resnet34, "
-            "resnet50, resnext50_32x4d, ...); stem=imagenet takes any model"
+            f"model {name}: stem must be imagenet, got cifar, which replaces the 7x7 convolution that a ResNet starts "
+            "with (resnet18, resnet34, resnet50, resnext50_32x4d, ...)"
         )
     new = nn.Conv2d(conv.in_channels, conv.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm initialises the others
@@ -105,46 +118,34 @@ def use_cifar_stem(model: nn.Module, name: str) -> None:
 
 
 def _initialise(model: nn.Module, init: Init) -> None:
+    uniform = init == "kaiming_uniform"
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            if init == "torchvision":
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            else:
-                nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
-        elif isinstance(module, nn.Linear) and init == "kaiming_uniform":
+        if isinstance(module, nn.Conv2d) and not uniform:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Conv2d | nn.Linear) and uniform:
             nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-            continue
-        else:
-            continue
-        if init == "kaiming_uniform" and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
-def _cifar_names() -> tuple[str, ...]:
-    return tuple(f"{name}_cifar" for name in CIFAR_RESNETS)
+def _register_cifar_resnet(name: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"model {name}_cifar: pretrained must be False, got True: there are no such weights")
+        model = timm.create_model(name, **kwargs)
+        use_cifar_stem(model, name)
+        return model
+
+    create.__name__ = f"{name}_cifar"
+    create.__doc__ = f"timm's {name} with the CIFAR stem: 3x3 convolution of stride 1, no max pooling."
+    register_model(create)
 
 
-def _register_cifar_resnets() -> None:
-    def entry_point(name: str) -> Callable[..., nn.Module]:
-        def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-            if pretrained:
-                raise ValueError(f"model {name}_cifar: there are no pretrained weights")
-            model = timm.create_model(name, **kwargs)
-            use_cifar_stem(model, name)
-            return model
-
-        create.__name__ = f"{name}_cifar"
-        create.__doc__ = f"timm's {name} with the CIFAR stem: 3x3 convolution of stride 1, no max pooling."
-        return create
-
-    for name in CIFAR_RESNETS:
-        register_model(entry_point(name))
-
-
-_register_cifar_resnets()
+for _name in CIFAR_RESNETS:
+    _register_cifar_resnet(_name)
 
 
 def save_backbone(backbone: nn.Module, path: str | Path) -> None:
@@ -156,7 +157,7 @@ def save_backbone(backbone: nn.Module, path: str | Path) -> None:
 
     Args:
         backbone: made by `create_backbone` or `load_backbone`; batch norms may have become synchronised ones.
-        path: ends with .safetensors, which is how timm knows the format.
+        path: must end with .safetensors, by which timm recognises the format.
 
     Raises:
         ValueError: another path, or a module that those functions did not make.
@@ -165,7 +166,7 @@ def save_backbone(backbone: nn.Module, path: str | Path) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"backbone: the path must end with .safetensors, got {path}")
     if spec is None:
-        raise ValueError(f"backbone: only a module made by create_backbone can be saved, got {type(backbone).__name__}")
+        raise ValueError(f"backbone must be made by create_backbone to be saved, got {type(backbone).__name__}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -176,8 +177,8 @@ def save_backbone(backbone: nn.Module, path: str | Path) -> None:
             temporary.unlink()
 
 
-def load_backbone(path: str | Path) -> tuple[nn.Module, int]:
-    """Loads what `save_backbone` saved.
+def load_backbone(path: str | Path, factory: Factory | None = None) -> tuple[nn.Module, int]:
+    """Loads what `save_backbone` saved; a foreign backbone needs the factory that made it.
 
     Returns:
         the model on the CPU and the number of its features.
@@ -193,7 +194,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, int]:
             header = file.metadata() or {}
         if _SPEC not in header:
             raise ValueError(f"backbone {path}: the header must hold {_SPEC}, got {', '.join(header) or 'nothing'}")
-        model, feature_dim = create_backbone(**json.loads(header[_SPEC]))
+        model, feature_dim = create_backbone(**json.loads(header[_SPEC]), factory=factory)
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(

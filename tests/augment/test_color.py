@@ -60,9 +60,9 @@ def test_hue_is_finite_where_channels_nearly_agree() -> None:
 
 def test_grey_and_solarize_equal_torchvisions_where_chosen() -> None:
     x = images()
+    x[0, 0, 0] = 0.5
     grey = F.rgb_to_grayscale(x, 3)
     torch.testing.assert_close(color.luma(x), grey[0], rtol=0, atol=1e-6)
-    x[0, 0, 0] = 0.5
     chosen = torch.tensor([[1.0], [0.0]] * 3)  # every other sample
     for ours, theirs, atol in (
         (color.to_grey(x.clone(), chosen), grey, 1e-6),

@@ -150,7 +150,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(here, capsys, monkey
         (["nonsense=1"], "unknown key 'nonsense'"),
         (["optimizer=larss"], "unknown optimizer 'larss'; did you mean 'lars'?"),
         (["model.name=resnet17"], "resnet1"),
-        (["batch_size=1443", "chunk_size=null"], "batch_size: got 1443, allowed: at most the 1442 images"),
+        (
+            ["batch_size=1443", "chunk_size=null"],
+            "batch_size must be at most the 1442 images of the train set, got 1443",
+        ),
         (["data=cifar10", "data.path=missing"], "missing"),
         (["method=tiny_net:TinyTwins", "method.projector=[0]"], "projector"),
         (["tracker=nope"], "unknown tracker 'nope'"),

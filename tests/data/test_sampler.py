@@ -120,7 +120,7 @@ def test_short_batches_are_the_same_from_any_step_on_and_when_streamed():
 @pytest.mark.parametrize(("world_size", "chunk_size", "parts"), [(4, None, "1 chunks x 4"), (1, 2, "4 chunks x 1")])
 def test_a_short_batch_that_cannot_be_shared_evenly_is_refused(world_size, chunk_size, parts):
     source = ResidentSource(*numbered())
-    message = rf"last_batch: got short, allowed: carry, because the last 6 of 22 images do not divide by {parts} proc"
+    message = rf"last_batch must be carry, got short: the last 6 of 22 images do not divide by {parts} proc"
     with pytest.raises(ValueError, match=message):
         pipeline(source, world_size=world_size, chunk_size=chunk_size)
 
@@ -128,5 +128,5 @@ def test_a_short_batch_that_cannot_be_shared_evenly_is_refused(world_size, chunk
 @pytest.mark.parametrize(("size", "world_size", "chunk_size"), [(17, 1, None), (18, 2, None), (18, 1, 4)])
 def test_a_short_batch_of_single_images_is_refused(size, world_size, chunk_size):
     """Batch norm would raise at the end of the first epoch."""
-    with pytest.raises(ValueError, match=r"last_batch: got short, allowed: carry.*one at a time"):
+    with pytest.raises(ValueError, match=r"last_batch must be carry, got short: .*one at a time"):
         pipeline(ResidentSource(*numbered(size)), world_size=world_size, chunk_size=chunk_size)

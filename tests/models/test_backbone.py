@@ -93,18 +93,42 @@ def test_init_kaiming_uniform_is_uniform_by_fan_in():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet81"}, "no model 'resnet81'.*resnet18"),
+        ({"name": "resnet81"}, r"unknown model 'resnet81'; did you mean 'resnet\d+\w*'\? \(known: timm "),
         ({"name": "resnet18", "stem": "cifer"}, "stem must be cifar or imagenet, got 'cifer'"),
         ({"name": "resnet18", "init": "xavier"}, "init must be timm or torchvision or kaiming_uniform, got 'xavier'"),
-        ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "vit_tiny_patch16_224: stem=cifar needs a ResNet"),
-        ({"name": "resnet18d", "stem": "cifar"}, "resnet18d: stem=cifar needs a ResNet that starts with one 7x7"),
-        ({"name": "resnet18_cifar"}, "model.name=resnet18 model.stem=cifar"),
+        ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "vit_tiny_patch16_224: stem must be imagenet, got cifar"),
+        ({"name": "resnet18d", "stem": "cifar"}, "resnet18d: stem must be imagenet, got cifar, which replaces the 7x7"),
+        ({"name": "resnet18_cifar"}, r"model\.name must be resnet18 \(with model\.stem=cifar\), got resnet18_cifar"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         create_backbone(**arguments)
     assert "\n" not in str(caught.value)
+
+
+class Foreign(nn.Sequential):
+    """A backbone from outside timm."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_a_foreign_backbone_is_seeded_saved_and_loaded_like_the_others(tmp_path):
+    arguments = {"stem": "imagenet", "init": "timm", "factory": Foreign}
+    backbone, feature_dim = create_backbone("mine:Foreign", seed=3, **arguments)
+    assert feature_dim == backbone(torch.randn(2, 3, 8, 8)).shape[1] == 6
+    assert equal_weights(backbone, create_backbone("mine:Foreign", seed=3, **arguments)[0])
+    assert not equal_weights(backbone, create_backbone("mine:Foreign", seed=4, **arguments)[0])
+    save_backbone(backbone, tmp_path / "b.safetensors")
+    loaded, _ = load_backbone(tmp_path / "b.safetensors", Foreign)
+    assert equal_weights(loaded, backbone)
+    with pytest.raises(ValueError, match="unknown model 'mine:Foreign'"):
+        load_backbone(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="model x: num_features must be an attribute, a whole number > 0, got None"):
+        create_backbone("x", stem="imagenet", factory=lambda: nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(("stem", "timm_name"), [("imagenet", "resnet18"), ("cifar", "resnet18_cifar")])
@@ -138,7 +162,7 @@ def test_a_loaded_backbone_is_the_saved_one_and_can_be_saved_again(tmp_path):
 def test_saving_refuses_another_suffix_and_a_foreign_module(tmp_path):
     with pytest.raises(ValueError, match=r"must end with \.safetensors, got .*b\.pt"):
         save_backbone(create_backbone("resnet18")[0], tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"only a module made by create_backbone.*got Linear"):
+    with pytest.raises(ValueError, match=r"must be made by create_backbone.*got Linear"):
         save_backbone(nn.Linear(2, 2), tmp_path / "b.safetensors")
     assert not list(tmp_path.iterdir())
 
