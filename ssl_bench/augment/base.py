@@ -9,7 +9,9 @@ from torch import Tensor
 from ssl_bench.augment.resample import Params
 from ssl_bench.runtime.cuda_graph import Replayed
 
-BLOCK = 128 * 3 * 32 * 32  # values a core works on at a time: what its caches hold, and enough to hide the calls
+BLOCK = (
+    128 * 3 * 32 * 32
+)  # values a core works on at a time: fit its caches, and are enough to hide the calls' overhead
 
 
 def take(params: Mapping[str, Tensor], index: slice | Tensor) -> Params:
@@ -20,16 +22,15 @@ def take(params: Mapping[str, Tensor], index: slice | Tensor) -> Params:
 class Augmentation(ABC):
     """uint8 images -> normalised images, each with its own random parameters.
 
-    A subclass draws parameters (`draw`), packs them into one table on the CPU (`table`), and maps images and their rows
-    of the table to the result with operations of the device alone (`program`).
+    A subclass draws parameters (`draw`), packs them into one table on the CPU (`table`), and computes the result from
+    images and their rows of the table without any work on the CPU (`program`).
 
     Args:
         mean: of each channel, for pixels in [0, 1].
         std: of each channel, > 0.
         dtype: of the result.
-        compile: fuse the program by torch.compile, for GPUs, where starting kernels takes the time (on CPUs it is
-            slower).
-        graph: start the program as one CUDA graph, for batches of the first one's shape; for GPUs only.
+        compile: fuse the program by torch.compile: for GPUs, where launching kernels takes the time; slower on CPUs.
+        graph: launch the program as one CUDA graph, for batches of the first one's shape; for GPUs only.
     """
 
     size = 0  # pixels of the output's sides, where they are not the images'
@@ -87,14 +88,9 @@ class Augmentation(ABC):
 
     def apply(self, images: Tensor, table: Tensor, params: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         """The program, block by block, on a table that is still on the CPU."""
-        table, blocks = to_device(table, images.device), self._blocks(images)
-        if len(blocks) == 1:
-            return self.program(images, table)
-        height, width = (self.size, self.size) if self.size else images.shape[2:]
-        output = self._empty(images, height, width)
-        for block in blocks:
-            output[block] = self.program(images[block], table[block])
-        return output
+        table = to_device(table, images.device)
+        outputs = [self.program(images[block], table[block]) for block in self._blocks(images)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _check(self, holds: bool, argument: str, got: object, allowed: str) -> None:
         if not holds:
@@ -113,9 +109,8 @@ class Augmentation(ABC):
         self._check(good, "images", f"{shape} {images.dtype}", "(n, 3, H, W) uint8")
         for name, value in params.items():
             if value.shape[0] != shape[0] or value.device.type != "cpu":
-                got = f"{len(value)} on {value.device}"
-                self._check(len(value) == len(images), f"params[{name!r}]", got, f"{len(images)} rows, one per image")
-                self._check(value.device.type == "cpu", f"params[{name!r}]", got, "on the CPU")
+                got, allowed = f"{len(value)} on {value.device}", f"{shape[0]} rows, one per image, on the CPU"
+                self._check(False, f"params[{name!r}]", got, allowed)
 
     def _blocks(self, images: Tensor) -> list[slice]:
         """The batch in pieces that the caches of a CPU's cores hold; a GPU takes all at once."""
@@ -123,10 +118,6 @@ class Augmentation(ABC):
         pixels = 3 * max(self.size**2, images.shape[2] * images.shape[3])
         length = max(1, torch.get_num_threads() * BLOCK // pixels) if images.device.type == "cpu" else n
         return [slice(start, min(start + length, n)) for start in range(0, n, length)]
-
-    def _empty(self, images: Tensor, height: int, width: int) -> Tensor:
-        shape = (len(images), 3, height, width)
-        return torch.empty(shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
 
     def _normalize(self, planes: Tensor) -> Tensor:
         """(3, n, P) float in [0, 1], overwritten -> (n, P, 3) of the output's dtype."""

@@ -80,7 +80,7 @@ def write_all(file: RawWriter, block: np.ndarray) -> None:
 
 
 class CacheWriter:
-    """Writes the files of one cached data set into its unfinished folder and syncs them to disk."""
+    """Writes the files of one data set into its unfinished folder and syncs them to disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,25 +113,17 @@ class CacheWriter:
             raise CacheUnusable(f"{self.folder.parent}: {error.strerror}") from error
 
 
-def _acquire(lock: FileLock, what: str) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process is decoding it, waiting", what)
-        lock.acquire()
-
-
 def ensure(cache_dir: Path, key: str, n_bytes: Callable[[], int], build: Callable[[CacheWriter], None]) -> Path:
-    """The folder of a cached data set, which is built first if it is not there.
+    """The folder of a cached data set, built first if it is missing or damaged.
 
     Args:
         cache_dir: holds all cached data sets.
         key: the data set's folder name.
-        n_bytes: the decoded images' size, asked only when they have to be built.
-        build: writes every file; whatever it raises passes, and leaves nothing behind.
+        n_bytes: the decoded images' size, called only if they have to be built.
+        build: writes every file; its exceptions pass, and leave nothing behind.
 
     Raises:
-        CacheUnusable: `cache_dir` cannot be made or written, or its disk is too full.
+        CacheUnusable: `cache_dir` cannot be created or written, or its disk is too full.
     """
     folder, partial = cache_dir / key, cache_dir / f"{key}.partial"
     if read_meta(folder):
@@ -139,7 +131,11 @@ def ensure(cache_dir: Path, key: str, n_bytes: Callable[[], int], build: Callabl
     lock = FileLock(cache_dir / f"{key}.lock")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: another process is decoding it, waiting", key)
+            lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise CacheUnusable(f"{cache_dir}: {error}") from error
     try:
@@ -149,26 +145,22 @@ def ensure(cache_dir: Path, key: str, n_bytes: Callable[[], int], build: Callabl
         if needed > free:
             raise CacheUnusable(f"{cache_dir}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        _build(partial, folder, build)
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise CacheUnusable(f"{cache_dir}: {error.strerror}") from error
+        build(CacheWriter(partial))
+        if folder.exists():
+            log.warning("%s: the cached copy is damaged and is replaced", folder)
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+        with suppress(OSError):  # not every file system can sync a directory; without, the rename is only later on disk
+            descriptor = os.open(cache_dir, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         lock.release()
     return folder
-
-
-def _build(partial: Path, folder: Path, build: Callable[[CacheWriter], None]) -> None:
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise CacheUnusable(f"{partial.parent}: {error.strerror}") from error
-    build(CacheWriter(partial))
-    if folder.exists():
-        log.warning("%s: the cached copy is damaged and is replaced", folder)
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
-    with suppress(OSError):  # a file system without directory sync is still consistent, only later
-        descriptor = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

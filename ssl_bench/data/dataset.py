@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -76,22 +77,11 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-@dataclass(frozen=True)
-class _Split:
-    images: MappedImages | Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    splits: dict[str, _Split]
+class _Decoded(NamedTuple):
+    splits: dict[str, StreamingSource]
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(int(np.prod(split.images.shape)) for split in self.splits.values())
 
 
 def load_dataset(
@@ -144,11 +134,14 @@ def load_dataset(
     else:
         raw = _read(name, located)
         decoded = _decode_to_memory(name, raw, size, image_shape(raw.train, size))
-    keep = decoded.n_bytes <= RESIDENT_FRACTION * available_memory() if resident == "auto" else resident
-    sources = {
-        split: _source(part, keep, only_if_it_fits=resident == "auto", workers=workers)
-        for split, part in decoded.splits.items()
-    }
+    n_bytes = sum(math.prod(part.images.shape) for part in decoded.splits.values())
+    keep = n_bytes <= RESIDENT_FRACTION * available_memory() if resident == "auto" else resident
+    sources: dict[str, Source] = {}
+    for split, part in decoded.splits.items():
+        streaming = replace(part, workers=workers)
+        images = part.images.tensor() if isinstance(part.images, MappedImages) else part.images
+        otherwise = streaming if resident == "auto" else None
+        sources[split] = ResidentSource(images, part.labels, otherwise) if keep else streaming
     return Dataset(name, sources["train"], sources["test"], decoded.classes, decoded.mean, decoded.std)
 
 
@@ -266,7 +259,7 @@ def _decode_to_memory(name: str, raw: RawDataset, size: int | None, shape: Shape
         for block in decode_blocks(part, size, shape):
             images[start : start + len(block)] = torch.from_numpy(statistics.add(block) if split == "train" else block)
             start += len(block)
-        splits[split] = _Split(images, torch.from_numpy(part.labels))
+        splits[split] = StreamingSource(images, torch.from_numpy(part.labels))
     return _Decoded(splits, raw.classes or (), *statistics.mean_std())
 
 
@@ -289,7 +282,9 @@ def _open_cached(folder: Path) -> _Decoded:
     for split, count in meta["counts"].items():
         channels, height, width = meta["shape"]
         labels = torch.from_numpy(np.fromfile(folder / f"{split}.labels", dtype=np.int64))
-        splits[split] = _Split(MappedImages(folder / f"{split}.images", (count, channels, height, width)), labels)
+        splits[split] = StreamingSource(
+            MappedImages(folder / f"{split}.images", (count, channels, height, width)), labels
+        )
     return _Decoded(splits, tuple(meta["classes"]), tuple(meta["mean"]), tuple(meta["std"]))
 
 
@@ -306,7 +301,7 @@ def _open(name: str, size: int | None, directory: Path, located: Located) -> _De
 
     def n_bytes() -> int:
         raw, shape = prepare()
-        return len(raw) * int(np.prod(shape))
+        return len(raw) * math.prod(shape)
 
     def build(writer: CacheWriter) -> None:
         raw, shape = prepare()
@@ -325,14 +320,6 @@ def _open(name: str, size: int | None, directory: Path, located: Located) -> _De
         log.warning("data %s: not cached on disk (%s), decoding it into memory each time", name, error)
         raw, shape = prepare()
         return _decode_to_memory(name, raw, size, shape)
-
-
-def _source(part: _Split, keep: bool, only_if_it_fits: bool, workers: int) -> Source:
-    streaming = StreamingSource(part.images, part.labels, workers)
-    if not keep:
-        return streaming
-    images = part.images.tensor() if isinstance(part.images, MappedImages) else part.images
-    return ResidentSource(images, part.labels, otherwise=streaming if only_if_it_fits else None)
 
 
 def holdout_indices(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -64,8 +64,7 @@ class StreamingSource:
 
     @property
     def image_shape(self) -> Shape:
-        _, channels, height, width = self.images.shape
-        return (channels, height, width)
+        return cast(Shape, tuple(self.images.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,8 +137,7 @@ class ResidentSource:
 
     @property
     def image_shape(self) -> Shape:
-        _, channels, height, width = self.images.shape
-        return (channels, height, width)
+        return cast(Shape, tuple(self.images.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.labels)
