@@ -1,6 +1,6 @@
 """Data sets that come with a library: torchvision's downloads, and scikit-learn's handwritten digits."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,11 +89,8 @@ def _array_split(images: Any, labels: Any, where: str) -> RawSplit:
     pixels = np.asarray(images)
     if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
         pixels = pixels.transpose(0, 2, 3, 1)
-
-    def iterate() -> Iterator[np.ndarray]:
-        return (np.ascontiguousarray(image) for image in pixels)
-
-    return RawSplit(np.asarray(labels, dtype=np.int64), iterate, lambda index: f"{where} row {index}")
+    labels = np.asarray(labels, dtype=np.int64)
+    return RawSplit(labels, lambda: map(np.ascontiguousarray, pixels), lambda index: f"{where} row {index}")
 
 
 def _read_digits() -> RawDataset:

@@ -1,7 +1,7 @@
-"""Decoded images on disk: written once, whole or not at all, whichever of several processes comes first.
+"""Decoded images on disk: written once, whole or not at all, by the first of several processes.
 
 A cached data set is a folder of raw uint8 files that are memory-mapped, so that opening it copies nothing and the
-processes of a machine share one copy in the page cache. It is built as `<key>.partial` under a lock and renamed.
+processes of a machine share one copy in the page cache. It is built as `<key>.partial` under a lock, then renamed.
 """
 
 import json

@@ -1,6 +1,6 @@
 """From encoded images to blocks of uint8 pixels: one decoder (Pillow) for every kind of file.
 
-Pillow rather than `torchvision.io`, whose decoders are deprecated since torchvision 0.29. A single thread decodes small
+Pillow rather than `torchvision.io`, whose decoders are deprecated since torchvision 0.29. One thread decodes small
 images: Pillow holds the GIL for most of a 32x32 JPEG, and two threads were measured slower than one.
 """
 

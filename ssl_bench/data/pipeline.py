@@ -25,7 +25,7 @@ class Batch:
     Attributes:
         images: (n, 3, H, W) uint8 on the device; chunk after chunk.
         params: for each view, the parameters of its augmentation, of length n.
-        labels: (n,) int64 on the device, or None where the task has no use for them.
+        labels: (n,) int64 on the device; None if the task does not use them.
         share: how many of the n belong to one chunk.
     """
 
@@ -63,9 +63,9 @@ class Pipeline:
         batch_size: the global batch, in images; divisible by ``chunk_size`` and the latter by ``world_size``.
         chunk_size: the part of the global batch in memory at a time; None = all of it.
         rank, world_size: which share of every chunk this process computes.
-        last_batch: "carry": always exactly ``batch_size`` images. "short": an epoch's last batch has what is left, in
-            as many chunks as the others.
-        with_labels: whether the network wants the labels too.
+        last_batch: "carry": every batch has exactly ``batch_size`` images. "short": an epoch's last batch has what is
+            left, in as many chunks as the others.
+        with_labels: whether the network also takes the labels.
     """
 
     def __init__(

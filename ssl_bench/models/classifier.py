@@ -11,7 +11,7 @@ from ssl_bench.runtime.seeds import INIT, derive_seed
 
 
 class Classifier(nn.Module):
-    """A backbone with a linear head; `forward` gives the loss, so that the training loop is the methods' own.
+    """A backbone with a linear head; `forward` returns the loss, so that methods and classifiers share a training loop.
 
     Args:
         backbone: from (n, C, H, W) to (n, feature_dim).

@@ -23,13 +23,13 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (n, C, H, W) to (n, O, H', W')."""
-        # A GPU's libraries choose among many algorithms by themselves; nothing was measured there.
+        # Only on the CPU: a GPU's libraries choose among many algorithms themselves, and it was not measured there.
         if x.device.type != "cpu" or x.ndim != 4 or max(x.shape[-2:]) > LARGEST:
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         elif x.dtype != self.weight.dtype:
-            return super().forward(x)  # which refuses it
+            return super().forward(x)  # raises torch's own error
         with torch.autocast("cpu", enabled=False):
             return _DenseConvolution.apply(x, self.weight, self.stride[0])
 
