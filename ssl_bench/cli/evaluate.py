@@ -21,7 +21,6 @@ def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
     Raises:
         ValueError, OSError: no such run, no backbone in it, or a key that would change what the run was.
     """
-    from ssl_bench.models.backbone import load_backbone
     from ssl_bench.training import build as training
     from ssl_bench.training.session import summary
 
@@ -34,7 +33,7 @@ def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
     recipe = build(record.recipe["track"], override(record.recipe, overrides, MAY_CHANGE))
     where = training.processes(recipe)
     evaluation = training.evaluation(recipe, training.dataset(recipe, where), where)
-    trained = load_backbone(weights)[0].to(where.device)
+    trained = training.trained_backbone(recipe, weights).to(where.device)
     untrained = (lambda: training.backbone(recipe)[0]) if recipe.eval.baseline else None
     results = evaluation.trained_and_untrained(evaluation.of_backbone, trained, untrained)
     if where.main:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ssl_bench.data import sampler
 from ssl_bench.data.dataset import Dataset, hold_out, load_dataset
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.methods.base import Method
-from ssl_bench.models.backbone import create_backbone, seeded
+from ssl_bench.models.backbone import create_backbone, load_backbone, seeded
 from ssl_bench.models.classifier import Classifier
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
@@ -232,8 +233,23 @@ def backbone(recipe: Recipe) -> tuple[nn.Module, int]:
     """The untrained backbone and its feature dimension; the same for equal seeds."""
     model = recipe.model
     return create_backbone(
-        model.name, stem=model.stem, init=model.init, seed=seeds.derive_seed(recipe.seed, seeds.INIT)
+        model.name,
+        stem=model.stem,
+        init=model.init,
+        seed=seeds.derive_seed(recipe.seed, seeds.INIT),
+        factory=_backbone_factory(recipe),
     )
+
+
+def _backbone_factory(recipe: Recipe) -> Callable[[], nn.Module] | None:
+    """What makes a backbone from outside; None for timm's."""
+    found = registry.resolve("backbone", recipe.model.name)
+    return found if callable(found) else None
+
+
+def trained_backbone(recipe: Recipe, path: Path) -> nn.Module:
+    """The backbone that a run of the recipe left as ``backbone.safetensors``."""
+    return load_backbone(path, factory=_backbone_factory(recipe))[0]
 
 
 def method(recipe: Recipe) -> Method:

@@ -272,10 +272,10 @@ def test_a_method_and_an_optimizer_from_an_installed_package(tmp_path):
     assert "did you mean 'twice'?" in listed.stderr
 
 
-def test_a_data_set_and_an_evaluator_from_outside_serve_a_run(here, capsys):
+def test_a_data_set_a_backbone_and_an_evaluator_from_outside_serve_a_run(here, capsys):
     words = (
         "data=foreign:locate", "eval.protocols=[foreign:Spread,knn-v1]", "method=tiny_net:TinyTwins",
-        "method.projector=[8,8]", "model.name=tiny_smooth", "model.stem=imagenet", "batch_size=32", "steps=2",
+        "method.projector=[8,8]", "model=foreign:backbone", "model.stem=imagenet", "batch_size=32", "steps=2",
         "optimizer.lr=0.1", "run_dir=r", "device=cpu", "eval.baseline=false",
     )  # fmt: skip
     assert pretrain.main([*words]) == 0
@@ -285,6 +285,9 @@ def test_a_data_set_and_an_evaluator_from_outside_serve_a_run(here, capsys):
     assert "top1" not in spread["metrics"]
     assert knn["metrics"]["top1"] > 90  # dark against light
     assert "spread-v1" in capsys.readouterr().err
+    again = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[foreign:Spread]"])
+    assert again.exit_code == 0, again.output
+    assert results(here / "r")["evaluations"][0]["metrics"] == spread["metrics"]
     assert "no_such" in fails(capsys, pretrain.main, [*words[1:], "data=foreign:no_such"])
 
 
