@@ -131,6 +131,7 @@ def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     rows = []
+    # Only the last line may be cut short, by a writer that was killed; damage before it is not a crash's.
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.endswith(b"\n") else None

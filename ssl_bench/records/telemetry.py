@@ -63,7 +63,7 @@ class TelemetryStore:
         with naming(f"{self._folder}: making the folder"):
             self._folder.mkdir(exist_ok=True)
         path = self._folder / f"part-{first:08d}.parquet"
-        _write(table, path, synced=False)
+        _write(table, path, synced=False)  # waits for no disk: rows after the last checkpoint are dropped anyway
         self._unsynced.append(path)
         self._schema, self._last_step = table.schema, table["step"][-1].as_py()
 

@@ -152,6 +152,7 @@ class Run:
         self._close_metrics()
         kept = [(line, row) for line, row in metric_rows(self.folder) if row["step"] <= step]
         if (self.folder / METRICS).exists():
+            # The lines' own bytes, so that a resumed run's file is the same as an uninterrupted one's.
             with atomic_file(self.folder / METRICS) as file:
                 file.writelines(line for line, _ in kept)
         self._last_step = kept[-1][1]["step"] if kept else -1
@@ -224,7 +225,7 @@ class Run:
         self.sync()
         with naming(f"{self.folder}: joining the telemetry"):
             self._telemetry.consolidate()
-        self.write_results(results)
+        self.write_results(results)  # last: once they are there the run has ended, and nothing may be missing
         self.close()
 
     def close(self) -> None:
@@ -246,6 +247,7 @@ class Run:
     def _append(self, descriptor: int, name: str, row: Mapping[str, Any]) -> None:
         """Appends one line to a file; if the disk takes only a part of it, takes that back and raises."""
         data = (json.dumps(jsonable(row), allow_nan=False) + "\n").encode()
+        # Unbuffered: a killed run loses no row that it has logged, and a reader sees every row at once.
         size = os.fstat(descriptor).st_size
         with naming(f"{self.folder / name}: writing"):
             try:

@@ -64,7 +64,7 @@ def run_study(
     from ssl_bench.study.launch import LocalLauncher, slots
 
     code = LocalLauncher(store, slots(workers, per_gpu), retry_failed=retry_failed).run(study.cells)
-    states = {cell: store.state(cell) for cell in study.cells}
+    states = {cell: store.state(cell) for cell in study.cells}  # from disk, to count what other workers did
     say(f"{study.name}: {_counts(states)} (in {store.runs})")
     return code
 

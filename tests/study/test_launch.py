@@ -155,8 +155,8 @@ def worker(tmp_path: Path, behaviour: str, together: int = 1) -> "subprocess.Pop
     """A process of its own that works on the study, once so many of them have come up."""
     here = os.pathsep.join((str(Path(__file__).parent), str(FAKE.parent)))
     places = [here, tmp_path / "grid.yaml", tmp_path / "runs", tmp_path / "starts"]
-    words = [*map(str, places), behaviour, str(together)]
-    return subprocess.Popen([sys.executable, "-c", DRIVER, *words], stderr=subprocess.PIPE, text=True)
+    arguments = [*map(str, places), behaviour, str(together)]
+    return subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_share_a_study_and_do_no_cell_twice(tmp_path: Path) -> None:

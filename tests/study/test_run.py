@@ -259,9 +259,9 @@ def test_printed_commands_parse_back_to_the_same_recipes(tmp_path: Path, capsys:
     assert study_main(tmp_path / "tiny.yaml", runs=tmp_path / "runs", print_commands=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == print_commands([left], CellStore(tmp_path / "runs"))
-    words = shlex.split(lines[0])
-    assert words[:4] == ["accelerate", "launch", "-m", "ssl_bench.classify"]
-    recipe = compose("classify", words[4:])
+    arguments = shlex.split(lines[0])
+    assert arguments[:4] == ["accelerate", "launch", "-m", "ssl_bench.classify"]
+    recipe = compose("classify", arguments[4:])
     assert recipe.identity() == left.identity
     assert recipe.run_dir == str(tmp_path / "runs" / "tiny" / left.name)
     assert recipe.resume == "auto"

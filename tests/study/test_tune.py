@@ -52,7 +52,7 @@ def test_points_are_a_pure_function_and_fill_the_space_evenly() -> None:
     assert {point["schedule.power"] for point in found} == {"1", "2", "3", "4"}
 
 
-def test_choices_are_words_of_the_command_line() -> None:
+def test_choices_are_written_as_on_the_command_line() -> None:
     arm = Arm({}, {"optimizer.nesterov": Choices([True, False]), "param_groups.lr_1d": Choices([None, 0.1])})
     found = points(arm, 8, seed=0)
     assert {point["optimizer.nesterov"] for point in found} == {"true", "false"}
