@@ -4,7 +4,8 @@ A rule (lars.py, lamb.py) turns norms into one factor per tensor and knows nothi
 of ratios. `Kernels` says what they compute, in multi-tensor operations that run on every device and never wait for
 it. On a CPU such a sequence streams every tensor from memory once per operation; there `Blocked` takes a block of
 `BLOCK` elements through all of them while the block is in the cache, with torch's fused SGD and Adam kernels for the
-update. The two differ in rounding only.
+update: a step of LARS, TVLARS or LAMB on ResNet-18 takes half the time (benchmarks/optimizers.py). The two differ in
+rounding only.
 """
 
 import math
