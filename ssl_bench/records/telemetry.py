@@ -142,7 +142,8 @@ def read_telemetry(run_dir: str | Path) -> pa.Table:
             if attempt == 2:  # at first it only means that the parts have just been joined
                 raise
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"telemetry of {run_dir}: damaged: {one_line(error)}") from error
+            damaged = next((path for path in paths if str(path) in str(error)), run_dir)
+            raise ValueError(f"telemetry: {damaged} is damaged: {one_line(error)}") from error
     return pa.table({})
 
 

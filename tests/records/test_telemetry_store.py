@@ -109,5 +109,5 @@ def test_damaged_telemetry_is_an_error_that_names_the_file(tmp_path: Path) -> No
     with open_run(tmp_path) as run:
         run.log_telemetry(block(0, 3))
         os.truncate(tmp_path / "telemetry" / "part-00000001.parquet", 50)
-        with pytest.raises(ValueError, match=r"damaged: .*part-00000001\.parquet"):
+        with pytest.raises(ValueError, match=r"part-00000001\.parquet is damaged"):
             read_telemetry(tmp_path)
