@@ -145,7 +145,7 @@ def test_another_recipe_is_refused_key_by_key_and_nothing_is_lost(unharmed, tmp_
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     done = run([*COMMAND, "run_dir=run", "optimizer.lr=4", "seed=1"], tmp_path)
     assert done.returncode == 2
-    assert "optimizer.lr: run has 5.0, asked for 4.0" in done.stderr
-    assert "seed: run has 0, asked for 1" in done.stderr
+    assert "optimizer.lr: the run has 5.0, asked for 4.0" in done.stderr
+    assert "seed: the run has 0, asked for 1" in done.stderr
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

@@ -224,7 +224,7 @@ def test_weights_are_kept_at_the_steps_asked_for_and_once():
 )
 def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
     source = ResidentSource(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
-    with pytest.raises(ValueError, match=f"^{name}: got"):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
         Pipeline(
             source, [], (), seed=0, batch_size=batch, chunk_size=chunk, rank=0, world_size=world,
             device=torch.device("cpu"),
