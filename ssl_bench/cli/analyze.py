@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssl_bench.recipe.compose import build, override
 from ssl_bench.recipe.schema import Recipe
@@ -18,6 +18,9 @@ from ssl_bench.records.reader import RunRecord, read_run
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.seeds import ANALYSIS, derive_seed
+
+if TYPE_CHECKING:
+    from ssl_bench.training.session import Processes
 
 ANALYSIS_FILE = "analysis.json"
 
@@ -168,7 +171,7 @@ def _full_float32() -> Iterator[None]:
 Losses = Callable[[int, int], Iterator[Callable[[], Any]]]  # (batch size, batches) -> closures of the loss
 
 
-def _task(place: Any, recipe: Recipe, settings: Settings) -> tuple[Any, Losses]:
+def _task(place: "Processes", recipe: Recipe, settings: Settings) -> tuple[Any, Losses]:
     """The run's network, and the losses of disjoint batches of the train set."""
     import torch
 

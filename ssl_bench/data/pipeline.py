@@ -83,12 +83,9 @@ class Pipeline:
         last_batch: sampler.LastBatch = "carry",
         with_labels: bool = False,
     ):
-        name, chunk_size = ("chunk_size", chunk_size) if chunk_size else ("batch_size", batch_size)
+        chunk_size = sampler.images_per_chunk(batch_size, chunk_size, world_size)
         if batch_size > len(source):
             raise ValueError(f"batch_size must be at most the {len(source)} images of the train set, got {batch_size}")
-        if batch_size % chunk_size or chunk_size % world_size:
-            allowed = f"a divisor of batch_size={batch_size} and a multiple of the {world_size} processes"
-            raise ValueError(f"{name} must be {allowed}, got {chunk_size}")
         self.source, self.augmentations, self.streams = source, augmentations, streams
         self.seed, self.batch_size, self.device, self.with_labels = seed, batch_size, device, with_labels
         self.last_batch, self.n_chunks = last_batch, batch_size // chunk_size

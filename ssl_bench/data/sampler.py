@@ -68,6 +68,20 @@ def batch_indices(seed: int, step: int, batch_size: int, size: int, last_batch: 
     return torch.cat(parts)
 
 
+def images_per_chunk(batch_size: int, chunk_size: int | None, world_size: int) -> int:
+    """How many images of the global batch make a chunk; without a ``chunk_size`` the batch is one chunk.
+
+    Raises:
+        ValueError: the batch does not divide into chunks, or a chunk not evenly into processes.
+    """
+    name, images = ("chunk_size", chunk_size) if chunk_size else ("batch_size", batch_size)
+    if batch_size % images:
+        raise ValueError(f"chunk_size must be a divisor of batch_size={batch_size}, got {chunk_size}")
+    if images % world_size:
+        raise ValueError(f"{name} must be a multiple of the {world_size} processes, got {images}")
+    return images
+
+
 def local_positions(batch_size: int, chunk_size: int, rank: int, world_size: int) -> list[slice]:
     """Which positions of the global batch a process computes, chunk by chunk.
 

@@ -87,10 +87,7 @@ def session(recipe: Recipe) -> Session:
         ValueError: in one line; the recipe does not fit this machine or its processes.
     """
     where = processes(recipe)
-    for name in ("batch_size", "chunk_size"):
-        value = getattr(recipe, name)
-        if value is not None and value % where.world_size:
-            raise ValueError(f"{name} must be a multiple of the {where.world_size} processes, got {value}")
+    sampler.images_per_chunk(recipe.batch_size, recipe.chunk_size, where.world_size)  # before any data is read
     obstacle = _graph_obstacle(recipe, where)
     if recipe.cuda_graphs and obstacle:
         raise ValueError(f"cuda_graphs must be null or false, got true: {obstacle}")
