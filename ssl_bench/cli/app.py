@@ -101,7 +101,7 @@ def demo(
 ) -> None:
     """See it work: three optimizers on digits.
 
-    Barlow Twins under LARS, LAMB and TVLARS on embedded data: no download, no GPU, under three minutes on two cores.
+    Barlow Twins under LARS, LAMB and TVLARS on embedded data, in minutes on two cores: no download, no GPU.
     """
     from ssl_bench.cli.demo import main
     from ssl_bench.recipe.command import guarded
