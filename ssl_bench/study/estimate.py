@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_bench.recipe import registry
 from ssl_bench.recipe.command import leave
 from ssl_bench.recipe.compose import merge
 from ssl_bench.recipe.schema import Recipe
@@ -130,7 +131,13 @@ def _measured(cell: Cell) -> Speed | str:
     batch_size = min(cell.recipe.batch_size, BATCH)
     with tempfile.TemporaryDirectory(prefix="ssl-bench-estimate-") as folder:
         run = Path(folder) / "run"
-        overrides = merge(cell.overrides, {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)})
+        short = {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)}
+        given = cell.overrides
+        if cell.recipe.schedule.target in registry.builtin("schedule"):
+            # A warm-up of many epochs does not fit into these steps, and no schedule of ours changes a step's time.
+            short["schedule"] = "constant"
+            given = {key: value for key, value in given.items() if not key.startswith("schedule.")}
+        overrides = merge(given, short)
         try:
             done = _run_bound([cell.track, *(f"{key}={value}" for key, value in overrides.items())])
         except subprocess.TimeoutExpired:

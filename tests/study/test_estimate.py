@@ -30,6 +30,18 @@ def test_a_workload_without_runs_is_measured(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_warm_up_longer_than_the_measurement_is_left_out(tmp_path: Path) -> None:
+    base = {
+        "data": "digits", "model": "resnet18", "batch_size": 32, "epochs": 100, "device": "cpu", "optimizer": "lars",
+        "optimizer.lr": 1, "protocol": "paper", "schedule.warmup_epochs": 30,
+    }  # fmt: skip
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump({"base": base, "blocks": [{"track": "classify"}]}))
+    command = [sys.executable, "-m", "ssl_bench.cli", "study", "long.yaml", "--dry-run", "--workers=1"]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"digits .*: \d+ images/s", done.stdout), done.stdout
+
+
 def has_ended(pid: int) -> bool:
     """Whether a process that need not be our child is gone, or is a zombie that nobody has asked for yet."""
     try:
