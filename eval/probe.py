@@ -160,17 +160,15 @@ class Probe:
                 output_device=self.device,
                 on_progress=self.on_progress,
             )
+            if len(features) == 0:
+                raise ValueError(f"{split} features must be (N, D) with N >= 1, got {tuple(features.shape)}")
+            bad = int((~torch.isfinite(features)).any(dim=1).sum())
+            if bad:
+                got = f"{bad} of {len(features)} that are not (the model has diverged)"
+                raise ValueError(f"{split} features must be finite, got {got}")
             self.extracted[key] = features, time.perf_counter() - started
         self.used.add(key)
-        features = self.extracted[key][0]
-        if len(features) == 0:
-            raise ValueError(f"{split} features must be (N, D) with N >= 1, got {tuple(features.shape)}")
-        bad = int((~torch.isfinite(features)).any(dim=1).sum())
-        if bad:
-            raise ValueError(
-                f"{split} features must be finite, got {bad} of {len(features)} that are not (the model has diverged)"
-            )
-        return features
+        return self.extracted[key][0]
 
     def subset(self, *, train: int, test: int) -> "Probe":
         """A probe of at most so many train and test images, drawn once and for all: the same in every run."""

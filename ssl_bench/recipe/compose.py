@@ -101,8 +101,9 @@ def _cross_check(recipe: Recipe) -> None:
     """Checks what depends on several fields, and that the code which the run names exists."""
     if (recipe.epochs is None) == (recipe.steps is None):
         raise ValueError(f"give exactly one of epochs and steps, got epochs={recipe.epochs} and steps={recipe.steps}")
-    if recipe.chunk_size is not None and recipe.batch_size % recipe.chunk_size:
-        raise ValueError(f"chunk_size must be a divisor of batch_size={recipe.batch_size}, got {recipe.chunk_size}")
+    from ssl_bench.data.sampler import images_per_chunk
+
+    images_per_chunk(recipe.batch_size, recipe.chunk_size, world_size=1)  # the processes are not known yet
     if not 0 < recipe.augment.crop_scale[0] <= recipe.augment.crop_scale[1]:
         raise ValueError(f"augment.crop_scale must be 0 < low <= high <= 1, got {recipe.augment.crop_scale}")
     if recipe.augment.blur_sigma[0] > recipe.augment.blur_sigma[1]:

@@ -21,8 +21,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ssl_bench.runtime.suggestion import nearest
 
-KINDS = ("method", "optimizer", "schedule", "evaluator", "dataset", "backbone")
-
 # Arguments that the suite itself passes: the network, the parameters (in groups: a recipe's param_groups says how those
 # of ndim <= 1 are treated), and the length of the run.
 PROVIDED = frozenset({"self", "backbone", "feature_dim", "params", "decay_1d", "adapt_1d", "total_steps"})
@@ -73,7 +71,7 @@ def resolve(kind: str, target: str) -> Any:
     """The object behind a name.
 
     Args:
-        kind: one of `KINDS`.
+        kind: "method", "optimizer", "schedule", "evaluator", "dataset" or "backbone".
         target: a known name, an entry point's name, or ``package.module:Name`` (the current directory counts as
             importable, as with ``python -m``).
 
@@ -112,6 +110,12 @@ def resolve(kind: str, target: str) -> Any:
         wanted = "an object with a name that can be called" if kind == "evaluator" else "a class or function"
         raise ValueError(f"{kind} {target!r} must be {wanted}, got {found!r}")
     return found
+
+
+def foreign(kind: str, target: str) -> Callable[..., Any] | None:
+    """What makes a data set or a backbone from outside; None for a built-in one, which its name says."""
+    found = resolve(kind, target)
+    return None if isinstance(found, str) else found
 
 
 @cache

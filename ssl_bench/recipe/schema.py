@@ -31,6 +31,9 @@ IRRELEVANT = frozenset(
     | {"checkpoint.snapshots"}
 )
 
+# The data sets whose name alone says which images they hold.
+NAMED_DATA = frozenset({"cifar10", "cifar100", "stl10", "fashion_mnist", "tiny_imagenet", "digits"})
+
 # Keys added after the first records were written, each with the value that a recipe without it implies. At that value a
 # key is not part of the identity, so that older records keep theirs. Never remove one or change its value.
 ADDED: dict[str, Any] = {
@@ -302,9 +305,10 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def is_its_path(data_name: str) -> bool:
     """Whether a data set is whatever lies at ``data.path``, so that another path is another experiment.
 
-    A named set is the same wherever it lies; a reader of any files, or one from outside, is told which by the path.
+    A named set is the same wherever it lies; a reader of any files, or one from outside (by ``package.module:name`` or
+    by its entry point's name), is told which by the path.
     """
-    return data_name in ("hf", "folder") or ":" in data_name
+    return data_name not in NAMED_DATA
 
 
 def _relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:

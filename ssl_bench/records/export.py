@@ -14,9 +14,6 @@ from ssl_bench.runtime.console import say
 TEXTS = (RUN, METRICS, RESULTS, SESSIONS, "analysis.json")
 TELEMETRY = "telemetry.parquet"
 
-# Data sets that are a folder: only its path tells two experiments apart, so a hash of it is kept.
-BY_PATH = ("folder", "hf")
-
 
 def export_records(runs: str | Path, output: str | Path) -> list[Path]:
     """Copies the records of all runs that have ended; `ssl-bench report` reads the copies like the runs.
@@ -93,8 +90,8 @@ def _without_paths(text: str, *, lines: bool) -> str:
         return "".join(json.dumps(_cut(json.loads(line))) + "\n" for line in text.splitlines())
     value = json.loads(text)
     data = value.get("recipe", {}).get("data", {})
-    by_path = data.get("name") in BY_PATH or ":" in str(data.get("name"))  # the latter: a data set from outside
-    if by_path and PurePath(data.get("path") or "").is_absolute():
+    # A data set that is what lies at its path is told apart by it, so a hash of the whole path is kept.
+    if PurePath(data.get("path") or "").is_absolute():
         digest = hashlib.sha256(data["path"].encode()).hexdigest()[:8]
         data["path"] = f"{PurePath(data['path']).name}-{digest}"
     return json.dumps(_cut(value), indent=2) + "\n"

@@ -13,14 +13,13 @@ blocks:
 """
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ssl_bench.recipe.compose import CONFIGS, compose, load_yaml, merge
 from ssl_bench.recipe.schema import Recipe
@@ -307,4 +306,4 @@ def as_argument(where: str, value: Any) -> str:
         raise ValueError(f"{where} must be one value, got a mapping: write the keys below it with dots")
     if isinstance(value, str):
         return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return json.dumps(value, default=str)  # JSON is YAML, by which a command line is read

@@ -190,10 +190,9 @@ def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, 
     }
     cell = next(iter(tuned.values())).trials[0][0].cell
     data, path = cell.recipe.data, cell.overrides.get("data.path")
-    found = registry.resolve("dataset", data.name)
     train = load_dataset(
         data.name,
-        locate=found if callable(found) else None,
+        locate=registry.foreign("dataset", data.name),
         path=path,
         size=data.size,
         resident=False,

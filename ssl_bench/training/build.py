@@ -131,10 +131,9 @@ def _graphs_steps(recipe: Recipe, where: Processes) -> bool:
 def dataset(recipe: Recipe, where: Processes) -> Dataset:
     """The recipe's data set, on the device."""
     options = recipe.data
-    found = registry.resolve("dataset", options.name)  # a built-in set's name, or a function from outside
     loaded = load_dataset(
         options.name,
-        locate=found if callable(found) else None,
+        locate=registry.foreign("dataset", options.name),
         path=options.path,
         size=options.size,
         resident=options.resident,
@@ -234,19 +233,13 @@ def backbone(recipe: Recipe) -> tuple[nn.Module, int]:
         stem=model.stem,
         init=model.init,
         seed=seeds.derive_seed(recipe.seed, seeds.INIT),
-        factory=_backbone_factory(recipe),
+        factory=registry.foreign("backbone", model.name),
     )
-
-
-def _backbone_factory(recipe: Recipe) -> Callable[[], nn.Module] | None:
-    """What makes a backbone from outside; None for timm's."""
-    found = registry.resolve("backbone", recipe.model.name)
-    return found if callable(found) else None
 
 
 def trained_backbone(recipe: Recipe, path: Path) -> nn.Module:
     """The backbone that a run of the recipe left as ``backbone.safetensors``."""
-    return load_backbone(path, factory=_backbone_factory(recipe))[0]
+    return load_backbone(path, factory=registry.foreign("backbone", recipe.model.name))[0]
 
 
 def method(recipe: Recipe) -> Method:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ssl_bench.data.dataset import DATASETS
 from ssl_bench.recipe.compose import build, choices, compose, load_yaml, merge, override
-from ssl_bench.recipe.schema import ADDED, differences, flatten, without_additions
+from ssl_bench.recipe.schema import ADDED, NAMED_DATA, differences, flatten, without_additions
 from ssl_bench.report.aggregate import cell_key
 
 RECORDS = Path(__file__).resolve().parents[2] / "results"
@@ -121,6 +122,14 @@ def test_differences_are_those_of_the_identity():
     ]
     folders = [compose("pretrain", ["data=folder", f"data.path={name}"]).to_dict() for name in "ab"]
     assert differences(*folders) == ['data.path: the run has "a", asked for "b"']
+
+
+def test_the_path_counts_for_every_data_set_that_its_name_does_not_settle():
+    assert set(DATASETS) - {"hf", "folder"} == NAMED_DATA
+    for name in ("hf", "folder", "my_pkg.my_file:locate", "an_entry_points_name"):
+        recipes = [{"data": {"name": name, "path": path}} for path in "ab"]
+        assert differences(*recipes) == ['data.path: the run has "a", asked for "b"'], name
+    assert differences(*({"data": {"name": "cifar10", "path": path}} for path in "ab")) == []
 
 
 def recorded() -> list[dict]:
