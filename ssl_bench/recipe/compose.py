@@ -178,8 +178,10 @@ def unknown_key(name: str, tree: Tree | None = None) -> str:
         if target := ((tree or {}).get(kind) or {}).get("target"):
             known += [f"{kind}.{one}" for one in registry.options(registry.resolve(kind, target))]
     section, _, last = name.rpartition(".")
-    same = [key for key in known if key.rpartition(".")[2] == ALIASES.get(last, last)]
-    meant = f"; did you mean {same[0]!r}?" if same else nearest(name, known)
+    meant = nearest(name, known)
+    alias = last if meant else next((word for word in ALIASES if nearest(last, [word])), last)  # misspelt or not
+    same = sorted((key for key in known if key.rpartition(".")[2] == ALIASES.get(alias, last)), key=lambda k: "." in k)
+    meant = f"; did you mean {same[0]!r}?" if same else meant
     beside = [key for key in known if key.rpartition(".")[0] == section]
     if not (section and beside):
         beside += dict.fromkeys(f"{key.partition('.')[0]}.*" for key in known if "." in key)

@@ -58,6 +58,8 @@ def test_a_duration_in_one_unit_replaces_the_files_other_unit():
         (["lr=1"], r"unknown key 'lr'; did you mean 'optimizer.lr'\? \(known: batch_size, .*data\.\*"),
         (["learning_rate=1"], r"unknown key 'learning_rate'; did you mean 'optimizer.lr'\?"),
         (["foo.bar=1"], r"unknown key 'foo.bar' \(known: data\.\*, model"),
+        (["learnin_rate=1"], r"unknown key 'learnin_rate'; did you mean 'optimizer.lr'\?"),
+        (["bs=1"], r"unknown key 'bs'; did you mean 'batch_size'\?"),
         (["workers=1"], r"unknown key 'workers'; did you mean 'data.workers'\?"),
         (["steps.x=1"], r"unknown key 'steps.x'; did you mean 'steps'\?"),
         (["track=classify"], r"unknown key 'track'"),
