@@ -1,10 +1,11 @@
-"""What all methods share: the projector, the forward passes of the two views, and gathering the global batch."""
+"""What all methods share: the contract with the training engine, and the projector."""
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ssl_bench.runtime.distributed import gather
+from ssl_bench.methods.views import Crop, View
 
 
 def build_projector(
@@ -38,24 +39,41 @@ def build_projector(
     return nn.Sequential(*layers)
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """Casts bfloat16 and float16 to float32; float64 stays (tests of gradients need it)."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class Method(nn.Module):
-    """A backbone, a projector and a loss over the embeddings of the global batch's two views.
+    """A network and a loss, written for one process and the whole batch; the engine does the rest.
 
-    A method is a subclass with a ``loss`` and a constructor whose typed keywords are its hyper-parameters.
+    A method is a subclass whose typed keywords are its hyper-parameters. Each step the engine calls ``begin_step``,
+    ``forward`` on this process's rows, and ``loss`` once on the rows of all processes; it back-propagates the loss to
+    the outputs and those through ``forward``. So whole or in chunks, on one process or several, plainly or as a CUDA
+    graph, the gradient is that of the global batch's loss, if
+
+    - every trainable parameter is used in ``forward`` alone, and an output's row depends on its own image alone (batch
+      norm excepted);
+    - ``loss`` uses no trainable parameter. It may write buffers (a queue, a centre), in place;
+    - what changes from step to step is kept in buffers and written in ``begin_step`` (or ``loss``).
+
+    ``ssl-bench check-method package.module:Name`` tries all of it.
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).
         feature_dim: the number of features, > 0.
         projector: maps features to embeddings (n, D); see ``build_projector``.
 
+    Attributes:
+        views: what ``forward`` gets, drawn for the global batch; an instance may set its own.
+        per_sample: the loss is a mean over rows, none of which needs the others: ``loss`` then gets this process's
+            rows of one chunk, nothing is gathered, and chunks are accumulated.
+        evaluated: the submodule that is evaluated and saved as the trained backbone.
+        spread_of: the output whose spread is logged as ``z_std``, if the method has it.
+
     Raises:
         ValueError: if ``feature_dim`` differs from the backbone's own ``num_features`` (timm sets it).
     """
+
+    views: Sequence[View] = (Crop(), Crop())
+    per_sample = False
+    evaluated = "backbone"
+    spread_of = "z1"
 
     def __init__(self, backbone: nn.Module, feature_dim: int, projector: nn.Module) -> None:
         super().__init__()
@@ -65,57 +83,43 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = projector
 
-    def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        """Computes the loss of the global batch, which must not depend on the order of the pairs.
+    def begin_step(self, progress: float) -> None:
+        """Updates what follows the training from outside the gradient: EMA teachers, temperatures, momenta.
+
+        Called without a graph and before every step, so that a teacher follows the weights of the step before.
 
         Args:
-            z1: (N, D) float32 embeddings of the first views of the global batch; must not be changed in place.
-            z2: (N, D) those of the second views, in the same order.
+            progress: the share of the run that is done, in [0, 1).
+        """
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # noqa: ARG002 (for subclasses to name them)
+        """Maps this process's views to its outputs; here two views to embeddings, each view in a pass of its own.
+
+        (Batch norm sees one view at a time, as in the official codes of Barlow Twins, SimCLR and VICReg.)
+
+        Args:
+            args: what ``views`` declares, each (n, ...); a subclass names them.
+            kwargs: none.
 
         Returns:
-            "loss", a scalar to differentiate, and detached scalars to log.
+            tensors (n, ...) by name, the arguments of ``loss``.
+        """
+        x1, x2 = args
+        return {"z1": self.embed(x1), "z2": self.embed(x2)}
+
+    def loss(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Computes the loss of the global batch, which must not depend on the order of the rows.
+
+        Args:
+            args: none; a subclass names its outputs, which come by name.
+            kwargs: (N, ...) ``forward``'s outputs of the global batch, in float32 where they are floating-point
+                numbers, without a graph to the network; not to be changed in place.
+
+        Returns:
+            "loss", a scalar to differentiate, and scalars to log.
         """
         raise NotImplementedError
 
     def embed(self, x: Tensor) -> Tensor:
         """Embeds one view: (n, 3, H, W) to (n, D)."""
         return self.projector(self.backbone(x))
-
-    def global_loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        """Gathers this process's embeddings into the global batch and computes its loss in float32, autocast off.
-
-        Args:
-            z1: (n, D) this process's embeddings of the first views, in any floating dtype.
-            z2: (n, D) those of the second views.
-
-        Returns:
-            what ``loss`` returns and "z_std", the mean over dimensions of the standard deviation of z1 / |z1|:
-            1 / sqrt(D) if the embeddings spread evenly, 0 if they have collapsed to one point.
-
-        Raises:
-            ValueError: if the shapes differ or the global batch is a single pair.
-        """
-        if z1.shape != z2.shape:
-            raise ValueError(f"method: z1 and z2 must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
-        with torch.autocast(z1.device.type, enabled=False):
-            z1, z2 = gather(full_precision(z1)), gather(full_precision(z2))
-            if len(z1) < 2:
-                raise ValueError(f"method: the global batch must have >= 2 pairs, got {len(z1)}")
-            terms = self.loss(z1, z2)
-            with torch.no_grad():
-                terms["z_std"] = F.normalize(z1).std(dim=0).mean()
-        return terms
-
-    def forward(self, x1: Tensor, x2: Tensor, *, embed_only: bool = False) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
-        """Embeds each view in its own pass (batch norm sees one view at a time, as in the official codes).
-
-        Args:
-            x1: (n, 3, H, W) this process's first views.
-            x2: (n, 3, H, W) the second views of the same images.
-            embed_only: return this process's embeddings instead of the loss, for chunked gradients.
-
-        Returns:
-            what ``global_loss`` returns, or (z1, z2), each (n, D).
-        """
-        z1, z2 = self.embed(x1), self.embed(x2)
-        return (z1, z2) if embed_only else self.global_loss(z1, z2)

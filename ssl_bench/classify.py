@@ -18,7 +18,7 @@ def run(recipe: Recipe) -> int:
         data = build.dataset(recipe, where)
         plan = build.plan(recipe, len(data.train))
         classifier = build.classifier(recipe, len(data.classes))
-        batches = build.pipeline(recipe, data, build.classification_views(recipe, data, where), where)
+        batches = build.pipeline(recipe, data, build.views(recipe, data, classifier.views, where), where)
         evaluation = build.evaluation(recipe, data, where)
 
         def test(_step: int) -> dict[str, float]:

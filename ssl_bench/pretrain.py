@@ -19,11 +19,11 @@ def run(recipe: Recipe) -> int:
         data = build.dataset(recipe, where)
         plan = build.plan(recipe, len(data.train))
         method = build.method(recipe)
-        batches = build.pipeline(recipe, data, build.pretraining_views(recipe, data, where), where)
+        batches = build.pipeline(recipe, data, build.views(recipe, data, method.views, where), where)
         evaluation = build.evaluation(recipe, data, where)
 
         def watch(step: int) -> dict[str, float]:
-            return evaluation.online(method.backbone, derive_seed(recipe.seed, ONLINE, step))
+            return evaluation.online(method.get_submodule(method.evaluated), derive_seed(recipe.seed, ONLINE, step))
 
         online = Hook(plan.every(recipe.eval.online_every_epochs), watch)
         trainer = build.trainer(recipe, plan, method, batches, [online], session)
@@ -33,9 +33,10 @@ def run(recipe: Recipe) -> int:
 
         results = []
         if outcome.status == "finished":
-            session.save_backbone(method.backbone)
+            trained = method.get_submodule(method.evaluated)
+            session.save_backbone(trained)
             untrained = (lambda: build.backbone(recipe)[0]) if recipe.eval.baseline else None
-            results = evaluation.trained_and_untrained(evaluation.of_backbone, method.backbone, untrained)
+            results = evaluation.trained_and_untrained(evaluation.of_backbone, trained, untrained)
         return session.finish(outcome, results)
 
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "runtime": set(),
     "optim": set(),
     "eval": set(),
-    "methods": {"runtime"},  # gather
+    "methods": set(),
     "models": {"runtime"},
     "augment": {"runtime"},
     "records": {"runtime"},

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,49 @@ BLOCK = (
 def take(params: Mapping[str, Tensor], index: slice | Tensor) -> Params:
     """The parameters of some samples of the batch."""
     return {name: value[index] for name, value in params.items()}
+
+
+class View(Protocol):
+    """Makes one of the network's inputs from images and what was drawn for them."""
+
+    def draw(self, n: int, generator: torch.Generator) -> Params:
+        """Draws for n samples from a CPU generator: tensors of n rows, on the CPU."""
+
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """(n, 3, H, W) uint8 images and their rows of what was drawn -> (n, ...) on the images' device."""
+
+
+class Noise:
+    """Numbers from U[0, 1) in the images' stead, (n, width) float32.
+
+    Args:
+        width: numbers a sample, > 0.
+    """
+
+    def __init__(self, width: int) -> None:
+        if width < 1:
+            raise ValueError(f"Noise: width must be > 0, got {width}")
+        self.width = width
+
+    def draw(self, n: int, generator: torch.Generator) -> Params:
+        """(n, width) "noise"."""
+        return {"noise": torch.rand((n, self.width), generator=generator)}
+
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """The noise, on the images' device."""
+        return to_device(params["noise"], images.device)
+
+
+class Labels:
+    """The images' labels in their stead, (n,) int64; the pipeline knows them, nothing is drawn."""
+
+    def draw(self, n: int, generator: torch.Generator) -> Params:  # noqa: ARG002
+        """Nothing."""
+        return {}
+
+    def __call__(self, images: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """The labels, on the images' device."""
+        return to_device(params["labels"], images.device)
 
 
 class Augmentation(ABC):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssl_bench.augment import color
-from ssl_bench.augment.base import Augmentation, take, to_device, to_planes
+from ssl_bench.augment.base import Augmentation, Labels, Noise, View, take, to_device, to_planes
 from ssl_bench.augment.resample import (
     Params,
     crop_boxes,
@@ -32,11 +32,14 @@ from ssl_bench.augment.resample import (
 
 __all__ = [
     "Augmentation",
+    "Labels",
+    "Noise",
     "Normalize",
     "PadCropFlipRotate",
     "Params",
     "RandomResizedCropFlip",
     "SSLView",
+    "View",
     "take",
 ]
 

@@ -176,6 +176,7 @@ def _task(place: "Processes", recipe: Recipe, settings: Settings) -> tuple[Any, 
     import torch
 
     from ssl_bench.training import build as training
+    from ssl_bench.training.gradient import global_loss
 
     dataset = training.dataset(recipe, place)
     for name in ("images", "noise_images") if settings.noise_batch_sizes else ("images",):
@@ -186,10 +187,9 @@ def _task(place: "Processes", recipe: Recipe, settings: Settings) -> tuple[Any, 
             )
     if recipe.track == "pretrain":
         task: Any = training.method(recipe)
-        views = training.pretraining_views(recipe, dataset, place)
     else:
         task = training.classifier(recipe, len(dataset.classes))
-        views = training.classification_views(recipe, dataset, place)
+    views = training.views(recipe, dataset, task.views, place)
     task = task.to(place.device, memory_format=torch.channels_last)
 
     def losses(batch_size: int, batches: int) -> Iterator[Callable[[], Any]]:
@@ -199,7 +199,7 @@ def _task(place: "Processes", recipe: Recipe, settings: Settings) -> tuple[Any, 
         )
         for batch in pipeline.batches(0, batches):
             inputs = batch.views(0)
-            yield lambda inputs=inputs: task(*inputs)["loss"]  # type: ignore[misc]
+            yield lambda inputs=inputs: global_loss(task, task(*inputs))["loss"]  # type: ignore[misc]
 
     return task, losses
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_bench.augment.views import Augmentation, Params, take
+from ssl_bench.augment.views import Labels, Params, View, take
 from ssl_bench.data import sampler
 from ssl_bench.data.dataset import Source
 from ssl_bench.runtime import seeds
@@ -24,28 +24,33 @@ class Batch:
 
     Attributes:
         images: (n, 3, H, W) uint8 on the device; chunk after chunk.
-        params: for each view, the parameters of its augmentation, of length n.
-        labels: (n,) int64 on the device; None if the task does not use them.
+        params: for each view, what was drawn for it, of length n.
+        places: (n,) int64 the images' places in the global batch.
         share: how many of the n belong to one chunk.
     """
 
     images: Tensor
     params: list[Params]
-    labels: Tensor | None
+    places: Tensor
     share: int
-    augmentations: Sequence[Augmentation]
+    makers: Sequence[View]
     _ready: dict[int, tuple[Tensor, ...]] | None = None
 
     def views(self, chunk: int) -> tuple[Tensor, ...]:
-        """The network's inputs for one chunk, the same at every call: each view (share, 3, h, w), then the labels."""
+        """The network's inputs for one chunk, the same at every call, each (share, ...)."""
         if self._ready is not None and chunk in self._ready:
             return self._ready[chunk]
-        rows = slice(chunk * self.share, (chunk + 1) * self.share)
-        views = [
-            augment(self.images[rows], take(params, rows))
-            for augment, params in zip(self.augmentations, self.params, strict=True)
-        ]
-        return (*views, self.labels[rows]) if self.labels is not None else tuple(views)
+        rows = self._rows(chunk)
+        return tuple(
+            view(self.images[rows], take(params, rows)) for view, params in zip(self.makers, self.params, strict=True)
+        )
+
+    def positions(self, chunk: int) -> Tensor:
+        """(share,) int64 the places of a chunk's images in the global batch."""
+        return self.places[self._rows(chunk)]
+
+    def _rows(self, chunk: int) -> slice:
+        return slice(chunk * self.share, (chunk + 1) * self.share)
 
     def prepare(self, chunk: int) -> None:
         """Makes one chunk's views now and keeps them."""
@@ -57,22 +62,19 @@ class Pipeline:
 
     Args:
         source: the train images, on the device.
-        augmentations: one for each view.
-        streams: the stream of randomness of each view (constants of `ssl_bench.runtime.seeds`).
+        views: makes the network's inputs, in order; each has its own stream of randomness.
         seed: the run's seed.
         batch_size: the global batch, in images; divisible by ``chunk_size`` and the latter by ``world_size``.
         chunk_size: the part of the global batch in memory at a time; None = all of it.
         rank, world_size: which share of every chunk this process computes.
         last_batch: "carry": every batch has exactly ``batch_size`` images. "short": an epoch's last batch has what is
             left, in as many chunks as the others.
-        with_labels: whether the network also takes the labels.
     """
 
     def __init__(
         self,
         source: Source,
-        augmentations: Sequence[Augmentation],
-        streams: Sequence[int],
+        views: Sequence[View],
         *,
         seed: int,
         batch_size: int,
@@ -81,13 +83,11 @@ class Pipeline:
         world_size: int,
         device: torch.device,
         last_batch: sampler.LastBatch = "carry",
-        with_labels: bool = False,
     ):
         chunk_size = sampler.images_per_chunk(batch_size, chunk_size, world_size)
         if batch_size > len(source):
             raise ValueError(f"batch_size must be at most the {len(source)} images of the train set, got {batch_size}")
-        self.source, self.augmentations, self.streams = source, augmentations, streams
-        self.seed, self.batch_size, self.device, self.with_labels = seed, batch_size, device, with_labels
+        self.source, self.views, self.seed, self.batch_size, self.device = source, views, seed, batch_size, device
         self.last_batch, self.n_chunks = last_batch, batch_size // chunk_size
         lengths = {batch_size}
         if last_batch == "short" and (rest := len(source) % batch_size):
@@ -131,16 +131,14 @@ class Pipeline:
         images = self.source.batches(self._indices(step) for step in range(start, stop))
         for step, batch in zip(range(start, stop), images, strict=True):
             length = len(self._span(step))
-            params = [
-                augment.draw(length, seeds.generator(self.seed, stream, step))
-                for augment, stream in zip(self.augmentations, self.streams, strict=True)
-            ]
-            if not self._whole:
-                params = [take(drawn, self._positions[length]) for drawn in params]
-            labels = None
-            if self.with_labels:
-                labels = self.source.labels[self._indices(step)].to(self.device, non_blocking=True)
-            yield Batch(batch, params, labels, len(batch) // self.n_chunks, self.augmentations)
+            places, params = self._positions[length], []
+            for number, view in enumerate(self.views):
+                if isinstance(view, Labels):
+                    params.append({"labels": self.source.labels[self._indices(step)]})
+                    continue
+                drawn = view.draw(length, seeds.generator(self.seed, seeds.view(number), step))
+                params.append(drawn if self._whole else take(drawn, places))
+            yield Batch(batch, params, places, len(batch) // self.n_chunks, self.views)
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """One batch ahead: its first chunk's views are made on a side stream."""

@@ -12,8 +12,14 @@ ONLINE = 4
 LAYERS = 5
 PROJECTOR = 6
 ANALYSIS = 7
+_MORE_VIEWS = 1 << 16  # the third view and those after it
 
 _MASK = (1 << 62) - 1  # torch takes 63 bits; one is left free for callers that count up from a seed
+
+
+def view(number: int) -> int:
+    """The stream of a method's views, counted from 0."""
+    return (VIEW1, VIEW2)[number] if number < 2 else _MORE_VIEWS + number
 
 
 def _mix(value: int) -> int:

@@ -14,13 +14,23 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_bench.augment.views import Augmentation, Normalize, PadCropFlipRotate, RandomResizedCropFlip, SSLView
+from ssl_bench.augment.views import (
+    Labels,
+    Noise,
+    Normalize,
+    PadCropFlipRotate,
+    RandomResizedCropFlip,
+    SSLView,
+    View,
+)
 from ssl_bench.data import sampler
 from ssl_bench.data.dataset import Dataset, hold_out, load_dataset
 from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.methods import views as declarations
 from ssl_bench.methods.base import Method
+from ssl_bench.methods.classifier import Classifier
+from ssl_bench.methods.views import Crop, PaddedCrop
 from ssl_bench.models.backbone import create_backbone, load_backbone, seeded
-from ssl_bench.models.classifier import Classifier
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
@@ -30,8 +40,8 @@ from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.runtime.suggestion import nearest
-from ssl_bench.training import gradient
 from ssl_bench.training.evaluation import Evaluation
+from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.plan import Plan, Rhythm
@@ -160,46 +170,59 @@ def _view_options(recipe: Recipe, data: Dataset, where: Processes) -> dict[str, 
     }
 
 
-def pretraining_views(recipe: Recipe, data: Dataset, where: Processes) -> list[Augmentation]:
-    """The two views of self-supervised pretraining, each with its own blur and solarisation."""
-    options, size = recipe.augment, data.train.image_shape[-1]
-    factor = size / BLUR_REFERENCE if options.blur == "scaled" else 1.0
-    return [
-        SSLView(
-            size,
-            crop_scale=options.crop_scale,
-            flip=options.flip,
-            jitter=options.jitter,
-            jitter_p=options.jitter_p,
-            gray_p=options.gray_p,
-            blur_p=0.0 if options.blur == "off" else options.blur_p[view],
-            blur_sigma=(options.blur_sigma[0] * factor, options.blur_sigma[1] * factor),
-            solarize_p=options.solarize_p[view],
-            **_view_options(recipe, data, where),
-        )
-        for view in range(2)
-    ]
+def views(recipe: Recipe, data: Dataset, declared: Sequence[Any], where: Processes) -> list[View]:
+    """Makes what a method declares as its views, with what it leaves open taken from the recipe.
+
+    Raises:
+        ValueError: in one line; an unknown view, or a crop that the images are too small for.
+    """
+    options, crops, made = recipe.augment, 0, list[View]()
+    shared = _view_options(recipe, data, where)
+    for number, view in enumerate(declared):
+        if isinstance(view, Crop):
+            made.append(_crop(recipe, data, view, f"views[{number}]", crops % 2, shared))
+            crops += 1
+        elif isinstance(view, PaddedCrop):
+            made.append(PadCropFlipRotate(pad=options.pad, flip=options.flip, degrees=options.rotation, **shared))
+        elif isinstance(view, declarations.Noise):
+            made.append(Noise(view.width))
+        elif isinstance(view, declarations.Labels):
+            made.append(Labels())
+        else:
+            raise ValueError(f"views[{number}] must be a Crop, PaddedCrop, Noise or Labels, got {view!r}")
+    return made
 
 
-def classification_views(recipe: Recipe, data: Dataset, where: Processes) -> list[Augmentation]:
-    """The one view of supervised training: padded crop, flip, rotation."""
-    options = recipe.augment
-    return [
-        PadCropFlipRotate(
-            pad=options.pad, flip=options.flip, degrees=options.rotation, **_view_options(recipe, data, where)
-        )
-    ]
+def _crop(recipe: Recipe, data: Dataset, crop: Crop, name: str, like: int, shared: dict[str, Any]) -> SSLView:
+    """One random crop; blur is drawn for pixels of the crop, whose scale is that of the images."""
+    options, side = recipe.augment, data.train.image_shape[-1]
+    size = side if crop.size is None else crop.size if crop.size >= 1 else max(1, round(crop.size * side))
+    if not 0 < size <= side or size != int(size):
+        raise ValueError(f"{name}: a crop's size must be pixels up to the images' {side}, or a fraction, got {size}")
+    factor = side / BLUR_REFERENCE if options.blur == "scaled" else 1.0
+    blur_p = options.blur_p[like] if crop.blur_p is None else crop.blur_p
+    solarize_p = options.solarize_p[like] if crop.solarize_p is None else crop.solarize_p
+    return SSLView(
+        int(size),
+        crop_scale=options.crop_scale if crop.scale is None else crop.scale,
+        flip=options.flip,
+        jitter=options.jitter,
+        jitter_p=options.jitter_p if crop.color else 0.0,
+        gray_p=options.gray_p if crop.color else 0.0,
+        blur_p=blur_p if crop.color and options.blur != "off" else 0.0,
+        blur_sigma=(options.blur_sigma[0] * factor, options.blur_sigma[1] * factor),
+        solarize_p=solarize_p if crop.color else 0.0,
+        **shared,
+    )
 
 
-def pipeline(
-    recipe: Recipe, data: Dataset, views: Sequence[Augmentation], where: Processes, **instead: Any
-) -> Pipeline:
+def pipeline(recipe: Recipe, data: Dataset, views: Sequence[View], where: Processes, **instead: Any) -> Pipeline:
     """The run's batches.
 
     Args:
         recipe: whose batch size, seed and track count.
         data: the data set, on the device.
-        views: the network's inputs; a classifier also gets the labels.
+        views: make the network's inputs.
         where: which share of each batch this process computes.
         instead: keywords of `Pipeline` that replace the recipe's (a measurement of a run's snapshots has its own seed).
     """
@@ -210,16 +233,7 @@ def pipeline(
         "last_batch": recipe.last_batch,
         **instead,
     }
-    return Pipeline(
-        data.train,
-        views,
-        (seeds.VIEW1, seeds.VIEW2)[: len(views)],
-        rank=where.rank,
-        world_size=where.world_size,
-        device=where.device,
-        with_labels=recipe.track == "classify",
-        **options,
-    )
+    return Pipeline(data.train, views, rank=where.rank, world_size=where.world_size, device=where.device, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -243,7 +257,7 @@ def trained_backbone(recipe: Recipe, path: Path) -> nn.Module:
 
 
 def method(recipe: Recipe) -> Method:
-    """The untrained backbone with the method around it; the same for equal seeds."""
+    """The untrained backbone with the pretraining method around it; the same for equal seeds."""
     network, feature_dim = backbone(recipe)
     make = registry.resolve("method", recipe.method.target)
     with seeded(seeds.derive_seed(recipe.seed, seeds.PROJECTOR)):
@@ -252,7 +266,9 @@ def method(recipe: Recipe) -> Method:
 
 def classifier(recipe: Recipe, num_classes: int) -> Classifier:
     """The untrained classifier; the same for equal seeds."""
-    return Classifier(*backbone(recipe), num_classes, seed=seeds.derive_seed(recipe.seed, seeds.INIT))
+    network, feature_dim = backbone(recipe)
+    with seeded(seeds.derive_seed(seeds.derive_seed(recipe.seed, seeds.INIT), seeds.INIT, 1)):
+        return Classifier(network, feature_dim, num_classes)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -292,24 +308,6 @@ def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.
     return made, make(**length, **plan.schedule)
 
 
-def step_gradient(recipe: Recipe, accelerator: Accelerator) -> Callable[..., dict[str, Tensor]]:
-    """How a step's gradient is computed: at once, or chunk by chunk, exactly in both cases; times ``loss_scale``."""
-    if recipe.chunk_size in (None, recipe.batch_size):
-        function = gradient.full_batch
-    else:
-        function = gradient.grad_cache if recipe.track == "pretrain" else gradient.accumulate
-
-    def call(model: nn.Module, views: gradient.Views, n_chunks: int, backward: gradient.Backward) -> dict[str, Tensor]:
-        def scaled(loss: Tensor) -> None:
-            backward(recipe.loss_scale * loss)
-
-        # At 1 the loss itself, so that runs stay equal bit for bit to those of before there was a scale.
-        used = backward if recipe.loss_scale == 1 else scaled
-        return function(model, views, n_chunks, used, autocast=accelerator.autocast)
-
-    return call
-
-
 def _rhythm(recipe: Recipe, plan: Plan, where: Processes) -> Rhythm:
     checkpoint = recipe.checkpoint
     every = checkpoint.every_steps if checkpoint.every_steps is not None else plan.every(checkpoint.every_epochs or 0)
@@ -319,14 +317,14 @@ def _rhythm(recipe: Recipe, plan: Plan, where: Processes) -> Rhythm:
 
 
 def trainer(
-    recipe: Recipe, plan: Plan, task: nn.Module, batches: Pipeline, hooks: Sequence[Hook], run: Session
+    recipe: Recipe, plan: Plan, task: Method, batches: Pipeline, hooks: Sequence[Hook], run: Session
 ) -> Trainer:
     """The loop with everything that it works with.
 
     Args:
         recipe: whose optimizer, schedule, precision and intervals count.
         plan: its durations in steps.
-        task: a method or a classifier, which is moved to the device.
+        task: the method, which is moved to the device.
         batches: what it trains on.
         hooks: what is measured during training.
         run: the session, which the loop writes to.
@@ -334,11 +332,11 @@ def trainer(
     where = run.processes
     task = task.to(where.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if where.world_size > 1 and recipe.sync_batch_norm:
-        task = synchronize_batch_norm(task)
+        synchronize_batch_norm(task)  # in place: a method is no batch norm itself
     made, schedule = optimizer(recipe, task, plan)
-    gradient_of = step_gradient(recipe, where.accelerator)
+    gradient: Callable[..., dict[str, Tensor]] = compute_gradient
     if _graphs_steps(recipe, where):
-        gradient_of = GraphedGradient(gradient_of, task, partial(_without_graphs, recipe, where))
+        gradient = GraphedGradient(compute_gradient, task, partial(_without_graphs, recipe, where))
     if recipe.compile:
         for part in task.children():
             part.compile()
@@ -350,13 +348,14 @@ def trainer(
         model=model,
         optimizer=wrapped,
         schedule=schedule,
-        gradient=gradient_of,
+        gradient=gradient,
         pipeline=batches,
         rhythm=_rhythm(recipe, plan, where),
         accelerator=where.accelerator,
         telemetry=Telemetry(made, every=recipe.telemetry.every),
         io=run,
         hooks=hooks,
+        loss_scale=recipe.loss_scale,
     )
 
 
@@ -385,6 +384,7 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
             "schedule": plan.schedule,
         },
         "cuda_graphs": _graphs_steps(recipe, where),
+        "evaluated": trainer.module.evaluated,
         "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
     }
 

@@ -12,7 +12,7 @@ from ssl_bench.augment.views import Augmentation, Normalize
 from ssl_bench.data.dataset import Dataset
 from ssl_bench.eval import Evaluator, evaluate
 from ssl_bench.eval.features import Precision, extract_features
-from ssl_bench.models.classifier import Classifier
+from ssl_bench.methods.classifier import Classifier
 from ssl_bench.runtime.console import Ticker
 from ssl_bench.training.session import Processes
 

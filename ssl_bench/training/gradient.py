@@ -1,124 +1,226 @@
-"""Forward and backward of one step: whole, in chunks with the full batch's gradient, or plainly accumulated.
+"""Forward and backward of one step: one path for whole and chunked batches, one process and several.
 
-The three functions have one signature. ``model`` may be wrapped in DistributedDataParallel, whose gradients are then
-averaged over the processes once per step. Gradients are added to the parameters' ``grad``.
+The network's outputs are gathered to the global batch and become leaves of the loss's own graph ("GradCache", Gao et
+al. 2021); the loss's gradient with respect to them is then carried through the network. With chunks, a first pass
+without a graph makes the outputs, and each chunk is embedded again for its backward pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from ssl_bench.methods.base import Method
+from ssl_bench.runtime.distributed import gather
 
 Views = Callable[[int], tuple[Tensor, ...]]
 Backward = Callable[[Tensor], None]
-Autocast = Callable[[], AbstractContextManager]
+Context = Callable[[int], AbstractContextManager]
+Terms = dict[str, Tensor]
 
 
-def full_batch(
-    model: nn.Module, views: Views, n_chunks: int, backward: Backward, autocast: Autocast = nullcontext
-) -> dict[str, Tensor]:
-    """Computes the loss of the whole batch and its gradient in one pass.
+def plain(_chunk: int) -> AbstractContextManager:
+    """No context around a forward pass."""
+    return nullcontext()
+
+
+def compute_gradient(
+    model: nn.Module, views: Views, n_chunks: int, backward: Backward, context: Context = plain
+) -> Terms:
+    """Computes the loss of the global batch, and adds its gradient to the parameters' ``grad``.
+
+    With ``n_chunks`` > 1 the memory is that of one chunk and the gradient the same, except that batch norm sees a
+    chunk; it costs one more forward pass. The second pass repeats the first exactly (random numbers included), and
+    running statistics are updated in the second alone. A method with ``per_sample`` needs one pass only.
 
     Args:
-        model: maps ``views(0)`` to a dict of scalars, among them "loss".
-        views: gives this process's inputs of a chunk; here of chunk 0, the batch.
-        n_chunks: must be 1.
+        model: an `ssl_bench.methods.Method`, wrapped or not; DistributedDataParallel averages its gradients over the
+            processes, once.
+        views: gives this process's inputs of a chunk, the same ones each time; every chunk has as many rows.
+        n_chunks: >= 1.
         backward: computes gradients from the loss (``accelerator.backward``, which scales it under fp16).
-        autocast: gives the context of the forward pass; none is needed around a model prepared by accelerate.
+        context: what surrounds the forward pass of a chunk: autocast, and the chunk's random numbers.
 
     Returns:
-        the model's scalars, detached.
+        the method's scalars, detached; with ``per_sample`` the mean over this process's rows.
+
+    Raises:
+        ValueError: the method breaks its contract: outputs that are not one row an image, or differ between chunks, or
+            a loss that reaches a trainable parameter.
     """
-    if n_chunks != 1:
-        raise ValueError(f"full_batch: n_chunks must be 1, got {n_chunks}")
-    with autocast():
-        terms = model(*views(0))
+    method = unwrap(model)
+    if method.per_sample:
+        return _accumulate(model, method, views, n_chunks, backward, context)
+    if n_chunks == 1:
+        outputs = _forward(model, views, 0, context)
+        leaves = _leaves(outputs)
+        terms = _loss(method, leaves, backward)
+        _carry(outputs, _gradients(method, leaves, 1)[0])
+        return terms
+    device = next(method.parameters()).device
+    drawn = random_state(device)
+    leaves = _leaves(_outputs_without_graph(model, method, views, n_chunks, context))
+    terms = _loss(method, leaves, backward)
+    gradients = _gradients(method, leaves, n_chunks)
+    set_random_state(device, drawn)
+    for chunk in range(n_chunks):
+        with _reduce_gradients(model, last=chunk == n_chunks - 1):
+            _carry(_forward(model, views, chunk, context), gradients[chunk])
+    return terms
+
+
+def global_loss(method: Method, outputs: Mapping[str, Tensor]) -> Terms:
+    """The method's loss of the global batch, in float32 and without autocast.
+
+    Args:
+        method: not wrapped.
+        outputs: (n, ...) this process's outputs, in any floating-point type.
+
+    Returns:
+        what ``method.loss`` returns, and "z_std", the mean over dimensions of the standard deviation of z / |z| of the
+        output ``method.spread_of``: 1 / sqrt(D) if the embeddings spread evenly, 0 if they have collapsed to a point.
+
+    Raises:
+        ValueError: the global batch is a single image, or ``loss`` does not return a scalar by the name of "loss".
+    """
+    rows = {name: _full_precision(output) for name, output in outputs.items()}
+    with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
+        if not method.per_sample:
+            rows = {name: gather(output) for name, output in rows.items()}
+            if (n := len(next(iter(rows.values())))) < 2:
+                raise ValueError(f"{_name(method)}: the global batch must have >= 2 images, got {n}")
+        terms = method.loss(**rows)
+        if not isinstance(terms, dict) or not isinstance(terms.get("loss"), Tensor) or terms["loss"].ndim:
+            raise ValueError(f"{_name(method)}: loss must return a dict with the scalar 'loss', got {_shown(terms)}")
+        if method.spread_of in rows:
+            with torch.no_grad():
+                terms["z_std"] = F.normalize(rows[method.spread_of].flatten(1)).std(dim=0).mean()
+    return terms
+
+
+def unwrap(model: nn.Module) -> Method:
+    """The method inside DistributedDataParallel and torch.compile wrappers."""
+    inner: object = model
+    while not isinstance(inner, Method):
+        wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+        if wrapped is None:
+            raise ValueError(f"model must be a Method, wrapped or not, got {type(model).__name__}")
+        inner = wrapped
+    return inner
+
+
+def _accumulate(
+    model: nn.Module, method: Method, views: Views, n_chunks: int, backward: Backward, context: Context
+) -> Terms:
+    """Averages loss and gradient over equal chunks: exact, because the loss is a mean over rows."""
+    total: Terms = {}
+    for chunk in range(n_chunks):
+        with _reduce_gradients(model, last=chunk == n_chunks - 1):
+            outputs = _forward(model, views, chunk, context)
+            leaves = _leaves(outputs)
+            share = _loss(method, leaves, lambda loss: backward(loss / n_chunks))
+            _carry(outputs, _gradients(method, leaves, 1)[0])
+        for name, term in share.items():
+            total[name] = total[name] + term / n_chunks if name in total else term / n_chunks
+    return total
+
+
+def _forward(model: nn.Module, views: Views, chunk: int, context: Context) -> Terms:
+    inputs = views(chunk)
+    with context(chunk):
+        outputs = model(*inputs)
+    n = len(inputs[0])
+    if not isinstance(outputs, dict) or not outputs:
+        raise ValueError(f"{_name(unwrap(model))}: forward must return a dict of tensors, got {_shown(outputs)}")
+    for name, output in outputs.items():
+        if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != n:
+            raise ValueError(
+                f"{_name(unwrap(model))}: output {name!r} must have one row for each of the {n} images, "
+                f"got {_shown(output)}"
+            )
+    return outputs
+
+
+def _outputs_without_graph(model: nn.Module, method: Method, views: Views, n_chunks: int, context: Context) -> Terms:
+    """(n, ...) outputs of all this process's chunks, in the chunks' order; no running statistic changes."""
+    whole: Terms = {}
+    with torch.no_grad(), _reduce_gradients(model, last=False), _frozen_statistics(model):
+        for chunk in range(n_chunks):
+            parts = _forward(model, views, chunk, context)
+            _check_alike(method, whole, parts, chunk)
+            for name, part in parts.items():
+                n = len(part)
+                if chunk == 0:  # allocated once: a final torch.cat would need twice the memory
+                    whole[name] = part.new_empty(n_chunks * n, *part.shape[1:])
+                whole[name][chunk * n : (chunk + 1) * n] = part
+    return whole
+
+
+def _check_alike(method: Method, whole: Terms, parts: Terms, chunk: int) -> None:
+    """Refuses outputs whose names or shapes depend on the chunk."""
+    first = {name: tuple(output.shape[1:]) for name, output in whole.items()}
+    these = {name: tuple(output.shape[1:]) for name, output in parts.items()}
+    if chunk and first != these:
+        raise ValueError(
+            f"{_name(method)}: outputs must be alike in all chunks, got {first} in 0 and {these} in {chunk}"
+        )
+
+
+def _leaves(outputs: Terms) -> Terms:
+    """The outputs as the leaves of the loss's own graph; integers, and what needs no gradient, stay as they are.
+
+    What comes from a pass without a graph may need one: then every floating-point output gets it.
+    """
+    traced = any(output.requires_grad for output in outputs.values())
+    return {
+        name: output.detach().requires_grad_(output.is_floating_point() and (output.requires_grad or not traced))
+        for name, output in outputs.items()
+    }
+
+
+def _loss(method: Method, leaves: Terms, backward: Backward) -> Terms:
+    """Back-propagates the loss to the leaves; returns its terms, without their graph."""
+    terms = global_loss(method, leaves)
+    _refuse_parameters(method, terms["loss"])
     backward(terms["loss"])
     return {name: term.detach() for name, term in terms.items()}
 
 
-def accumulate(
-    model: nn.Module, views: Views, n_chunks: int, backward: Backward, autocast: Autocast = nullcontext
-) -> dict[str, Tensor]:
-    """Averages loss and gradient over equal chunks: exact for a loss that is a mean over samples, not for SSL losses.
+def _refuse_parameters(method: Method, loss: Tensor) -> None:
+    """Raises if the loss's graph reaches a trainable parameter.
 
-    Args:
-        model: maps ``views(chunk)`` to a dict of scalars, each a mean over the chunk, among them "loss".
-        views: gives this process's inputs of a chunk; every chunk has the same number of rows.
-        n_chunks: the number of chunks, >= 1.
-        backward: computes gradients from the loss (``accelerator.backward``, which scales it under fp16).
-        autocast: gives the context of the forward pass; none is needed around a model prepared by accelerate.
-
-    Returns:
-        the model's scalars, detached, each the mean over the chunks.
+    Its gradient would be computed once on every process instead of once over all, outside DistributedDataParallel.
     """
-    total: dict[str, Tensor] = {}
-    for chunk in range(n_chunks):
-        with _reduce_gradients(model, last=chunk == n_chunks - 1):
-            with autocast():
-                terms = model(*views(chunk))
-            backward(terms["loss"] / n_chunks)
-        for name, term in terms.items():
-            share = term.detach() / n_chunks
-            total[name] = total[name] + share if name in total else share
-    return total
+    names = {id(p): name for name, p in method.named_parameters() if p.requires_grad}
+    seen: set[Any] = set()
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+            raise ValueError(f"{_name(method)}: loss must use no trainable parameter, got {name}: move it into forward")
+        ahead += [function for function, _ in node.next_functions]
 
 
-def grad_cache(
-    model: nn.Module, views: Views, n_chunks: int, backward: Backward, autocast: Autocast = nullcontext
-) -> dict[str, Tensor]:
-    """Computes the gradient of the whole batch's loss with one chunk's activations ("GradCache", Gao et al. 2021).
-
-    The first pass embeds every chunk without a graph; the loss of all embeddings gives dL/dz; the second pass embeds
-    every chunk again and back-propagates its rows of dL/dz. That is one more forward pass than ``full_batch``, and
-    the same gradient, except that batch norm sees a chunk. The second pass repeats the first one exactly (random
-    numbers included), and running statistics are updated in the second alone.
-
-    Args:
-        model: an ``ssl_bench.methods.Method``, wrapped or not.
-        views: gives this process's two views of a chunk, the same ones each time; every chunk has as many rows.
-        n_chunks: the number of chunks, >= 1.
-        backward: computes gradients from the loss (``accelerator.backward``, which scales it under fp16).
-        autocast: gives the context of the forward pass; none is needed around a model prepared by accelerate.
-
-    Returns:
-        the method's scalars, detached.
-    """
-    method = _unwrap(model)
-    device = next(method.parameters()).device
-    drawn = random_state(device)
-    z1, z2 = _embed_without_graph(model, views, n_chunks, autocast)
-    terms = method.global_loss(z1.requires_grad_(), z2.requires_grad_())
-    backward(terms["loss"])
-    terms = {name: term.detach() for name, term in terms.items()}  # frees the loss's graph
-    gradients = list(zip(_grad(z1).chunk(n_chunks), _grad(z2).chunk(n_chunks), strict=True))
-    set_random_state(device, drawn)
-    for chunk in range(n_chunks):
-        with _reduce_gradients(model, last=chunk == n_chunks - 1):
-            with autocast():
-                embeddings = model(*views(chunk), embed_only=True)
-            # Not through ``backward``: under fp16 dL/dz carries the scale already.
-            torch.autograd.backward(embeddings, gradients[chunk])
-    return terms
+def _gradients(method: Method, leaves: Terms, n_chunks: int) -> list[Terms]:
+    """For each chunk, the loss's gradient with respect to its rows of the outputs, where there is one."""
+    found = {name: leaf.grad.chunk(n_chunks) for name, leaf in leaves.items() if leaf.grad is not None}
+    if not found:
+        raise ValueError(f"{_name(method)}: the loss must depend on an output, got none of {', '.join(leaves)}")
+    return [{name: rows[chunk] for name, rows in found.items()} for chunk in range(n_chunks)]
 
 
-def _embed_without_graph(model: nn.Module, views: Views, n_chunks: int, autocast: Autocast) -> tuple[Tensor, Tensor]:
-    """(z1, z2), each (n, D), of all this process's chunks, in the chunks' order; no running statistic changes."""
-    whole: list[Tensor] = []
-    with torch.no_grad(), _reduce_gradients(model, last=False), _frozen_statistics(model):
-        for chunk in range(n_chunks):
-            with autocast():
-                parts = model(*views(chunk), embed_only=True)
-            n = len(parts[0])
-            if not whole:  # allocated once: a final torch.cat would need twice the memory
-                whole = [part.new_empty(n_chunks * n, *part.shape[1:]) for part in parts]
-            for z, part in zip(whole, parts, strict=True):
-                z[chunk * n : (chunk + 1) * n] = part
-    return whole[0], whole[1]
+def _carry(outputs: Terms, gradients: Terms) -> None:
+    """Carries the outputs' gradients through the network."""
+    names = [name for name in gradients if outputs[name].requires_grad]
+    # Not through ``backward``: under fp16 the gradients carry the scale already.
+    torch.autograd.backward([outputs[name] for name in names], [gradients[name] for name in names])
 
 
 @contextmanager
@@ -140,21 +242,17 @@ def _reduce_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager
     return no_sync() if no_sync is not None and not last else nullcontext()
 
 
-def _unwrap(model: nn.Module) -> Method:
-    """The method inside DistributedDataParallel and torch.compile wrappers."""
-    inner: object = model
-    while not isinstance(inner, Method):
-        wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
-        if wrapped is None:
-            raise ValueError(f"grad_cache: model must be a Method, wrapped or not, got {type(model).__name__}")
-        inner = wrapped
-    return inner
+def _full_precision(x: Tensor) -> Tensor:
+    """Casts bfloat16 and float16 to float32; float64 stays (tests of gradients need it), and so do integers."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _grad(z: Tensor) -> Tensor:
-    if z.grad is None:
-        raise RuntimeError("grad_cache: the loss must depend on the embeddings")
-    return z.grad
+def _name(method: Method) -> str:
+    return type(method).__name__
+
+
+def _shown(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
 
 
 def random_state(device: torch.device) -> list[Tensor]:

@@ -16,17 +16,17 @@ from ssl_bench.runtime.cuda_graph import (
     first_line,
     signature,
 )
-from ssl_bench.training.gradient import Backward, Views, random_state, set_random_state
+from ssl_bench.training.gradient import Backward, Context, Views, plain, random_state, set_random_state
 
 
 class GraphedGradient:
-    """A whole batch's forward and backward pass, replayed; in place of `ssl_bench.training.gradient.full_batch`.
+    """A whole batch's forward and backward pass, replayed; in place of `ssl_bench.training.gradient.compute_gradient`.
 
     The first steps run plainly, and so does every batch of another shape. The step after the recording runs both ways
     on its own batch; where the two differ, or nothing could be recorded, training goes on plainly.
 
     Args:
-        gradient: `full_batch`, or another of its signature that takes one chunk.
+        gradient: `compute_gradient`, or another of its signature; called with one chunk.
         task: the network whose parameters get gradients and whose buffers change.
         refuse: takes the reason where the plain steps must do; may raise.
         recorder: records; None for CUDA graphs.
@@ -48,21 +48,23 @@ class GraphedGradient:
         self._recorded: tuple[tuple[dict[str, Tensor], list[Tensor | None]], Replay] | None = None
         self._state = "warming up"  # then "recorded", "checked"; or "plain", for good
 
-    def __call__(self, model: nn.Module, views: Views, n_chunks: int, backward: Backward) -> dict[str, Tensor]:
-        """See `full_batch`; the scalars hold until the next call."""
+    def __call__(
+        self, model: nn.Module, views: Views, n_chunks: int, backward: Backward, context: Context = plain
+    ) -> dict[str, Tensor]:
+        """See `compute_gradient`; the scalars hold until the next call."""
         inputs = views(0)
         shape = signature(inputs)
 
         def plainly() -> dict[str, Tensor]:
-            return self._recorder.run(lambda: self._plain(model, views, n_chunks, backward))
+            return self._recorder.run(lambda: self._plain(model, views, n_chunks, backward, context))
 
         if self._state == "plain":
-            return self._plain(model, views, n_chunks, backward)
+            return self._plain(model, views, n_chunks, backward, context)
         if self._state == "warming up":
             terms = plainly()
             self._calls[shape] = self._calls.get(shape, 0) + 1
             if self._calls[shape] == WARM_UP:
-                self._record(lambda: self._plain(model, lambda _: tuple(self._inputs), 1, backward), inputs)
+                self._record(lambda: self._plain(model, lambda _: tuple(self._inputs), 1, backward, context), inputs)
                 self._recorded_shape = shape
             return terms
         if shape != self._recorded_shape:

@@ -1,8 +1,10 @@
 """THE training loop, shared by both tracks. It knows no method, data set, optimizer or metric by name."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,12 +12,15 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.data.pipeline import Batch, Pipeline
+from ssl_bench.methods.base import Method
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import assert_equal_parameters
+from ssl_bench.training.gradient import unwrap
 from ssl_bench.training.monitor import FiniteGuard, Meter
 from ssl_bench.training.plan import Rhythm
+from ssl_bench.training.sample_random import SampleRandom
 
 Scalars = dict[str, float]
 
@@ -64,11 +69,12 @@ class Trainer:
     """Everything one run's loop works with.
 
     Attributes:
-        model: a method or a classifier, possibly wrapped for several processes.
+        model: a method, possibly wrapped for several processes.
         optimizer: may be Accelerate's wrapper; every group carries ``initial_lr``.
         schedule: optimizer step -> multiplier of every group's ``initial_lr``; pure.
         gradient: runs forward and backward of one batch and returns its scalars, "loss" among them.
         accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
+        loss_scale: factor on the loss for the backward pass, not on the recorded one.
     """
 
     model: nn.Module
@@ -81,12 +87,14 @@ class Trainer:
     telemetry: Telemetry
     io: RunIO
     hooks: Sequence[Hook] = ()
+    loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self.module: nn.Module = self.accelerator.unwrap_model(self.model)
+        self.module: Method = unwrap(self.model)
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.device: torch.device = self.accelerator.device
+        self.random = SampleRandom(self.device)
         if self.accelerator.scaler is None and isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer = self.optimizer.optimizer  # the wrapper would only look for packages, at every step
         self.guard = FiniteGuard([name for name, _ in named], self.device, gradients=self.accelerator.scaler is None)
@@ -102,8 +110,11 @@ class Trainer:
             io.snapshot(0, self.module)
         mark, marked_step = time.perf_counter(), self.step
         for batch in self.pipeline.batches(self.step, rhythm.total):
-            self._seed_step()
-            scalars = self.gradient(self.model, batch.views, self.pipeline.n_chunks, self.accelerator.backward)
+            self._begin_step()
+            scalars = self.gradient(
+                self.model, batch.views, self.pipeline.n_chunks, self._backward, partial(self._around, batch)
+            )
+            self.random.end_step()
             # The schedule counts optimizer steps: a step that the gradient scaler skips must not advance it.
             multiplier = self.schedule(self.clock)
             for group in self.optimizer.param_groups:
@@ -149,13 +160,25 @@ class Trainer:
                 return Outcome("interrupted", self.step)
         return Outcome("finished", self.step)
 
-    def _seed_step(self) -> None:
-        """Dropout and whatever else draws from torch's global generator is a function of (seed, step, rank) too."""
-        rank = self.accelerator.process_index
-        seed = seeds.derive_seed(self.pipeline.seed + (rank << 32), seeds.LAYERS, self.step)
+    def _begin_step(self) -> None:
+        """Lets the method follow the run, and makes whatever the network draws a function of (seed, step)."""
+        with torch.no_grad():
+            self.module.begin_step(self.step / self.rhythm.total)
+        seed = seeds.derive_seed(self.pipeline.seed, seeds.LAYERS, self.step)
+        self.random.begin_step(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed walks over every kind of device, each step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def _backward(self, loss: Tensor) -> None:
+        # At 1 the loss itself, so that runs stay equal bit for bit to those of before there was a scale.
+        self.accelerator.backward(loss if self.loss_scale == 1 else self.loss_scale * loss)
+
+    @contextmanager
+    def _around(self, batch: Batch, chunk: int) -> Iterator[None]:
+        """What surrounds the forward pass of a chunk: autocast, and random numbers of its samples' own."""
+        with self.accelerator.autocast(), self.random.rows(batch.positions(chunk)):
+            yield
 
     def _line(self, multiplier: float) -> Scalars:
         """One line of the metrics: means since the last line. Waits for the device."""
