@@ -50,7 +50,7 @@ def stepper(sizes: Sizes) -> Callable[[int, int], float]:
     from ssl_bench.models.backbone import create_backbone
     from ssl_bench.optim import LARS
     from ssl_bench.runtime import seeds
-    from ssl_bench.training.gradient import full_batch, grad_cache
+    from ssl_bench.training.gradient import compute_gradient
 
     torch.manual_seed(0)
     images = torch.randint(0, 256, (sizes.batch, 3, sizes.pixels, sizes.pixels), dtype=torch.uint8)
@@ -70,8 +70,7 @@ def stepper(sizes: Sizes) -> Callable[[int, int], float]:
             rows = slice(index * chunk, (index + 1) * chunk)
             return tuple(view(images[rows], take(p, rows)) for view, p in zip(augmentations, params, strict=True))
 
-        gradient = full_batch if chunk == batch else grad_cache
-        loss = gradient(model, views, batch // chunk, lambda value: value.backward())["loss"]
+        loss = compute_gradient(model, views, batch // chunk, lambda value: value.backward())["loss"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss)

@@ -65,7 +65,7 @@ class BookedAugmentation:
 
 def book(trainer: Trainer) -> None:
     """Makes every part of the loop's step book its time."""
-    trainer.pipeline.augmentations = [BookedAugmentation(a) for a in trainer.pipeline.augmentations]
+    trainer.pipeline.views = [BookedAugmentation(view) for view in trainer.pipeline.views]
     batches = trainer.pipeline.batches
 
     def booked_batches(start: int, stop: int) -> Iterator[Any]:
@@ -76,12 +76,11 @@ def book(trainer: Trainer) -> None:
 
     trainer.pipeline.batches = booked_batches  # type: ignore[method-assign]
     module: Any = trainer.module
-    if hasattr(module, "global_loss"):  # a classifier's loss is one line of its forward
-        module.global_loss = part("loss", module.global_loss)
+    module.loss = part("loss", module.loss)
     gradient, forward = trainer.gradient, part("forward", trainer.model)
 
-    def booked_gradient(_model: Any, views: Any, n_chunks: int, backward: Any) -> Any:
-        return gradient(forward, views, n_chunks, part("backward", backward))
+    def booked_gradient(_model: Any, views: Any, n_chunks: int, backward: Any, context: Any) -> Any:
+        return gradient(forward, views, n_chunks, part("backward", backward), context)
 
     trainer.gradient = booked_gradient
     trainer.optimizer.step = part("optimizer", trainer.optimizer.step)

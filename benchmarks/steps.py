@@ -2,23 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssl_bench.augment.views import PadCropFlipRotate, SSLView
+from ssl_bench.augment.views import Labels, PadCropFlipRotate, SSLView
 from ssl_bench.data.dataset import load_dataset
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.data.sources import ResidentSource
-from ssl_bench.methods import BarlowTwins
-from ssl_bench.models.classifier import Classifier
+from ssl_bench.methods import BarlowTwins, Classifier, Method
+from ssl_bench.models.backbone import create_backbone
 from ssl_bench.models.small_maps import SmallMapConv2d
 from ssl_bench.optim import LARS, Telemetry, build_groups
-from ssl_bench.runtime.seeds import VIEW1, VIEW2
-from ssl_bench.training.gradient import accumulate, full_batch, grad_cache
+from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Trainer
 from ssl_bench.training.plan import Rhythm
@@ -73,7 +71,7 @@ class NoRun:
         """After every step."""
 
 
-def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> nn.Module:
+def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> Method:
     """The network of a track: ResNet-18 with the ImageNet stem, and the projector or a classifier's head.
 
     Args:
@@ -81,13 +79,13 @@ def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> nn.Module:
         sizes: what is timed.
         plain: with torch's convolutions everywhere, as everybody else has them (see `ssl_bench.models.small_maps`).
     """
-    classifier = Classifier.create("resnet18", 10, stem="imagenet", init="torchvision", seed=0)
-    for module in classifier.modules():
+    backbone, features = create_backbone("resnet18", stem="imagenet", init="torchvision", seed=0)
+    for module in backbone.modules():
         if plain and type(module) is SmallMapConv2d:
             module.__class__ = nn.Conv2d
     if track == "classify":
-        return classifier
-    return BarlowTwins(classifier.backbone, 512, projector=sizes.projector)
+        return Classifier(backbone, features, 10)
+    return BarlowTwins(backbone, features, projector=sizes.projector)
 
 
 def load_images(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -138,14 +136,13 @@ def build_trainer(
     pipeline = Pipeline(
         ResidentSource(*load_images(sizes)).to(device),
         [SSLView(sizes.pixels, solarize_p=p, **options) for p in (0.0, 0.2)]
-        if pretraining else [PadCropFlipRotate(**options)],
-        (VIEW1, VIEW2) if pretraining else (VIEW1,), seed=0, batch_size=sizes.batch, chunk_size=sizes.chunk,
-        rank=0, world_size=1, device=device, with_labels=not pretraining,
+        if pretraining else [PadCropFlipRotate(**options), Labels()],
+        seed=0, batch_size=sizes.batch, chunk_size=sizes.chunk,
+        rank=0, world_size=1, device=device,
     )  # fmt: skip
-    whole = full_batch if pipeline.n_chunks == 1 else grad_cache if pretraining else accumulate
-    gradient: Callable[..., Any] = partial(whole, autocast=accelerator.autocast)
+    gradient: Callable[..., Any] = compute_gradient
     if graphs and pipeline.n_chunks == 1:
-        gradient = GraphedGradient(gradient, task, _insist)
+        gradient = GraphedGradient(compute_gradient, task, _insist)
     if compile_options is not None:
         for part in task.children():
             part.compile(**compile_options)
@@ -171,11 +168,11 @@ def end_to_end(trainer: Trainer) -> Steps:
 def bare(trainer: Trainer) -> Steps:
     """Forward, backward and optimizer step on one batch that is augmented and on the device already."""
     views = next(iter(trainer.pipeline.batches(0, 1))).views(0)
-    model, optimizer = trainer.model, trainer.optimizer
+    model, optimizer, method = trainer.model, trainer.optimizer, trainer.module
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            model(*views)["loss"].backward()
+            method.loss(**model(*views))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -35,8 +35,9 @@ class Teacher(nn.Module):
             backbone, projector: the student's.
             momentum: in [0, 1].
         """
-        student = [*backbone.parameters(), *projector.parameters()]
-        torch._foreach_lerp_(list(self.parameters()), student, 1 - momentum)
+        teacher: list[Tensor] = list(self.parameters())
+        student: list[Tensor] = [*backbone.parameters(), *projector.parameters()]
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
 def cosine(start: float, end: float, progress: float) -> float:

@@ -52,6 +52,22 @@ def evaluate(
 
 
 @app.command()
+def check_method(
+    method: Annotated[str, typer.Argument(help="A known name, an entry point, or package.module:Name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="method.key=value")] = None,
+    debug: Debug = False,
+) -> None:
+    """Try whether a method keeps its contract.
+
+    Outputs, gradients, chunks, two processes and a resume, in float64 on a small network; under a minute on two cores.
+    """
+    from ssl_bench.cli.check_method import main
+    from ssl_bench.recipe.command import guarded
+
+    raise typer.Exit(guarded(lambda: main(method, overrides or []), debug=debug))
+
+
+@app.command()
 def analyze(
     run: Annotated[str, typer.Argument(help="The folder of a run that had checkpoint.snapshots.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.path=FOLDER device=cpu")] = None,

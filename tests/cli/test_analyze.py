@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from ssl_bench import classify, cli, pretrain
 from ssl_bench.data.dataset import load_dataset
 from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.methods import Classifier
 from ssl_bench.recipe.compose import build as checked
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.snapshots import Snapshots
@@ -104,11 +105,11 @@ def test_the_loss_is_that_of_training_on_the_fixed_batch(runs: Path) -> None:
     assert analyze(runs / "clf", *SMALL).exit_code == 0
     recipe = _recipe(json.loads((runs / "clf/run.json").read_text())["recipe"])
     dataset = load_dataset("digits")
-    views = build.classification_views(recipe, dataset, SimpleNamespace(device=torch.device("cpu")))
+    views = build.views(recipe, dataset, Classifier.views, SimpleNamespace(device=torch.device("cpu")))
     pipeline = Pipeline(
-        dataset.train, views, [seeds.VIEW1],
+        dataset.train, views,
         seed=seeds.derive_seed(0, seeds.ANALYSIS), batch_size=48, chunk_size=None, rank=0, world_size=1,
-        device=torch.device("cpu"), with_labels=True,
+        device=torch.device("cpu"),
     )  # fmt: skip
     images, labels = next(pipeline.batches(0, 1)).views(0)
     for row in read_analysis(runs / "clf").sharpness:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_bench.augment.views import Normalize
+from ssl_bench.augment.views import Labels, Normalize
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.data.sampler import batch_indices, local_positions, span, steps_per_epoch
 from ssl_bench.data.sources import ResidentSource, Source, StreamingSource
@@ -84,8 +84,8 @@ def numbered(size: int = 22) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pipeline(source: Source, *, rank: int = 0, world_size: int = 1, chunk_size: int | None = None) -> Pipeline:
     return Pipeline(
-        source, [Normalize((0.0,) * 3, (1 / 255,) * 3)], (1,), seed=3, batch_size=8, chunk_size=chunk_size, rank=rank,
-        world_size=world_size, device=torch.device("cpu"), last_batch="short", with_labels=True,
+        source, [Normalize((0.0,) * 3, (1 / 255,) * 3), Labels()], seed=3, batch_size=8, chunk_size=chunk_size,
+        rank=rank, world_size=world_size, device=torch.device("cpu"), last_batch="short",
     )  # fmt: skip
 
 
@@ -111,9 +111,9 @@ def test_processes_and_chunks_share_a_short_batch_evenly(world_size, chunk_size)
 
 def test_short_batches_are_the_same_from_any_step_on_and_when_streamed():
     images, labels = numbered()
-    whole = [batch.labels for batch in pipeline(ResidentSource(images, labels)).batches(0, 7)]
+    whole = [batch.views(0)[1] for batch in pipeline(ResidentSource(images, labels)).batches(0, 7)]
     for start in (1, 2, 5):
-        late = [batch.labels for batch in pipeline(StreamingSource(images, labels, workers=0)).batches(start, 7)]
+        late = [batch.views(0)[1] for batch in pipeline(StreamingSource(images, labels, workers=0)).batches(start, 7)]
         assert all(torch.equal(a, b) for a, b in zip(late, whole[start:], strict=True))
 
 

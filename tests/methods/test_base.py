@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ssl_bench.methods import METHODS, BarlowTwins, Method, SimCLR, VICReg
-from ssl_bench.methods.base import build_projector
 
 
 def backbone() -> nn.Module:
@@ -41,39 +40,11 @@ def test_default_projectors_end_in_4096_dimensions():
     assert linear == {"barlow_twins": [2048, 2048, 4096], "simclr": [2048, 4096], "vicreg": [2048, 2048, 4096]}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_each_view_is_embedded_by_itself(name):
-    method, (x1, x2) = METHODS[name](backbone(), 5, projector=(6, 4)), views()
-    z1, z2 = method(x1, x2, embed_only=True)
-    assert torch.equal(z1, method.embed(x1))
-    assert torch.equal(z2, method.embed(x2))
-    terms = method(x1, x2)
-    torch.testing.assert_close(terms["loss"], method.loss(z1, z2)["loss"])
-
-
-def test_the_loss_is_float32_under_autocast_and_float64_stays():
-    seen = []
-
-    class Probe(Method):
-        def loss(self, z1, z2):
-            seen.append((z1.dtype, (z1 @ z2.T).dtype))
-            return {"loss": (z1 * z2).mean()}
-
-    method, (x1, x2) = Probe(backbone(), 5, build_projector(5, (4,))), views()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert method.embed(x1).dtype == torch.bfloat16
-        method(x1, x2)["loss"].backward()
-    method.double()(x1.double(), x2.double())
-    assert seen == [(torch.float32,) * 2, (torch.float64,) * 2]
-
-
-def test_z_std_tells_a_spread_from_a_collapse():
-    method = BarlowTwins(backbone(), 5, projector=(4,))
-    spread = torch.cat([torch.eye(4), -torch.eye(4)]).requires_grad_()
-    terms = method.global_loss(spread, spread)
-    assert not terms["z_std"].requires_grad
-    torch.testing.assert_close(terms["z_std"], torch.tensor(0.5), rtol=0.1, atol=0)  # 1 / sqrt(D), unbiased
-    assert method.global_loss(torch.ones(8, 4), torch.ones(8, 4))["z_std"] == 0
+def test_each_view_is_embedded_by_itself():
+    method, (x1, x2) = BarlowTwins(backbone(), 5, projector=(6, 4)), views()
+    outputs = method(x1, x2)
+    assert torch.equal(outputs["z1"], method.embed(x1))
+    assert torch.equal(outputs["z2"], method.embed(x2))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -111,11 +82,3 @@ def test_a_backbone_with_other_features_is_refused():
     net.num_features = 512
     with pytest.raises(ValueError, match="feature_dim must be the backbone's 512, got 64"):
         BarlowTwins(net, 64)
-
-
-def test_a_batch_of_one_pair_and_unequal_views_are_refused():
-    method = SimCLR(backbone(), 5, projector=(4,)).eval()
-    with pytest.raises(ValueError, match="the global batch must have >= 2 pairs, got 1"):
-        method(*views(1))
-    with pytest.raises(ValueError, match=re.escape("must have the same shape, got (8, 4) and (4, 4)")):
-        method(views(8)[0], views(4)[0])

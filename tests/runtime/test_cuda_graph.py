@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ssl_bench.augment.views import Augmentation, PadCropFlipRotate, SSLView, take
 from ssl_bench.methods import METHODS
 from ssl_bench.methods.barlow_twins import BarlowTwins
-from ssl_bench.models.classifier import Classifier
+from ssl_bench.methods.classifier import Classifier
 from ssl_bench.optim import LARS
 from ssl_bench.runtime.cuda_graph import WARM_UP, GraphRecorder, Replayed
-from ssl_bench.training.gradient import full_batch
+from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 
 N = 12
@@ -76,8 +76,8 @@ def refuse(reason: str) -> None:
 @pytest.mark.parametrize("name", [*METHODS, "classifier", "dropout"])
 def test_replayed_steps_are_the_plain_ones(name: str) -> None:
     recorder = TapeRecorder()
-    plain = train(name, lambda _task: full_batch)
-    replayed = train(name, lambda task: GraphedGradient(full_batch, task, refuse, recorder))
+    plain = train(name, lambda _task: compute_gradient)
+    replayed = train(name, lambda task: GraphedGradient(compute_gradient, task, refuse, recorder))
     assert recorder.replays == 10 - WARM_UP - 1  # one batch is short; one replay is the check
     assert plain["losses"] == replayed["losses"]
     for ours, theirs in zip(replayed["gradients"], plain["gradients"], strict=True):
@@ -88,10 +88,10 @@ def test_replayed_steps_are_the_plain_ones(name: str) -> None:
 
 def test_a_step_that_python_decides_is_found_out_and_trained_plainly() -> None:
     recorder, reasons = TapeRecorder(), []
-    plain = train("stateful", lambda _task: full_batch)
+    plain = train("stateful", lambda _task: compute_gradient)
 
     def wrap(task: nn.Module) -> Plain:
-        return GraphedGradient(full_batch, task, reasons.append, recorder)
+        return GraphedGradient(compute_gradient, task, reasons.append, recorder)
 
     replayed = train("stateful", wrap)
     assert len(reasons) == 1
@@ -108,11 +108,11 @@ def test_what_cannot_be_recorded_is_trained_plainly(how: str) -> None:
     recorder.waited = how == "waits in the step"
 
     def reads(*arguments: Any) -> dict[str, Tensor]:
-        terms = full_batch(*arguments)
+        terms = compute_gradient(*arguments)
         terms["loss"].item()
         return terms
 
-    plain = train("barlow_twins", lambda _task: full_batch)
+    plain = train("barlow_twins", lambda _task: compute_gradient)
     replayed = train("barlow_twins", lambda task: GraphedGradient(reads, task, reasons.append, recorder))
     if recorder.waited:
         assert reasons == ["a step waits for the device, so it cannot be recorded"]
@@ -126,7 +126,7 @@ def test_what_cannot_be_recorded_is_trained_plainly(how: str) -> None:
 def test_a_diverged_step_says_nothing_and_the_next_one_is_compared() -> None:
     recorder = TapeRecorder()
     task = build("barlow_twins")
-    gradient = GraphedGradient(full_batch, task, refuse, recorder)
+    gradient = GraphedGradient(compute_gradient, task, refuse, recorder)
     for step in range(WARM_UP):
         gradient(task, lambda _, step=step: batch(step, ""), 1, Tensor.backward)
     broken = [view * math.nan for view in batch(4, "")]
@@ -142,11 +142,11 @@ def test_a_diverged_step_says_nothing_and_the_next_one_is_compared() -> None:
 @pytest.mark.parametrize(("failing", "replays"), [(5, 0), (6, 4)], ids=["the compared step", "a short batch"])
 def test_a_recording_that_leaves_no_memory_for_a_plain_step_is_given_up(failing: int, replays: int) -> None:
     """Three passes to warm up and the recording come before; where a step needs more than half of the memory."""
-    plain = train("dropout", lambda _task: full_batch)
+    plain = train("dropout", lambda _task: compute_gradient)
     recorder, reasons, passes = TapeRecorder(), [], iter(range(1, 100))
 
     def tight(*arguments: Any) -> dict[str, Tensor]:
-        terms = full_batch(*arguments)
+        terms = compute_gradient(*arguments)
         if next(passes) == failing:
             raise torch.OutOfMemoryError("out of memory")
         return terms
@@ -205,8 +205,8 @@ def test_a_function_that_cannot_be_replayed_is_called_plainly(what: str, reason:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*METHODS, "classifier", "dropout"])
 def test_gpu_replayed_steps_are_the_plain_ones(name: str) -> None:
-    plain = train(name, lambda _task: full_batch, "cuda")
-    replayed = train(name, lambda task: GraphedGradient(full_batch, task, refuse), "cuda")
+    plain = train(name, lambda _task: compute_gradient, "cuda")
+    replayed = train(name, lambda task: GraphedGradient(compute_gradient, task, refuse), "cuda")
     # As far as plain runs agree with each other: some kernels add in an order of their own.
     for ours, theirs in zip(replayed["losses"], plain["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2)
@@ -219,7 +219,7 @@ def test_gpu_a_step_that_waits_is_found_out_before_the_recording() -> None:
     reasons: list[str] = []
 
     def reads(*arguments: Any) -> dict[str, Tensor]:
-        terms = full_batch(*arguments)
+        terms = compute_gradient(*arguments)
         terms["loss"].item()
         return terms
 

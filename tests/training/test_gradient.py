@@ -1,21 +1,18 @@
-"""The three ways to a step's gradient, in one process (over several: tests/methods/test_invariance.py)."""
+"""A step's gradient, whole and in chunks, in one process (over several: tests/methods/test_invariance.py)."""
 
 import copy
 import json
+import re
 import runpy
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ssl_bench.methods import METHODS, Method
-from ssl_bench.recipe.compose import compose
-from ssl_bench.training.build import step_gradient
-from ssl_bench.training.gradient import accumulate, full_batch, grad_cache
+from ssl_bench.methods import METHODS, Classifier, Method
+from ssl_bench.training.gradient import compute_gradient, global_loss
 
 N = 16
 
@@ -64,10 +61,10 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("name", METHODS)
 def test_grad_cache_without_batch_norm_is_the_full_batch(name, n_chunks):
     model, x = network(name), images()
-    terms = full_batch(model, chunks(x, 1), 1, Tensor.backward)
+    terms = compute_gradient(model, chunks(x, 1), 1, Tensor.backward)
     expected = gradients(model)
     model.zero_grad()
-    chunked = grad_cache(model, chunks(x, n_chunks), n_chunks, Tensor.backward)
+    chunked = compute_gradient(model, chunks(x, n_chunks), n_chunks, Tensor.backward)
     assert_close(chunked, terms, rtol=1e-13)
     assert_close(gradients(model), expected, rtol=1e-12)
     assert not any(term.requires_grad for term in (*terms.values(), *chunked.values()))
@@ -78,10 +75,10 @@ def test_one_chunk_with_batch_norm_and_dropout_is_the_full_batch_to_the_last_sta
     plain = network(norm=nn.BatchNorm2d, dropout=0.5)
     cached, x = copy.deepcopy(plain), images()
     torch.manual_seed(1)
-    full_batch(plain, chunks(x, 1), 1, Tensor.backward)
+    compute_gradient(plain, chunks(x, 1), 1, Tensor.backward)
     after = torch.get_rng_state()
     torch.manual_seed(1)
-    grad_cache(cached, chunks(x, 1), 1, Tensor.backward)
+    compute_gradient(cached, chunks(x, 1), 1, Tensor.backward)
     assert torch.equal(torch.get_rng_state(), after)
     assert_close(gradients(cached), gradients(plain), rtol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(cached.buffers(), plain.buffers(), strict=True))
@@ -92,7 +89,7 @@ def test_both_passes_see_the_same_embeddings():
     model = network("vicreg", norm=nn.BatchNorm2d, dropout=0.3)
     recorder = Recorder()
     model.projector.append(recorder)
-    grad_cache(model, chunks(images(), 4), 4, Tensor.backward)
+    compute_gradient(model, chunks(images(), 4), 4, Tensor.backward)
     first, second = recorder.seen[:8], recorder.seen[8:]
     assert len(second) == 8
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -109,61 +106,42 @@ def test_running_statistics_are_tracked_again_after_an_error_and_evaluation_mode
 
     before = [b.clone() for b in model.buffers()]
     with pytest.raises(KeyboardInterrupt):
-        grad_cache(model, views, 2, Tensor.backward)
+        compute_gradient(model, views, 2, Tensor.backward)
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
 
 
 def test_a_scaled_backward_scales_the_gradient_once():
     model, x = network(), images()
-    full_batch(model, chunks(x, 1), 1, Tensor.backward)
+    compute_gradient(model, chunks(x, 1), 1, Tensor.backward)
     expected = {name: 1024 * grad for name, grad in gradients(model).items()}
-    for step, n_chunks in ((full_batch, 1), (grad_cache, 4)):
+    for n_chunks in (1, 4):
         model.zero_grad()
-        step(model, chunks(x, n_chunks), n_chunks, lambda loss: (1024 * loss).backward())
+        compute_gradient(model, chunks(x, n_chunks), n_chunks, lambda loss: (1024 * loss).backward())
         assert_close(gradients(model), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("track", "n_chunks"), [("pretrain", 1), ("pretrain", 4), ("classify", 1), ("classify", 4)])
-def test_loss_scale_scales_the_gradient_and_no_number_that_is_recorded(track, n_chunks):
-    words = [f"batch_size={N}", f"chunk_size={N // n_chunks}"]
-    model = network() if track == "pretrain" else Classifier()
-    views = chunks(images(), n_chunks) if track == "pretrain" else labelled(n_chunks)
-    accelerator = SimpleNamespace(autocast=nullcontext)
-    found = {}
-    for scale in (1, 0.25, 3):
-        model.zero_grad()
-        step = step_gradient(compose(track, [*words, f"loss_scale={scale}"]), accelerator)
-        terms = step(model, views, n_chunks, Tensor.backward)
-        found[scale] = {name: value.clone() for name, value in gradients(model).items()}
-        if scale == 1:
-            expected = terms
-        assert all(torch.equal(terms[name], value) for name, value in expected.items())
-    assert_close(found[0.25], {name: value / 4 for name, value in found[1].items()}, rtol=1e-13)
-    assert_close(found[3], {name: value * 3 for name, value in found[1].items()}, rtol=1e-13)
 
 
 def test_gradients_are_added():
     model, x = network(), images()
-    grad_cache(model, chunks(x, 4), 4, Tensor.backward)
+    compute_gradient(model, chunks(x, 4), 4, Tensor.backward)
     once = {name: grad.clone() for name, grad in gradients(model).items()}
-    grad_cache(model, chunks(x, 4), 4, Tensor.backward)
+    compute_gradient(model, chunks(x, 4), 4, Tensor.backward)
     assert_close(gradients(model), {name: 2 * grad for name, grad in once.items()}, rtol=1e-12)
 
 
 def test_under_autocast_the_two_ways_agree_to_bfloat16():
     model, x = network().float(), images(torch.float32)
 
-    def autocast():
+    def autocast(_chunk):
         return torch.autocast("cpu", torch.bfloat16)
 
-    full_batch(model, chunks(x, 1), 1, Tensor.backward, autocast)
+    compute_gradient(model, chunks(x, 1), 1, Tensor.backward, autocast)
     expected = gradients(model)
     model.zero_grad()
-    grad_cache(model, chunks(x, 4), 4, Tensor.backward, autocast)
+    compute_gradient(model, chunks(x, 4), 4, Tensor.backward, autocast)
     assert_close(gradients(model), expected, rtol=2e-2)
     model.zero_grad()
-    grad_cache(model, chunks(x, 4), 4, Tensor.backward)
+    compute_gradient(model, chunks(x, 4), 4, Tensor.backward)
     with pytest.raises(AssertionError):  # the control: autocast did something
         assert_close(gradients(model), expected, rtol=1e-5)
 
@@ -192,14 +170,9 @@ class FakeParallel(nn.Module):
         return self.module(*inputs, **options)
 
 
-class Classifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(48, 3).double()
-
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        logits = self.head(x.flatten(1))
-        return {"loss": F.cross_entropy(logits, y), "top1": (logits.argmax(1) == y).double().mean()}
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(nn.Flatten(1), 48, 3).double()
 
 
 def labelled(n_chunks: int):
@@ -209,48 +182,122 @@ def labelled(n_chunks: int):
 
 def test_gradients_are_reduced_once_a_step():
     wrapped = FakeParallel(network())
-    grad_cache(wrapped, chunks(images(), 4), 4, Tensor.backward)
+    compute_gradient(wrapped, chunks(images(), 4), 4, Tensor.backward)
     assert wrapped.calls == ["held"] * 7 + ["reduced"]
-    wrapped = FakeParallel(Classifier())
-    accumulate(wrapped, labelled(4), 4, Tensor.backward)
+    wrapped = FakeParallel(classifier())
+    compute_gradient(wrapped, labelled(4), 4, Tensor.backward)
     assert wrapped.calls == ["held"] * 3 + ["reduced"]
 
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
 def test_accumulation_of_a_mean_loss_is_exact(n_chunks):
-    model = Classifier()
-    terms = full_batch(model, labelled(1), 1, Tensor.backward)
+    model = classifier()
+    terms = compute_gradient(model, labelled(1), 1, Tensor.backward)
     expected = gradients(model)
     model.zero_grad()
-    assert_close(accumulate(model, labelled(n_chunks), n_chunks, Tensor.backward), terms, rtol=1e-13)
+    assert_close(compute_gradient(model, labelled(n_chunks), n_chunks, Tensor.backward), terms, rtol=1e-13)
     assert_close(gradients(model), expected, rtol=1e-13)
 
 
 def test_plain_accumulation_of_a_self_supervised_loss_is_another_objective():
-    """Why it is not offered: the control that shows that the tests above could see a wrong gradient."""
+    """The control that shows that the tests above could see a wrong gradient: what `per_sample` would do."""
     model, x = network(), images()
-    full_batch(model, chunks(x, 1), 1, Tensor.backward)
+    compute_gradient(model, chunks(x, 1), 1, Tensor.backward)
     expected = gradients(model)
     model.zero_grad()
-    accumulate(model, chunks(x, 4), 4, Tensor.backward)
+    model.per_sample = True
+    compute_gradient(model, chunks(x, 4), 4, Tensor.backward)
     with pytest.raises(AssertionError):
         assert_close(gradients(model), expected, rtol=0.05)
 
 
 def test_a_compiled_wrapper_is_looked_through():
     model, x = network(), images()
-    grad_cache(model, chunks(x, 4), 4, Tensor.backward)
+    compute_gradient(model, chunks(x, 4), 4, Tensor.backward)
     expected = gradients(model)
     model.zero_grad()
-    grad_cache(torch.compile(model, backend="eager"), chunks(x, 4), 4, Tensor.backward)
+    compute_gradient(torch.compile(model, backend="eager"), chunks(x, 4), 4, Tensor.backward)
     assert_close(gradients(model), expected, rtol=1e-12)
 
 
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="full_batch: n_chunks must be 1, got 2"):
-        full_batch(network(), chunks(images(), 2), 2, Tensor.backward)
-    with pytest.raises(ValueError, match="grad_cache: model must be a Method, wrapped or not, got Linear"):
-        grad_cache(nn.Linear(2, 2), chunks(images(), 2), 2, Tensor.backward)
+def test_the_loss_is_float32_under_autocast_and_float64_stays():
+    seen = []
+
+    class Probe(type(network())):
+        def loss(self, z1, z2):
+            seen.append((z1.dtype, (z1 @ z2.T).dtype))
+            return super().loss(z1, z2)
+
+    model = network()
+    model.__class__ = Probe
+    compute_gradient(model, chunks(images(), 1), 1, Tensor.backward)
+    model.float()
+    views = chunks(images(torch.float32), 1)
+    compute_gradient(model, views, 1, Tensor.backward, lambda _: torch.autocast("cpu", torch.bfloat16))
+    assert seen == [(torch.float64,) * 2, (torch.float32,) * 2]
+
+
+def test_z_std_tells_a_spread_from_a_collapse():
+    method = network()
+    spread = torch.cat([torch.eye(10), -torch.eye(10)])
+    terms = global_loss(method, {"z1": spread, "z2": spread})
+    torch.testing.assert_close(terms["z_std"], torch.tensor(10.0).rsqrt(), rtol=0.1, atol=0)  # unbiased
+    assert global_loss(method, {"z1": torch.ones(8, 10), "z2": torch.ones(8, 10)})["z_std"] == 0
+
+
+class Broken(Method):
+    """Breaks the contract in one of its ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(nn.Flatten(1), 48, nn.Linear(48, 4))
+        self.how, self.scale, self.calls = how, nn.Parameter(torch.ones(())), 0
+        self.double()
+
+    def forward(self, x1, x2):
+        self.calls += 1
+        z1, z2 = self.embed(x1), self.embed(x2)
+        if self.how == "scalar":
+            return z1.mean()
+        if self.how == "rows":
+            return {"z1": z1, "z2": torch.cat([z2, z2])}
+        if self.how == "mean":
+            return {"z1": z1.mean(), "z2": z2}
+        if self.how == "names":
+            return {"z1": z1, "z2": z2} if self.calls == 1 else {"z1": z1}
+        return {"z1": z1, "z2": z2}
+
+    def loss(self, z1, z2):
+        if self.how == "no loss":
+            return {"total": z1.sum()}
+        if self.how == "constant":
+            return {"loss": torch.ones((), requires_grad=True) * 1}
+        return {"loss": (z1 - z2).square().mean() * (self.scale if self.how == "parameter" else 1)}
+
+
+@pytest.mark.parametrize(
+    ("how", "n_chunks", "message"),
+    [
+        ("parameter", 1, "Broken: loss must use no trainable parameter, got scale: move it into forward"),
+        ("parameter", 4, "Broken: loss must use no trainable parameter, got scale: move it into forward"),
+        ("scalar", 1, "Broken: forward must return a dict of tensors, got shape ()"),
+        ("rows", 1, "Broken: output 'z2' must have one row for each of the 16 images, got shape (32, 4)"),
+        ("mean", 1, "Broken: output 'z1' must have one row for each of the 16 images, got shape ()"),
+        ("names", 4, "Broken: outputs must be alike in all chunks, got {'z1': (4,), 'z2': (4,)} in 0 and"),
+        ("no loss", 1, "Broken: loss must return a dict with the scalar 'loss', got dict"),
+        ("constant", 1, "Broken: the loss must depend on an output, got none of z1, z2"),
+    ],
+)
+def test_a_method_that_breaks_the_contract_is_refused_in_one_line(how, n_chunks, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        compute_gradient(Broken(how), chunks(images(), n_chunks), n_chunks, Tensor.backward)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_of_one_image_and_what_is_no_method_are_refused():
+    with pytest.raises(ValueError, match="BarlowTwins: the global batch must have >= 2 images, got 1"):
+        compute_gradient(network(), lambda _: tuple(images()[:, :1]), 1, Tensor.backward)
+    with pytest.raises(ValueError, match="model must be a Method, wrapped or not, got Linear"):
+        compute_gradient(nn.Linear(2, 2), chunks(images(), 2), 2, Tensor.backward)
 
 
 def test_the_chunking_benchmark_runs(tmp_path, monkeypatch, capsys):

@@ -9,26 +9,37 @@ from accelerate.optimizer import AcceleratedOptimizer
 from tape import TapeRecorder
 from torch import nn
 
-from ssl_bench.augment.views import Normalize
+from ssl_bench.augment.views import Labels, Normalize
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.data.sources import ResidentSource
+from ssl_bench.methods import Method
 from ssl_bench.optim import TVLARS, Telemetry, build_groups
-from ssl_bench.training.gradient import full_batch
+from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.plan import Rhythm
 
 
-class Task(nn.Module):
+class Task(Method):
     """A linear classifier."""
 
+    per_sample = True
+
     def __init__(self):
-        super().__init__()
+        super().__init__(nn.Flatten(1), 48, nn.Identity())
         self.linear = nn.Linear(3 * 4 * 4, 5)
+        self.begun = []
+
+    def begin_step(self, progress):
+        self.begun.append((progress, torch.is_grad_enabled()))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images and labels to the loss."""
-        return {"loss": nn.functional.cross_entropy(self.linear(x.flatten(1)), y)}
+        """Images and labels to the scores."""
+        return {"scores": self.linear(x.flatten(1)), "labels": y}
+
+    def loss(self, scores, labels):
+        """Cross entropy."""
+        return {"loss": nn.functional.cross_entropy(scores, labels)}
 
 
 class Record:
@@ -63,7 +74,7 @@ def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda
     normalize = Normalize(mean=(0.5,) * 3, std=(0.25,) * 3)
     device = torch.device("cpu")
     pipeline = Pipeline(
-        source, [normalize], (1,), seed=0, chunk_size=None, rank=0, world_size=1, device=device, with_labels=True,
+        source, [normalize, Labels()], seed=0, chunk_size=None, rank=0, world_size=1, device=device,
         **{"batch_size": 16, **batches},
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
@@ -78,7 +89,7 @@ def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda
         accelerator._optimizers = [wrapped]
     record = Record(interrupted)
     built = Trainer(
-        model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=full_batch, pipeline=pipeline,
+        model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=compute_gradient, pipeline=pipeline,
         rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, io=record,
         telemetry=Telemetry(optimizer, every=1), hooks=hooks,
     )  # fmt: skip
@@ -108,7 +119,7 @@ def test_replayed_steps_train_as_plain_ones_do_whatever_the_rhythm():
         loop.hooks = [Hook(3, partial(seen, loop.module.linear.weight.detach()))]
         recorder = TapeRecorder()
         if graphed:
-            loop.gradient = GraphedGradient(full_batch, loop.module, pytest.fail, recorder)
+            loop.gradient = GraphedGradient(compute_gradient, loop.module, pytest.fail, recorder)
         loop.run()
         assert recorder.replays == (7 if graphed else 0)  # of 10 whole batches 3 to warm up; short ones run plainly
         runs.append((loop, record))
@@ -122,6 +133,26 @@ def test_replayed_steps_train_as_plain_ones_do_whatever_the_rhythm():
     assert len(rows.saved) == len(again.saved) == 2
     for (_, state), (_, other) in zip(rows.saved, again.saved, strict=True):
         assert torch.equal(state["model"]["linear.weight"], other["model"]["linear.weight"])
+
+
+def test_the_method_hears_of_every_step_before_it_and_outside_the_graph():
+    loop, _, _ = trainer(total=4)
+    loop.run()
+    assert loop.module.begun == [(0, False), (0.25, False), (0.5, False), (0.75, False)]
+
+
+def test_the_losss_scale_scales_the_gradient_and_no_number_that_is_recorded():
+    losses, gradients = [], []
+    for scale in (1, 0.25, 3):
+        loop, record, optimizer = trainer(total=1)
+        loop.loss_scale = scale
+        weight = loop.module.linear.weight
+        optimizer.register_step_pre_hook(lambda *_, weight=weight: gradients.append(weight.grad.clone()))
+        loop.run()
+        losses.append(record.rows[0]["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    torch.testing.assert_close(gradients[1], gradients[0] / 4, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[2], gradients[0] * 3, rtol=1e-5, atol=1e-7)
 
 
 def test_samples_are_counted_as_they_are_where_epochs_end_with_a_short_batch():
@@ -226,6 +257,6 @@ def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
     source = ResidentSource(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
     with pytest.raises(ValueError, match=f"^{name} must be"):
         Pipeline(
-            source, [], (), seed=0, batch_size=batch, chunk_size=chunk, rank=0, world_size=world,
+            source, [], seed=0, batch_size=batch, chunk_size=chunk, rank=0, world_size=world,
             device=torch.device("cpu"),
         )  # fmt: skip
