@@ -2,14 +2,21 @@
 
 from ssl_bench.methods.barlow_twins import BarlowTwins
 from ssl_bench.methods.base import Method
+from ssl_bench.methods.byol import BYOL
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.vicreg import VICReg
 from ssl_bench.methods.views import Crop, Labels, Noise, PaddedCrop
 
-METHODS: dict[str, type[Method]] = {"barlow_twins": BarlowTwins, "simclr": SimCLR, "vicreg": VICReg}
+METHODS: dict[str, type[Method]] = {
+    "barlow_twins": BarlowTwins,
+    "byol": BYOL,
+    "simclr": SimCLR,
+    "vicreg": VICReg,
+}
 
 __all__ = [
+    "BYOL",
     "METHODS",
     "BarlowTwins",
     "Classifier",

@@ -9,29 +9,42 @@ from ssl_bench.methods.views import Crop, View
 
 
 def build_projector(
-    feature_dim: int, widths: tuple[int, ...], *, hidden_bias: bool = False, last_norm: bool = False
+    feature_dim: int,
+    widths: tuple[int, ...],
+    *,
+    hidden_bias: bool = False,
+    hidden_norm: bool = True,
+    last_bias: bool = False,
+    last_norm: bool = False,
+    name: str = "projector",
 ) -> nn.Sequential:
-    """Builds Linear, BatchNorm and ReLU for each hidden width, then a Linear without bias.
+    """Builds Linear, BatchNorm and ReLU for each hidden width, then a Linear.
 
     Args:
         feature_dim: the number of the backbone's features, > 0.
         widths: the width of each Linear layer, all > 0; the last is the embedding's D.
         hidden_bias: give the hidden Linear layers a bias, although batch norm follows (the official VICReg does).
+        hidden_norm: False leaves out the batch norms after the hidden layers (MoCo v2 and SupCon do), whose Linear
+            layers then have a bias.
+        last_bias: give the last Linear layer a bias.
         last_norm: add a batch norm with scale but without shift after the last layer (SimCLR does).
+        name: what errors call it.
 
     Raises:
         ValueError: if ``feature_dim`` or a width is not positive, or there is no width.
     """
     if feature_dim < 1:
-        raise ValueError(f"projector: feature_dim must be > 0, got {feature_dim}")
+        raise ValueError(f"{name}: feature_dim must be > 0, got {feature_dim}")
     if not widths or any(width < 1 for width in widths):
-        raise ValueError(f"projector: widths must be one or more numbers > 0, got {tuple(widths)}")
+        raise ValueError(f"{name}: widths must be one or more numbers > 0, got {tuple(widths)}")
     layers: list[nn.Module] = []
     size = feature_dim
     for width in widths[:-1]:
-        layers += [nn.Linear(size, width, bias=hidden_bias), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(size, width, bias=hidden_bias or not hidden_norm))
+        layers += [nn.BatchNorm1d(width)] if hidden_norm else []
+        layers.append(nn.ReLU(inplace=True))
         size = width
-    layers.append(nn.Linear(size, widths[-1], bias=False))
+    layers.append(nn.Linear(size, widths[-1], bias=last_bias))
     if last_norm:
         norm = nn.BatchNorm1d(widths[-1])
         norm.bias.requires_grad_(False)  # stays 0: torch has no batch norm with a scale alone
