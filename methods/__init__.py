@@ -5,6 +5,7 @@ from ssl_bench.methods.base import Method
 from ssl_bench.methods.byol import BYOL
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.methods.simclr import SimCLR
+from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.vicreg import VICReg
 from ssl_bench.methods.views import Crop, Labels, Noise, PaddedCrop
 
@@ -12,6 +13,7 @@ METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
     "simclr": SimCLR,
+    "simsiam": SimSiam,
     "vicreg": VICReg,
 }
 
@@ -26,5 +28,6 @@ __all__ = [
     "Noise",
     "PaddedCrop",
     "SimCLR",
+    "SimSiam",
     "VICReg",
 ]
