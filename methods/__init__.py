@@ -4,6 +4,7 @@ from ssl_bench.methods.barlow_twins import BarlowTwins
 from ssl_bench.methods.base import Method
 from ssl_bench.methods.byol import BYOL
 from ssl_bench.methods.classifier import Classifier
+from ssl_bench.methods.moco_v2 import MoCoV2
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.vicreg import VICReg
@@ -12,6 +13,7 @@ from ssl_bench.methods.views import Crop, Labels, Noise, PaddedCrop
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
+    "moco_v2": MoCoV2,
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "vicreg": VICReg,
@@ -25,6 +27,7 @@ __all__ = [
     "Crop",
     "Labels",
     "Method",
+    "MoCoV2",
     "Noise",
     "PaddedCrop",
     "SimCLR",
