@@ -5,6 +5,7 @@ from ssl_bench.methods.base import Method
 from ssl_bench.methods.byol import BYOL
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.methods.moco_v2 import MoCoV2
+from ssl_bench.methods.moco_v3 import MoCoV3
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.vicreg import VICReg
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
     "moco_v2": MoCoV2,
+    "moco_v3": MoCoV3,
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "vicreg": VICReg,
@@ -28,6 +30,7 @@ __all__ = [
     "Labels",
     "Method",
     "MoCoV2",
+    "MoCoV3",
     "Noise",
     "PaddedCrop",
     "SimCLR",

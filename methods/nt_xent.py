@@ -1,4 +1,4 @@
-"""SimCLR's loss, the normalised temperature-scaled cross-entropy (NT-Xent), computed in blocks of rows."""
+"""Cross-entropies of the batch's cosine similarities: SimCLR's NT-Xent, computed in blocks of rows, and InfoNCE."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -67,4 +67,26 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """
     z1, z2 = F.normalize(z1), F.normalize(z2)
     positive = (z1 * z2).sum(dim=1).mean() / temperature
-    return _MeanLogSumExp.apply(torch.cat([z1, z2]), temperature) - positive
+    return mean_log_sum_exp(torch.cat([z1, z2]), temperature) - positive
+
+
+def mean_log_sum_exp(z: Tensor, temperature: float) -> Tensor:
+    """mean_i log sum_{j != i} exp(z_i'z_j / temperature), in memory that grows with M, not M^2.
+
+    Args:
+        z: (M, D) rows of length 1.
+        temperature: > 0.
+    """
+    return _MeanLogSumExp.apply(z, temperature)
+
+
+def info_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """Computes the mean over the N queries of -log softmax of the query's own key among all N keys (InfoNCE).
+
+    Args:
+        q: (N, D) queries, not normalised.
+        k: (N, D) keys, not normalised; row i is the positive of query i.
+        temperature: divides the cosine similarities, > 0.
+    """
+    logits = F.normalize(q) @ F.normalize(k).T / temperature  # (N, N)
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
