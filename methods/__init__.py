@@ -6,6 +6,7 @@ from ssl_bench.methods.byol import BYOL
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.methods.moco_v2 import MoCoV2
 from ssl_bench.methods.moco_v3 import MoCoV3
+from ssl_bench.methods.nnclr import NNCLR
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.vicreg import VICReg
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
+    "nnclr": NNCLR,
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "vicreg": VICReg,
@@ -24,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "BYOL",
     "METHODS",
+    "NNCLR",
     "BarlowTwins",
     "Classifier",
     "Crop",
