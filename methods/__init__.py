@@ -11,6 +11,7 @@ from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.vicreg import VICReg
 from ssl_bench.methods.views import Crop, Labels, Noise, PaddedCrop
+from ssl_bench.methods.w_mse import WMSE
 
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
@@ -21,12 +22,14 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "vicreg": VICReg,
+    "w_mse": WMSE,
 }
 
 __all__ = [
     "BYOL",
     "METHODS",
     "NNCLR",
+    "WMSE",
     "BarlowTwins",
     "Classifier",
     "Crop",
