@@ -9,6 +9,7 @@ from ssl_bench.methods.moco_v3 import MoCoV3
 from ssl_bench.methods.nnclr import NNCLR
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
+from ssl_bench.methods.supcon import SupCon
 from ssl_bench.methods.vicreg import VICReg
 from ssl_bench.methods.views import Crop, Labels, Noise, PaddedCrop
 from ssl_bench.methods.w_mse import WMSE
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "nnclr": NNCLR,
     "simclr": SimCLR,
     "simsiam": SimSiam,
+    "supcon": SupCon,
     "vicreg": VICReg,
     "w_mse": WMSE,
 }
@@ -41,5 +43,6 @@ __all__ = [
     "PaddedCrop",
     "SimCLR",
     "SimSiam",
+    "SupCon",
     "VICReg",
 ]
