@@ -17,7 +17,8 @@ from ssl_bench.optim.layerwise import (
 )
 
 Denominator = Literal["norm_of_sum", "sum_of_norms"]
-ZeroNorm = Literal["update", "gradient", "skip"]
+ZeroNorm = Literal["update", "gradient", "skip", "literal"]
+BY_DENOMINATOR = ("update", "literal")  # a hit is |w| or the denominator, not |w| or |g|
 
 
 class LARS(LayerwiseOptimizer):
@@ -41,7 +42,8 @@ class LARS(LayerwiseOptimizer):
         clip: LARC's clip: q is at most the learning rate, min(q / lr, 1) x lr in all; False turns it off.
         zero_norm: What happens where a norm is zero. "update": q = 1 if |w| or the denominator is 0 (Barlow Twins,
             SimCLR, optax). "gradient": q = 1 if |w| or |g| is 0 (MLPerf, timm). "skip": the same, and no decay either
-            (bolts, lightly, torch-optimizer).
+            (bolts, lightly, torch-optimizer). "literal": q = 0 where "update" has 1, as the formula says for |w| = 0,
+            so that a tensor which starts at zero stays there.
         adapt_without_decay: Whether groups with weight_decay 0 are adapted; False as in timm, lightly and bolts.
         norm_clamp: Upper bound on |w| and on the denominator, > 0 (the authors' TVLARS has 10); None turns it off.
         decay_1d: Whether tensors with ndim <= 1 (biases, norm scales) have weight decay.
@@ -133,12 +135,13 @@ def trust_ratio(rule: Rule, norm: Norms, phi: Tensor | None) -> Ratio:
         The raw ratios, q and the zero-norm hits, each (K,).
     """
     bottom = norm.d if rule.denominator == "norm_of_sum" else norm.g + rule.weight_decay * norm.w
-    hit = (norm.w == 0) | ((bottom if rule.zero_norm == "update" else norm.g) == 0)
+    hit = (norm.w == 0) | ((bottom if rule.zero_norm in BY_DENOMINATOR else norm.g) == 0)
     top = norm.w
     if rule.norm_clamp is not None:
         top, bottom = top.clamp(max=rule.norm_clamp), bottom.clamp(max=rule.norm_clamp)
     raw = top / (bottom + rule.eps)
-    q = torch.where(hit, 1.0, rule.eta * raw if phi is None else rule.eta * phi * raw)
+    at_zero = 0.0 if rule.zero_norm == "literal" else 1.0
+    q = torch.where(hit, at_zero, rule.eta * raw if phi is None else rule.eta * phi * raw)
     if rule.clip:
         q = torch.where(q < rule.lr, q / rule.lr, 1.0)
     return Ratio(raw, q, hit)
@@ -159,7 +162,7 @@ def momentum_step(rule: Rule, kernels: Kernels, phi: Tensor | None, recording: b
     rule = rule._replace(lr=kernels.scalar(rule.lr))
     by_sum = rule.denominator == "norm_of_sum"
     # Each norm is a pass over memory on a GPU: only what the ratio or the recording needs.
-    want_g = recording or (rule.adapt and not (by_sum and rule.zero_norm == "update"))
+    want_g = recording or (rule.adapt and not (by_sum and rule.zero_norm in BY_DENOMINATOR))
     want_d = recording or (rule.adapt and by_sum)
     norm = kernels.norms(rule.weight_decay, want_g=want_g, want_d=want_d) if want_g or want_d else None
     ratio = trust_ratio(rule, norm, phi) if rule.adapt and norm is not None else None

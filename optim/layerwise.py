@@ -17,7 +17,7 @@ class Ratio(NamedTuple):
 
     raw: Tensor  # |w| over the denominator
     q: Tensor  # the factor on the gradient
-    hit: Tensor  # bool: a zero norm set q to 1
+    hit: Tensor  # bool: a zero norm set q to 1, or to 0 (LARS's zero_norm)
 
 
 class LayerStats(NamedTuple):

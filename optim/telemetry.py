@@ -10,8 +10,8 @@ from ssl_bench.optim.kernels import Bucket, Norms, nan_like, norms, split_by_kin
 from ssl_bench.optim.layerwise import LayerStats, LayerwiseOptimizer, layer_stats
 
 # weight_norm, grad_norm, update_norm, raw_ratio, ratio, phi and lr as `LayerStats` explains them, NaN where there is no
-# such value; relative_step = |w_new - w| / |w|, infinite where w = 0; zero_norm = 1 where a zero norm replaced the
-# ratio, else 0.
+# such value; relative_step = |w_new - w| / |w|, infinite where w = 0, or NaN if it stays 0; zero_norm = 1 where a zero
+# norm replaced the ratio, else 0.
 VALUES = (*LayerStats._fields[1:8], "relative_step", "zero_norm")
 
 

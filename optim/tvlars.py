@@ -50,7 +50,8 @@ class TVLARS(LayerwiseOptimizer):
     in the cheaper, equal form). The decay enters the norm only, and no tensor is excluded.
     variant="released": d = g + beta w; q = eta phi min(|w|, 10) / min(|d|, 10), phi = 1 / (0.1 + exp(lambda (t + 1)));
     b = mu b + q d; w -= lr b; 1-d tensors: no decay, q = 1.
-    In both q = 1, without eta and phi, where a norm is zero. phi is a function of the step counter in the state, so it
+    Where a norm is zero, "paper" has gamma_t = 0: Algorithm 1 divides nothing by |w|, so a tensor that starts at zero
+    stays there; "released" has q = 1, without eta and phi. phi is a function of the step counter in the state, so it
     survives a checkpoint and does not advance when a gradient scaler skips a step.
 
     Args:
@@ -66,7 +67,8 @@ class TVLARS(LayerwiseOptimizer):
         gamma_min: Lower limit of phi, >= 0; 0 turns it off. Not in variant="released".
         variant: "paper" or "released".
         time_unit_steps: Length of lambda's time unit in steps, > 0: 1 counts steps, the steps per epoch count epochs.
-        zero_norm: As in LARS: "update", "gradient" or "skip".
+        zero_norm: As in LARS: "update", "gradient", "skip" or "literal"; None for the variant's own, "literal" (paper)
+            or "update" (released).
         decay_1d: Whether 1-d tensors have weight decay; None for the variant's own, yes (paper) or no (released).
         adapt_1d: Whether 1-d tensors are adapted; None for the variant's own, yes (paper) or no (released).
         foreach: False: one tensor after another, which needs less memory. None or True: multi-tensor operations.
@@ -91,7 +93,7 @@ class TVLARS(LayerwiseOptimizer):
         gamma_min: float = 0.0,
         variant: Variant = "paper",
         time_unit_steps: float = 1.0,
-        zero_norm: ZeroNorm = "update",
+        zero_norm: ZeroNorm | None = None,
         decay_1d: bool | None = None,
         adapt_1d: bool | None = None,
         foreach: bool | None = None,
@@ -99,6 +101,7 @@ class TVLARS(LayerwiseOptimizer):
     ) -> None:
         check_choice(self.component, "variant", variant, get_args(Variant))
         paper = variant == "paper"
+        zero_norm = self.resolve_options({"variant": variant, "zero_norm": zero_norm})["zero_norm"]
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta,
             "decay": (PAPER_LAMBDA if paper else RELEASED_LAMBDA) if decay is None else decay,
@@ -108,6 +111,12 @@ class TVLARS(LayerwiseOptimizer):
             "foreach": foreach, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    @staticmethod
+    def resolve_options(options: dict[str, Any]) -> dict[str, Any]:
+        """The keywords with `zero_norm` in words, as a run's record has it."""
+        own = "literal" if options["variant"] == "paper" else "update"
+        return options | {"zero_norm": own if options["zero_norm"] is None else options["zero_norm"]}
 
     def _is_1d(self, param: Tensor) -> bool:
         # The released code tests ndim == 1, so it decays and adapts a 0-d tensor.

@@ -230,12 +230,15 @@ def test_eps_is_added_to_either_denominator(path):
     ("zero_norm", "w", "g", "expected"),
     [
         ("update", 0.0, 1.0, 1.0),  # q = 1
+        ("literal", 0.0, 1.0, 0.0),  # q = eta 0 / |d|
         ("gradient", 0.0, 1.0, 1.0),
         ("skip", 0.0, 1.0, 1.0),
         ("update", 2.0, 0.0, 0.1 / 0.5 * 0.5 * 2.0),  # d = beta w, q = eta / beta
+        ("literal", 2.0, 0.0, 0.1 / 0.5 * 0.5 * 2.0),
         ("gradient", 2.0, 0.0, 0.5 * 2.0),  # plain decay
         ("skip", 2.0, 0.0, 0.0),  # neither
         ("update", 0.0, 0.0, 0.0),
+        ("literal", 0.0, 0.0, 0.0),
         ("gradient", 0.0, 0.0, 0.0),
         ("skip", 0.0, 0.0, 0.0),
     ],

@@ -69,7 +69,8 @@ def test_deepcopy_and_pickle(make):
             q.grad = gradient(name, q.shape, 5)
         clone.step()
         for name, p in params.items():
-            assert not torch.equal(copies[name], p)
+            stays = isinstance(optimizer, TVLARS) and optimizer.defaults["zero_norm"] == "literal" and not p.any()
+            assert torch.equal(copies[name], p) == stays
 
 
 def test_none_gradients_are_skipped_whole():

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from optim_cases import TOLERANCE, difference, make_params, reference, run
+from tiny_net import TinyNet
 
+from ssl_bench.methods import BarlowTwins
 from ssl_bench.optim import LARS, TVLARS
 from ssl_bench.optim.tvlars import phi
+from ssl_bench.recipe import registry
 
 BETA, MU, ETA, LAMBDA, DELAY = 0.05, 0.9, 0.02, 0.3, 6.0
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -27,10 +30,10 @@ def released(params, **keywords):
 
 
 def gamma(w, g, lr, step, alpha=1.0, gamma_min=0.0):
-    """Algorithm 1's layer learning rate; 1 x lr where a norm is zero."""
+    """Algorithm 1's layer learning rate: 0 where |w| is."""
     d_norm = (g + BETA * w).norm()
     factor = 1 / (alpha + math.exp(LAMBDA * (step - DELAY))) + gamma_min
-    return lr * ETA * factor * w.norm() / d_norm if w.norm() > 0 and d_norm > 0 else lr
+    return lr * ETA * factor * w.norm() / d_norm if d_norm > 0 else 0.0
 
 
 def algorithm_1(alpha=1.0, gamma_min=0.0):
@@ -83,7 +86,15 @@ def test_t2_without_decay_of_phi_it_is_lars_times_phi(dtype, path):
     tv = run(lambda p: paper(p, decay=0.0, weight_decay=0.0, **path), dtype)
     plain = run(
         lambda p: LARS(
-            p.values(), 1.0, momentum=MU, weight_decay=0.0, eta=ETA / 2, nesterov=True, lr_in_buffer=True, adapt_1d=True
+            p.values(),
+            1.0,
+            momentum=MU,
+            weight_decay=0.0,
+            eta=ETA / 2,
+            nesterov=True,
+            lr_in_buffer=True,
+            adapt_1d=True,
+            zero_norm="literal",
         ),
         dtype,
     )
@@ -117,10 +128,42 @@ def test_t3_the_norm_clamp_is_at_work():
     torch.testing.assert_close(w.detach(), torch.full((20, 20), 5.0 - 0.1 / 1.1, dtype=torch.float64))
 
 
-def test_each_variant_has_its_own_lambda_and_alpha():
+@PATHS
+def test_the_letter_of_algorithm_1_leaves_a_zero_tensor_where_it_is(path):
+    out = run(lambda p: paper(p, **path))
+    assert not out["zero"].any()
+    assert not out["zero.bias"].any()
+    assert run(lambda p: paper(p, zero_norm="update", **path))["zero.bias"].norm() > 0.1
+
+
+def test_barlow_twins_at_lr_2_no_longer_lets_zero_biases_jump():
+    """With q = 1, without eta and phi, one step moves each by 2 x the raw gradient of a sum over dimensions."""
+
+    def longest_bias(**keywords):
+        torch.manual_seed(0)
+        method = BarlowTwins(TinyNet(), TinyNet.num_features, projector=(64, 64, 64))
+        biases = [p for name, p in method.named_parameters() if name.endswith("bias") and not p.any()]
+        assert len(biases) >= 3  # of the batch norms
+        optimizer = TVLARS(method.parameters(), lr=2.0, delay_steps=980, **keywords)
+        norms = []
+        for _ in range(24):
+            z1, z2 = (method.embed(torch.randn(64, 3, 16, 16)) for _ in range(2))
+            optimizer.zero_grad()
+            method.loss(z1=z1, z2=z2)["loss"].backward()
+            optimizer.step()
+            norms.append(max(float(p.detach().norm()) for p in biases))
+        return max(norms)
+
+    assert longest_bias() == 0
+    assert longest_bias(zero_norm="update") > 10
+
+
+def test_each_variant_has_its_own_lambda_alpha_and_zero_norm():
     weights = [torch.nn.Parameter(torch.ones(2, 2))]
-    for variant, own in (("paper", (1e-4, 1.0)), ("released", (1e-3, 0.1))):
-        assert tuple(TVLARS(weights, variant=variant).defaults[k] for k in ("decay", "alpha")) == own
+    for variant, own in (("paper", (1e-4, 1.0, "literal")), ("released", (1e-3, 0.1, "update"))):
+        assert tuple(TVLARS(weights, variant=variant).defaults[k] for k in ("decay", "alpha", "zero_norm")) == own
+        assert TVLARS(weights, variant=variant, zero_norm="skip").defaults["zero_norm"] == "skip"
+        assert registry.check("optimizer", "tvlars", {"lr": 1.0, "variant": variant})["zero_norm"] == own[2]
         assert TVLARS(weights, variant=variant, decay=0.5, alpha=2.0).defaults["decay"] == 0.5
 
 
