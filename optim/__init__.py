@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
-from ssl_bench.optim.adapters import adamw, sgd, timm_optimizer
+from ssl_bench.optim.from_timm import timm_optimizer
+from ssl_bench.optim.from_torch import adamw, sgd
 from ssl_bench.optim.groups import build_groups, check_cover
 from ssl_bench.optim.lamb import LAMB, LAMBC
 from ssl_bench.optim.lars import LARS

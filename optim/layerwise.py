@@ -69,10 +69,10 @@ def check_choice(component: str, name: str, value: Any, allowed: Sequence[str]) 
         raise ValueError(f"{component}: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def check_betas(component: str, betas: Sequence[Any]) -> None:
-    """Refuse (ValueError) anything but two decay rates in [0, 1)."""
-    if len(betas) != 2:
-        raise ValueError(f"{component}: betas must be two numbers in [0, 1), got {betas!r}")
+def check_betas(component: str, betas: Sequence[Any], count: int = 2) -> None:
+    """Refuse (ValueError) anything but so many decay rates in [0, 1)."""
+    if len(betas) != count:
+        raise ValueError(f"{component}: betas must be {count} numbers in [0, 1), got {betas!r}")
     for i, beta in enumerate(betas):
         check_range(component, f"betas[{i}]", beta, 0.0, 1.0)
 
