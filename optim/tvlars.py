@@ -1,11 +1,12 @@
-"""TVLARS (Do et al., "Revisiting LARS for Large Batch Training Generalization of Neural Networks", 2023), twice.
+"""TVLARS (Do et al., "Revisiting LARS for Large Batch Training Generalization of Neural Networks", 2023), all of it.
 
-`variant="paper"` is Algorithm 1 of the text, `variant="released"` the authors' code (GitHub KhoiDOO/tvlars,
-opt/tvlars.py at commit 89c3291). They differ in phi, the norms, the decay and the momentum.
+`variant="paper"` is Algorithm 1 of the text (preprint of 25 September 2023). The others are the authors' code, GitHub
+KhoiDOO/tvlars, opt/tvlars.py: "2023-07" at commit d52d3bd (24 July), "2023-08" at 10bcfd2 (17 August), "released" at
+89c3291 (20 November, after the published table). They differ in phi, the norms, the decay and the momentum.
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +15,23 @@ from ssl_bench.optim.kernels import Blocked, Kernels
 from ssl_bench.optim.lars import Rule, ZeroNorm, momentum_step
 from ssl_bench.optim.layerwise import LayerStats, LayerwiseOptimizer, check_choice, check_range
 
-Variant = Literal["paper", "released"]
-PAPER_LAMBDA = 1e-4
-RELEASED_LAMBDA = 1e-3
-RELEASED_ALPHA = 0.1
-RELEASED_NORM_CLAMP = 10.0
+Variant = Literal["paper", "released", "2023-08", "2023-07"]
+
+
+class Own(NamedTuple):
+    """What a variant has where the caller says nothing."""
+
+    decay: float  # lambda
+    alpha: float
+    norm_clamp: float | None
+
+
+OWN = {
+    "paper": Own(1e-4, 1.0, None),
+    "released": Own(1e-3, 0.1, 10.0),
+    "2023-08": Own(1e-3, 0.1, 10.0),
+    "2023-07": Own(1e-3, 0.0, None),
+}
 
 
 def phi(
@@ -50,8 +63,10 @@ class TVLARS(LayerwiseOptimizer):
     in the cheaper, equal form). The decay enters the norm only, and no tensor is excluded.
     variant="released": d = g + beta w; q = eta phi min(|w|, 10) / min(|d|, 10), phi = 1 / (0.1 + exp(lambda (t + 1)));
     b = mu b + q d; w -= lr b; 1-d tensors: no decay, q = 1.
+    variant="2023-08": the same, but phi = 1 for the first d_e steps. variant="2023-07": the same with
+    phi = exp(-lambda (t + 1)) and norms that are not clamped.
     Where a norm is zero, "paper" has gamma_t = 0: Algorithm 1 divides nothing by |w|, so a tensor that starts at zero
-    stays there; "released" has q = 1, without eta and phi. phi is a function of the step counter in the state, so it
+    stays there; the others have q = 1, without eta and phi. phi is a function of the step counter in the state, so it
     survives a checkpoint and does not advance when a gradient scaler skips a step.
 
     Args:
@@ -61,16 +76,18 @@ class TVLARS(LayerwiseOptimizer):
         weight_decay: beta >= 0; 0 turns it off.
         eta: Trust coefficient >= 0.
         decay: lambda >= 0, how fast phi falls, per time unit; None for the variant's own, 1e-4 (paper, Table 1 for
-            classification; Barlow Twins has 1e-5) or 1e-3 (released); 0 keeps phi constant.
-        delay_steps: d_e in steps, >= 0 (the paper has 10 epochs); 0 for no delay. Not in variant="released".
-        alpha: Limits phi to 1 / alpha, > 0; None for the variant's own, 1 (paper) or 0.1 (released).
-        gamma_min: Lower limit of phi, >= 0; 0 turns it off. Not in variant="released".
-        variant: "paper" or "released".
+            classification; Barlow Twins has 1e-5) or 1e-3 (the code); 0 keeps phi constant.
+        delay_steps: d_e in steps, >= 0 (10 epochs in the paper and in "2023-08"); 0 for no delay, as in the other
+            variants.
+        alpha: Limits phi to 1 / alpha, >= 0; None for the variant's own: 1 (paper), 0.1 (released, 2023-08) or 0
+            (2023-07).
+        gamma_min: Lower limit of phi, >= 0; 0 turns it off. In variant="paper" only.
+        variant: "paper", "released", "2023-08" or "2023-07".
         time_unit_steps: Length of lambda's time unit in steps, > 0: 1 counts steps, the steps per epoch count epochs.
         zero_norm: As in LARS: "update", "gradient", "skip" or "literal"; None for the variant's own, "literal" (paper)
-            or "update" (released).
-        decay_1d: Whether 1-d tensors have weight decay; None for the variant's own, yes (paper) or no (released).
-        adapt_1d: Whether 1-d tensors are adapted; None for the variant's own, yes (paper) or no (released).
+            or "update" (the code).
+        decay_1d: Whether 1-d tensors have weight decay; None for the variant's own, yes (paper) or no (the code).
+        adapt_1d: Whether 1-d tensors are adapted; None for the variant's own, yes (paper) or no (the code).
         foreach: False: one tensor after another, which needs less memory. None or True: multi-tensor operations.
         fused: The cache-blocked CPU path: None where it can serve, True to insist, False to turn it off.
 
@@ -104,8 +121,8 @@ class TVLARS(LayerwiseOptimizer):
         zero_norm = self.resolve_options({"variant": variant, "zero_norm": zero_norm})["zero_norm"]
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta,
-            "decay": (PAPER_LAMBDA if paper else RELEASED_LAMBDA) if decay is None else decay,
-            "delay_steps": delay_steps, "alpha": (1.0 if paper else RELEASED_ALPHA) if alpha is None else alpha,
+            "decay": OWN[variant].decay if decay is None else decay,
+            "delay_steps": delay_steps, "alpha": OWN[variant].alpha if alpha is None else alpha,
             "gamma_min": gamma_min, "variant": variant, "time_unit_steps": time_unit_steps, "zero_norm": zero_norm,
             "decay_1d": paper if decay_1d is None else decay_1d, "adapt_1d": paper if adapt_1d is None else adapt_1d,
             "foreach": foreach, "fused": fused,
@@ -119,28 +136,34 @@ class TVLARS(LayerwiseOptimizer):
         return options | {"zero_norm": own if options["zero_norm"] is None else options["zero_norm"]}
 
     def _is_1d(self, param: Tensor) -> bool:
-        # The released code tests ndim == 1, so it decays and adapts a 0-d tensor.
-        return param.ndim == 1 if self.defaults["variant"] == "released" else super()._is_1d(param)
+        # The authors' code tests ndim == 1, so it decays and adapts a 0-d tensor.
+        return super()._is_1d(param) if self.defaults["variant"] == "paper" else param.ndim == 1
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "weight_decay", "eta", "decay", "delay_steps", "gamma_min"):
+        for name in ("lr", "weight_decay", "eta", "decay", "delay_steps", "alpha", "gamma_min"):
             check_range(self.component, name, group[name])
-        for name in ("alpha", "time_unit_steps"):
-            check_range(self.component, name, group[name], above=True)
+        check_range(self.component, "time_unit_steps", group["time_unit_steps"], above=True)
         check_range(self.component, "momentum", group["momentum"], 0.0, 1.0, above=True)
         check_choice(self.component, "variant", group["variant"], get_args(Variant))
         check_choice(self.component, "zero_norm", group["zero_norm"], get_args(ZeroNorm))
-        if group["variant"] == "released":
-            for name in ("delay_steps", "gamma_min"):
-                if group[name] != 0:
-                    raise ValueError(f"{self.component}: {name} must be 0 with variant='released', got {group[name]!r}")
+        absent = {"paper": (), "2023-08": ("gamma_min",)}.get(group["variant"], ("delay_steps", "gamma_min"))
+        for name in absent:
+            if group[name] != 0:
+                variant = group["variant"]
+                raise ValueError(f"{self.component}: {name} must be 0 with variant={variant!r}, got {group[name]!r}")
 
     def _update(self, group: dict[str, Any], kernels: Kernels) -> LayerStats | None:
-        paper = group["variant"] == "paper"
+        variant = group["variant"]
+        paper = variant == "paper"
         steps = kernels.state["step"]
         t = torch.stack(steps).to(torch.float64 if isinstance(kernels, Blocked) else kernels.params[0].dtype)
-        settings = {name: group[name] for name in ("decay", "delay_steps", "alpha", "gamma_min", "time_unit_steps")}
-        factor = phi(t if paper else t + 1, **settings)  # the released code counts before it uses t
+        settings = {name: group[name] for name in ("decay", "alpha", "gamma_min", "time_unit_steps")}
+        if paper:
+            factor = phi(t, delay_steps=group["delay_steps"], **settings)
+        else:
+            factor = phi(t + 1, delay_steps=0.0, **settings)  # the code counts before it uses t
+            if variant == "2023-08":
+                factor = torch.where(t < group["delay_steps"], 1.0, factor)
         torch._foreach_add_(steps, 1.0)
         rule = Rule.of(
             group,
@@ -149,7 +172,7 @@ class TVLARS(LayerwiseOptimizer):
             clip=False,
             lr_in_buffer=paper,
             nesterov=paper,
-            norm_clamp=None if paper else RELEASED_NORM_CLAMP,
+            norm_clamp=OWN[variant].norm_clamp,
             decay_in_update=not paper,
         )
         return momentum_step(rule, kernels, factor, self.recording)

@@ -12,6 +12,7 @@ ALL = {
     "lambc": lambda p, **k: LAMBC(p, lr=0.1, bias_correction=False, **k),
     "tvlars": lambda p, **k: TVLARS(p, lr=0.1, eta=0.02, decay=0.3, delay_steps=6, **k),
     "tvlars_released": lambda p, **k: TVLARS(p, lr=0.1, eta=0.02, decay=0.3, variant="released", **k),
+    "tvlars_2023_08": lambda p, **k: TVLARS(p, lr=0.1, eta=0.02, decay=0.3, variant="2023-08", delay_steps=6, **k),
 }
 EVERY = pytest.mark.parametrize("make", ALL.values(), ids=ALL.keys())
 PATHS = pytest.mark.parametrize(

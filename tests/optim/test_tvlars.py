@@ -120,6 +120,51 @@ def test_t3_released_is_the_released_formula(dtype, path):
     assert difference(run(lambda p: released(p, **path), dtype), reference(released_rule, dtype)) < TOLERANCE[dtype]
 
 
+def code_of_the_preprints_time(norm_clamp, factor):
+    """opt/tvlars.py of 2023, with the filters on: q = eta factor(t) |w| / |d|, norms clamped or not."""
+
+    def rule(w, g, state, lr, step):
+        d = g + BETA * w if w.ndim != 1 else g
+        if w.ndim != 1:
+            w_norm, d_norm = (x.norm().clamp(0, norm_clamp) if norm_clamp else x.norm() for x in (w, d))
+            d = d * (ETA * factor(step) * w_norm / d_norm if w_norm > 0 and d_norm > 0 else 1.0)
+        state["mu"] = MU * state.get("mu", 0) + d
+        return w - lr * state["mu"]
+
+    return rule
+
+
+@BOTH
+@PATHS
+def test_2023_07_is_commit_d52d3bd(dtype, path):
+    reference_rule = code_of_the_preprints_time(None, lambda t: math.exp(LAMBDA * (t + 1)) ** -1)
+    ours = run(lambda p: released(p, variant="2023-07", **path), dtype)
+    assert difference(ours, reference(reference_rule, dtype)) < TOLERANCE[dtype]
+    assert difference(ours, run(lambda p: released(p, **path), dtype)) > 1e-2
+
+
+@BOTH
+@PATHS
+@pytest.mark.parametrize("delay", [0.0, 6.0, 6.5])
+def test_2023_08_is_commit_10bcfd2(dtype, path, delay):
+    def factor(t):
+        return 1.0 if t < delay else (0.1 + math.exp(LAMBDA * (t + 1))) ** -1
+
+    ours = run(lambda p: released(p, variant="2023-08", delay_steps=delay, **path), dtype)
+    assert difference(ours, reference(code_of_the_preprints_time(10.0, factor), dtype)) < TOLERANCE[dtype]
+    plain = run(lambda p: released(p, **path), dtype)
+    assert (difference(ours, plain) < TOLERANCE[dtype]) == (delay == 0)
+
+
+@pytest.mark.parametrize(("variant", "clamped"), [("released", True), ("2023-08", True), ("2023-07", False)])
+def test_which_code_clamps_the_norms(variant, clamped):
+    w = torch.nn.Parameter(torch.full((20, 20), 5.0, dtype=torch.float64))  # |w| = 100
+    w.grad = torch.full((20, 20), 1.0, dtype=torch.float64)  # |g| = 20
+    TVLARS([w], lr=1.0, weight_decay=0.0, eta=0.1, decay=0.0, alpha=1.0, variant=variant).step()
+    ratio = 10 / 10 if clamped else 100 / 20
+    torch.testing.assert_close(w.detach(), torch.full((20, 20), 5.0 - 0.1 / 2 * ratio, dtype=torch.float64))
+
+
 def test_t3_the_norm_clamp_is_at_work():
     """A tensor with norms above 10, where the clamped ratio is 1 and the plain one is not."""
     w = torch.nn.Parameter(torch.full((20, 20), 5.0, dtype=torch.float64))  # |w| = 100
@@ -160,7 +205,12 @@ def test_barlow_twins_at_lr_2_no_longer_lets_zero_biases_jump():
 
 def test_each_variant_has_its_own_lambda_alpha_and_zero_norm():
     weights = [torch.nn.Parameter(torch.ones(2, 2))]
-    for variant, own in (("paper", (1e-4, 1.0, "literal")), ("released", (1e-3, 0.1, "update"))):
+    for variant, own in {
+        "paper": (1e-4, 1.0, "literal"),
+        "released": (1e-3, 0.1, "update"),
+        "2023-08": (1e-3, 0.1, "update"),
+        "2023-07": (1e-3, 0.0, "update"),
+    }.items():
         assert tuple(TVLARS(weights, variant=variant).defaults[k] for k in ("decay", "alpha", "zero_norm")) == own
         assert TVLARS(weights, variant=variant, zero_norm="skip").defaults["zero_norm"] == "skip"
         assert registry.check("optimizer", "tvlars", {"lr": 1.0, "variant": variant})["zero_norm"] == own[2]
@@ -230,7 +280,7 @@ def test_a_huge_exponent_stops_the_step_without_nan(path):
         ("momentum", 0.0),
         ("decay", -1.0),
         ("delay_steps", -1.0),
-        ("alpha", 0.0),
+        ("alpha", -0.1),
         ("gamma_min", -0.1),
         ("variant", "text"),
         ("time_unit_steps", 0.0),
@@ -242,7 +292,13 @@ def test_bad_keywords_are_refused_by_name(keyword, value):
         TVLARS([torch.nn.Parameter(torch.ones(2, 2))], **{keyword: value})
 
 
-@pytest.mark.parametrize("keyword", ["delay_steps", "gamma_min"])
-def test_released_refuses_what_its_code_does_not_have(keyword):
-    with pytest.raises(ValueError, match=f"TVLARS: {keyword} must be 0 with variant='released', got 1"):
-        TVLARS([torch.nn.Parameter(torch.ones(2, 2))], variant="released", **{keyword: 1.0})
+@pytest.mark.parametrize(
+    ("variant", "keyword"),
+    [
+        *[(variant, keyword) for variant in ("released", "2023-07") for keyword in ("delay_steps", "gamma_min")],
+        ("2023-08", "gamma_min"),
+    ],
+)
+def test_the_code_refuses_what_it_does_not_have(variant, keyword):
+    with pytest.raises(ValueError, match=f"TVLARS: {keyword} must be 0 with variant='{variant}', got 1"):
+        TVLARS([torch.nn.Parameter(torch.ones(2, 2))], variant=variant, **{keyword: 1.0})

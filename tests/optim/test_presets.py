@@ -1,0 +1,100 @@
+"""What a recipe's protocol and configuration files make of an optimizer, against the formulas that they claim."""
+
+import math
+
+import pytest
+import torch
+import torch_optimizer
+from optim_cases import difference, make_params, reference, run
+from torch import nn
+
+from ssl_bench.recipe.compose import compose
+from ssl_bench.training import build
+
+MU, BETA, ETA = 0.9, 5e-4, 1e-3
+
+
+def from_recipe(track, *overrides):
+    """Makes the optimizer of a command line on the tests' parameters."""
+
+    def make(params):
+        module = nn.Module()
+        for name, param in params.items():
+            module.register_parameter(name.replace(".", "_"), param)
+        recipe = compose(track, [*overrides, "batch_size=100"])
+        return build.optimizer(recipe, module, build.plan(recipe, 1000))[0]
+
+    return make
+
+
+def flash_lars(w, g, state, lr, step):  # noqa: ARG001 - a rule's signature
+    """Lightning Flash's LARS: ratio and decay only where both norms are not zero; no tensor is excluded."""
+    d = g
+    if w.norm() != 0 and g.norm() != 0:
+        d = (g + BETA * w) * ETA * w.norm() / (g.norm() + BETA * w.norm() + 1e-8)
+    state["b"] = MU * state.get("b", 0) + d
+    return w - lr * state["b"]
+
+
+def jettify_lamb(w, g, state, lr, step):  # noqa: ARG001
+    """jettify/pytorch-optimizer's LAMB: no bias correction, |w| at most 10, ratio 1 where a norm is zero."""
+    state["m"] = 0.9 * state.get("m", 0) + 0.1 * g
+    state["v"] = 0.999 * state.get("v", 0) + 0.001 * g * g
+    u = state["m"] / (state["v"].sqrt() + 1e-6) + BETA * w
+    w_norm, u_norm = w.norm().clamp(0, 10), u.norm()
+    return w - lr * (1.0 if w_norm == 0 or u_norm == 0 else w_norm / u_norm) * u
+
+
+@pytest.mark.parametrize("track", ["pretrain", "classify"])
+def test_the_papers_lars_is_lightning_flashs(track):
+    ours = run(from_recipe(track, "protocol=paper", "optimizer=lars"))
+    assert difference(ours, reference(flash_lars)) < 1e-12
+    keywords = {"momentum": MU, "weight_decay": BETA, "trust_coefficient": ETA}
+    theirs = run(lambda p: torch_optimizer.LARS(p.values(), 1.0, **keywords))  # from the same source
+    assert difference(ours, theirs) < 1e-12
+    assert difference(ours, run(from_recipe(track, "protocol=fair", "optimizer=lars"))) > 1e-3
+
+
+@pytest.mark.parametrize("track", ["pretrain", "classify"])
+def test_the_papers_lamb_is_jettifys(track):
+    ours = run(from_recipe(track, "protocol=paper", "optimizer=lamb"))
+    assert difference(ours, reference(jettify_lamb)) < 1e-12
+    assert difference(ours, run(lambda p: torch_optimizer.Lamb(p.values(), 1.0, weight_decay=BETA))) < 1e-12
+
+
+def test_the_papers_tvlars_is_algorithm_1():
+    def algorithm_1(w, g, state, lr, step):
+        phi = 1 / (1 + math.exp(1e-4 * (step - 10 * 10)))  # 1,000 images in batches of 100
+        d_norm = (g + BETA * w).norm()
+        m = state.get("m", w)
+        state["m"] = w - (lr * ETA * phi * w.norm() / d_norm if d_norm > 0 else 0.0) * g
+        return state["m"] + MU * (state["m"] - m)
+
+    assert (
+        difference(run(from_recipe("classify", "protocol=paper", "optimizer=tvlars")), reference(algorithm_1)) < 1e-12
+    )
+
+
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+@pytest.mark.parametrize(
+    ("variant", "clamp", "phi"),
+    [
+        ("2023-08", 10, lambda t: 1.0 if t < 10 * 10 else (0.1 + math.exp(1e-3 * (t + 1))) ** -1),
+        ("2023-07", math.inf, lambda t: math.exp(-1e-3 * (t + 1))),
+    ],
+)
+def test_the_code_of_the_preprints_time_by_its_name(protocol, variant, clamp, phi):
+    def rule(w, g, state, lr, step):
+        d = g
+        if w.ndim > 1:
+            d = g + BETA * w
+            w_norm, d_norm = min(w.norm(), clamp), min(d.norm(), clamp)
+            d = d * (ETA * phi(step) * w_norm / d_norm if w_norm > 0 and d_norm > 0 else 1.0)
+        state["b"] = MU * state.get("b", 0) + d
+        return w - lr * state["b"]
+
+    make = from_recipe("classify", f"protocol={protocol}", "optimizer=tvlars", f"optimizer.variant={variant}")
+    expected = reference(rule, steps=120)
+    assert difference(run(make, steps=120), expected) < 1e-12
+    assert torch.isfinite(expected["linear"]).all()
+    assert len(make_params()) == len(expected)
