@@ -219,10 +219,14 @@ def _twins(key: str) -> list[str]:
 
 
 def _implied(rules: Iterable[Mapping[str, Any]], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys set by those ``when`` rules whose conditions hold; ``${key}`` stands for that key's value."""
+    """The keys set by those ``when`` rules whose conditions hold; ``${key}`` stands for that key's value.
+
+    A condition is a value, or a list of which the key has one.
+    """
     found: dict[str, Any] = {}
     for rule in rules:
-        if all(flat.get(key) == wanted for key, wanted in rule["if"].items()):
+        conditions = rule["if"].items()
+        if all(flat.get(key) in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in conditions):
             found |= rule["set"]
     references = {key: re.fullmatch(r"\$\{([\w.]+)\}", str(value)) for key, value in found.items()}
     return found | {key: flat[match[1]] for key, match in references.items() if match}

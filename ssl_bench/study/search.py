@@ -13,8 +13,12 @@ arms:
     space:
       optimizer.lr: {low: 0.1, high: 10, log: true}
       optimizer.nesterov: {choices: [false, true]}
+
+Every arm searches the same things (the warm-up's length, phi's decay and how long a layer stays frozen stand for each
+other) and treats the same tensors alike, or the comparison is one of spaces; ``equal: false`` allows it all the same.
 """
 
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,6 +33,11 @@ from ssl_bench.study.grid import Overrides, as_argument, as_overrides, read_file
 
 SEARCHES = CONFIGS / "tune"
 DIGITS = 4  # significant ones of a point's numbers, as they stand on the command line
+# How an arm keeps its first steps small or its last ones: one dimension, whatever the optimizer calls it.
+EARLY = re.compile(
+    r"schedule\.warmup_(steps|epochs|fraction)|optimizer\.(decay|delay_(steps|epochs|fraction))"
+    r"|param_groups\.freeze_(steps|epochs|fraction)"
+)
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -70,6 +79,11 @@ class Arm:
     def label(self) -> str:
         return " ".join(f"{key}={as_argument(key, value)}" for key, value in self.set.items())
 
+    @property
+    def dimensions(self) -> list[str]:
+        """What is searched, with one name for the warm-up, phi and frozen layers."""
+        return sorted("the warm-up, phi or frozen layers" if EARLY.fullmatch(key) else key for key in self.space)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -82,6 +96,7 @@ class Search:
     arms: Annotated[list[Arm], Field(min_length=1)]
     base: dict[str, Any] = field(default_factory=dict)
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    equal: bool = True
     seed: Annotated[int, Field(ge=0)] = 0
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = field(default_factory=lambda: [0, 1, 2])
 
@@ -121,6 +136,14 @@ def _check(where: str, search: Search) -> None:
     if len(set(search.seeds)) < len(search.seeds):
         raise ValueError(f"{where}: seeds must be different, got {search.seeds}")
     labels = [arm.label for arm in search.arms]
+    first = search.arms[0]
+    for arm in search.arms if search.equal else ():
+        if arm.dimensions != first.dimensions:
+            wanted, got = ", ".join(first.dimensions), ", ".join(arm.dimensions)
+            raise ValueError(
+                f"{where}: {arm.label}: space must be over what {first.label} searches ({wanted}), got {got} "
+                "(equal: false allows it)"
+            )
     for arm in search.arms:
         if labels.count(arm.label) > 1:
             raise ValueError(f"{where}: two arms are {arm.label!r}")

@@ -77,6 +77,8 @@ def tune_main(
     name, _, search = load_search(source)
     make = _Maker(name, search, dict(map(split_override, overrides)), dict(data_paths or {}))
     trials = {arm.label: make.trials(arm) for arm in search.arms}
+    if search.equal:
+        _check_tensors(name, trials)
     store = CellStore(runs)
 
     def run(cells: Iterable[Cell]) -> int:
@@ -148,6 +150,29 @@ class _Maker:
         except ValueError as error:
             raise ValueError(f"{where}: {arm.label}: {error}") from None
         return Cell(self.name, overrides, {**chosen, **held}, recipe)
+
+
+def _check_tensors(name: str, trials: Mapping[str, Sequence[Trial]]) -> None:
+    """Refuses arms that decay, adapt or leave out different tensors.
+
+    Raises:
+        ValueError: one line that names the arm and its groups.
+    """
+    treated = {
+        label: {
+            key: value
+            for key, value in vars(members[0].cell.recipe.param_groups).items()
+            if key in ("decay_1d", "adapt_1d", "exclude")
+        }
+        for label, members in trials.items()
+    }
+    first, wanted = next(iter(treated.items()))
+    for label, got in treated.items():
+        if got != wanted:
+            raise ValueError(
+                f"search {name}: {label}: param_groups must be those of {first}, {wanted}, got {got} "
+                "(equal: false allows it)"
+            )
 
 
 def _outcome(cell: Cell, store: CellStore, protocol: str) -> Outcome:

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import pytorch_optimizer
+import timm.optim
 import torch
 import torch_optimizer
 from optim_cases import difference, make_params, reference, run
@@ -98,3 +100,57 @@ def test_the_code_of_the_preprints_time_by_its_name(protocol, variant, clamp, ph
     assert difference(run(make, steps=120), expected) < 1e-12
     assert torch.isfinite(expected["linear"]).all()
     assert len(make_params()) == len(expected)
+
+
+def larc(w, g, state, lr, step):  # noqa: ARG001
+    """NVIDIA apex's LARC around momentum SGD: min(0.02 |w| / (|g| + beta |w| + 1e-8) / lr, 1) times lr."""
+    d = g
+    if w.norm() != 0 and g.norm() != 0:
+        rate = 0.02 * w.norm() / (g.norm() + BETA * w.norm() + 1e-8)
+        d = (g + BETA * w) * min(rate / lr, 1)
+    state["b"] = MU * state.get("b", 0) + d
+    return w - lr * state["b"]
+
+
+def test_larc_is_apexs():
+    everywhere = ("param_groups.decay_1d=true", "param_groups.adapt_1d=true", "param_groups.lr_1d=null")
+    ours = run(from_recipe("classify", "optimizer=larc", *everywhere))
+    assert difference(ours, reference(larc)) < 1e-12
+
+
+def grouped(params, **matrices):
+    """The parameters as protocol=fair has them, for an optimizer that is made without the suite."""
+    return [
+        {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 0.1, **matrices},
+        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("muon", lambda p: timm.optim.Muon(grouped(p), lr=1.0, momentum=0.95, nesterov=True)),
+        ("soap", lambda p: pytorch_optimizer.SOAP(grouped(p), lr=1.0)),
+        ("nesterov", lambda p: torch.optim.SGD(grouped(p), lr=1.0, momentum=0.9, nesterov=True)),
+        ("adamw", lambda p: torch.optim.AdamW(grouped(p), lr=1.0)),
+    ],
+)
+def test_comparators_are_their_librarys_with_1d_tensors_in_a_group_of_their_own(name, theirs):
+    dtype = torch.float32  # SOAP's eigenvectors are float32
+    ours = run(from_recipe("classify", f"optimizer={name}", "optimizer.weight_decay=0.1"), dtype)
+    assert difference(ours, run(theirs, dtype)) < 1e-5
+
+
+def test_muon_orthogonalises_matrices_and_moves_the_others_by_adamw_at_their_own_lr():
+    made = from_recipe("classify", "optimizer=muon", "optimizer.lr=0.1", "param_groups.lr_1d=0.01")
+    module = {"matrix": nn.Parameter(torch.randn(4, 6)), "bias": nn.Parameter(torch.zeros(4))}
+    optimizer = made(module)
+    before = module["matrix"].detach().clone()
+    for param in module.values():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    step = module["matrix"].detach() - before * (1 - 0.1 * 0.05)
+    singular = torch.linalg.svdvals(step) / torch.linalg.svdvals(step).max()
+    assert singular.min() > 0.5  # Newton-Schulz brings them all near one value
+    # NAdamW's first step is (1 + beta1) lr.
+    torch.testing.assert_close(module["bias"].detach().abs(), torch.full((4,), 1.9 * 0.01), rtol=1e-3, atol=0)

@@ -10,11 +10,13 @@ import torch
 import yaml
 
 from ssl_bench.data.dataset import holdout_indices
+from ssl_bench.recipe.compose import compose
 from ssl_bench.study import tune
 from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell, Study
 from ssl_bench.study.search import SEARCHES, Arm, Choices, Range, load_search, points
 from ssl_bench.study.tune import tune_main
+from ssl_bench.training import build
 
 pytest.importorskip("optuna")
 
@@ -29,6 +31,10 @@ SEARCH: dict[str, Any] = {
         {"set": {"optimizer": "sgd"}, "space": {"optimizer.lr": {"low": 0.01, "high": 0.5, "log": True}}},
     ],
 }
+
+
+ONE = {"low": 0.1, "high": 1.0}
+LR = {"optimizer.lr": ONE}
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:
@@ -76,6 +82,11 @@ def test_choices_are_written_as_on_the_command_line() -> None:
         ),
         ({"arms": [{"set": {"a": 1}, "space": {"a": {"low": 0, "high": 1}}}]}, "'a' is both set and searched"),
         ({"arms": SEARCH["arms"][:1] * 2}, "two arms are 'optimizer=lars'"),
+        (
+            {"arms": [*SEARCH["arms"], {"set": {"optimizer": "lamb"}, "space": {**LR, "param_groups.lr_1d": ONE}}]},
+            r"search find: optimizer=lamb: space must be over what optimizer=lars searches \(optimizer.lr\), "
+            r"got optimizer.lr, param_groups.lr_1d \(equal: false allows it\)",
+        ),
     ],
 )
 def test_a_wrong_search_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -92,6 +103,57 @@ def test_shipped_searches_load(name: str) -> None:
     cells = [trial.cell for arm in search.arms for trial in maker.trials(arm)]
     assert len(cells) == search.trials * len(search.arms)
     assert {cell.recipe.data.holdout for cell in cells} == {0.1}
+
+
+ALIKE = [path.stem for path in SEARCHES.glob("*.yaml") if path.stem != "smoke"]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_shipped_comparisons_are_equal_for_every_arm(name: str) -> None:
+    """The same tensors, the same four dimensions, the same trials; foreign optimizers and timm's included."""
+    _, _, search = load_search(name)
+    maker = tune._Maker(name, search, {}, {})
+    assert search.equal
+    for arm in search.arms:
+        trials = maker.trials(arm)
+        assert len(trials) == search.trials
+        assert arm.dimensions == [
+            "optimizer.lr",
+            "optimizer.weight_decay",
+            "param_groups.lr_1d",
+            "the warm-up, phi or frozen layers",
+        ]
+        made = []
+        for trial in trials[:3]:
+            recipe, module = trial.cell.recipe, torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+            optimizer, _ = build.optimizer(recipe, module, build.plan(recipe, 45_000))
+            groups = {tuple(group["param_names"]): group for group in optimizer.param_groups}
+            made.append([(names, groups[names]["weight_decay"] > 0, groups[names]["initial_lr"]) for names in groups])
+        for (matrices, decayed, lr), (rest, others_decayed, lr_1d) in made:
+            assert (matrices, rest) == (("0.weight",), ("0.bias", "1.weight", "1.bias"))
+            assert (decayed, others_decayed) == (True, False)
+            assert lr != lr_1d
+        assert len({rates[1][2] for rates in made}) == 3  # searched, and not set by the protocol
+
+
+def test_arms_that_treat_tensors_differently_are_refused(tmp_path: Path) -> None:
+    """protocol=paper leaves no tensor out of LARS, but SGD's are its own."""
+    search = {**SEARCH, "base": {**SEARCH["base"], "protocol": "paper"}}
+    expected = r"search find: optimizer=sgd: param_groups must be those of optimizer=lars, .*'adapt_1d': True.*, got "
+    with pytest.raises(ValueError, match=expected):
+        tune_main(write(tmp_path, search), runs=tmp_path / "runs")
+
+
+@pytest.mark.parametrize("track", ["pretrain", "classify"])
+def test_fair_gives_1d_tensors_the_lr_of_the_rule_that_moves_them(track: str) -> None:
+    expected = {"lars": 0.01, "larc": 0.01, "tvlars": 0.01, "sgd": 0.01, "nesterov": 0.01} | dict.fromkeys(
+        ("lamb", "lambc", "adamw", "muon", "soap"), 1e-3
+    )
+    for name, lr_1d in expected.items():
+        found = compose(track, [f"optimizer={name}"]).param_groups
+        assert found.lr_1d == (lr_1d if lr_1d < 0.01 or track == "pretrain" else 0.1), name
+        assert (found.decay_1d, found.adapt_1d) == (False, False)
+    assert compose(track, ["optimizer=timm", "optimizer.name=lion", "optimizer.lr=1"]).param_groups.lr_1d is None
 
 
 # The split ------------------------------------------------------------------------------------------------------------
