@@ -43,7 +43,7 @@ def main(folder: str | Path, steps: int) -> int:
         ValueError: the folder holds something other than an earlier demo.
     """
     from ssl_bench.pretrain import run
-    from ssl_bench.report.figures import demo_figure
+    from ssl_bench.report.figures.plates import demo_figure
 
     folder = Path(folder)
     _clear(folder)

@@ -2,9 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from ssl_bench.records.lock import is_claimed
 from ssl_bench.records.storage import one_line, restored
@@ -16,8 +20,56 @@ Ending = Literal["finished", "diverged", "collapsed"]
 RUN, METRICS, RESULTS, SESSIONS = "run.json", "metrics.jsonl", "results.json", "sessions.jsonl"
 
 
+# A record of ours nests eight levels; a deeper one is no record, and would end in Python's recursion limit.
+DEPTH = 64
+LARGEST = 2**63  # of integers: above it no file format and no plot has a place for them
+TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read for its last row
+
+
 class RecordError(ValueError):
     """A run directory cannot be used or read; one line that names it and the reason."""
+
+
+Number = float | Literal["nan", "inf", "-inf"] | None  # as `storage.jsonable` writes it
+
+
+class _Part(BaseModel):
+    """A part of a record of which the readers need some keys; the others are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Plan(_Part):
+    total_steps: Number = Field(default=None, gt=0)
+    steps_per_epoch: Number = Field(default=None, gt=0)
+    optimizer: dict[str, Any] = {}
+    schedule: dict[str, Any] = {}
+
+
+class _Head(_Part):
+    """run.json."""
+
+    identity: StrictStr
+    recipe: dict[str, Any]
+    plan: _Plan = _Plan()
+    param_groups: list[dict[str, Any]] = []
+
+
+class _Evaluation(_Part):
+    protocol: StrictStr
+    model: StrictStr = "trained"
+    metrics: dict[str, Any] = {}
+    chance: Number = None
+    n_test: StrictInt | None = Field(default=None, gt=0)
+
+
+class _Results(_Part):
+    """results.json."""
+
+    status: Ending
+    step: StrictInt | None = None
+    layer: StrictStr | None = None
+    evaluations: list[_Evaluation]
 
 
 @dataclass(frozen=True)
@@ -30,7 +82,6 @@ class RunRecord:
         identity: the hash of what in the recipe can change the result.
         recipe: the resolved recipe, nested.
         provenance: all of run.json.
-        metrics: the rows of metrics.jsonl by ascending step, without a last line that was cut short.
         results: results.json, or None before the end.
     """
 
@@ -39,8 +90,21 @@ class RunRecord:
     identity: str
     recipe: dict[str, Any]
     provenance: dict[str, Any]
-    metrics: list[dict[str, Any]]
     results: dict[str, Any] | None
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl by ascending step, without a last line that was cut short.
+
+        Raises:
+            RecordError: a line before the last is damaged.
+        """
+        return [row for _, row in metric_rows(self.folder)]
+
+    @cached_property
+    def last_metrics(self) -> dict[str, Any]:
+        """The last row of metrics.jsonl, read from the file's end alone; empty where there is none."""
+        return _last_row(self.folder / METRICS)
 
 
 @dataclass(frozen=True)
@@ -51,8 +115,12 @@ class Skipped:
     reason: str
 
 
-def read_run(run_dir: str | Path) -> RunRecord:
+def read_run(run_dir: str | Path, *, metrics: bool = True) -> RunRecord:
     """Reads a run directory, whatever state the run is in.
+
+    Args:
+        run_dir: the folder.
+        metrics: whether to read the metrics at once; False = when they are asked for.
 
     Raises:
         RecordError: no run, a damaged file, or another format version; one line that names it.
@@ -64,22 +132,23 @@ def read_run(run_dir: str | Path) -> RunRecord:
     claimed = is_claimed(folder)  # asked first: a run that ends meanwhile then shows its results
     results = read_results(folder)
     status = "running" if claimed else "interrupted"
-    return RunRecord(
+    record = RunRecord(
         folder=folder,
         status=status if results is None else results["status"],
         identity=provenance["identity"],
         recipe=provenance["recipe"],
         provenance=provenance,
-        metrics=[row for _, row in metric_rows(folder)],
         results=results,
     )
+    _ = record.metrics if metrics else record.last_metrics
+    return record
 
 
 def find_runs(folder: str | Path) -> tuple[list[RunRecord], list[Skipped]]:
     """All runs below a folder, at any depth, and what had to be skipped; sorted by path.
 
     A folder counts as skipped if it has a run's files but cannot be read, or if it has files and no sub-folders and no
-    run.json. Hidden folders and linked ones are passed over.
+    run.json. Hidden folders and linked ones are passed over. Of the metrics only the last row is read here.
 
     Raises:
         RecordError: the folder does not exist.
@@ -94,7 +163,7 @@ def find_runs(folder: str | Path) -> tuple[list[RunRecord], list[Skipped]]:
         if RUN in files or METRICS in files or RESULTS in files or (visible and not folders):
             folders.clear()
             try:
-                found.append(read_run(here))
+                found.append(read_run(here, metrics=False))
             except (RecordError, OSError) as error:
                 skipped.append(Skipped(here, str(error)))
     return found, skipped
@@ -102,11 +171,7 @@ def find_runs(folder: str | Path) -> tuple[list[RunRecord], list[Skipped]]:
 
 def read_head(folder: Path) -> dict[str, Any]:
     """run.json, with its format and the keys that every reader needs checked."""
-    head = _read_json(folder / RUN)
-    for key, kind in (("identity", str), ("recipe", dict)):
-        if not isinstance(head.get(key), kind):
-            raise RecordError(f"{folder / RUN}: damaged: no {key!r}")
-    return head
+    return _checked(folder / RUN, _read_json(folder / RUN), _Head)
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
@@ -114,10 +179,8 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULTS
     if not path.exists():
         return None
-    results = restored(_read_json(path))
-    if results.get("status") not in get_args(Ending) or not isinstance(results.get("evaluations"), list):
-        raise RecordError(f"{path}: damaged: status {results.get('status')!r} or the evaluations are not a run's")
-    return results
+    restored_: dict[str, Any] = restored(_checked(path, _read_json(path), _Results))
+    return restored_
 
 
 def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -133,25 +196,92 @@ def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
     rows = []
     # Only the last line may be cut short, by a writer that was killed; damage before it is not a crash's.
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append((line, restored(row)))
+        row = _row(line)
+        if row is not None:
+            rows.append((line, row))
         elif number < len(lines):
             raise RecordError(f"{path}: damaged: line {number} of {len(lines)} is not a row with a step")
     return rows
 
 
+def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl one after another, for a reader that keeps only part of each.
+
+    Raises:
+        RecordError: a line before the last is damaged.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return
+    damaged = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if damaged:
+                raise RecordError(f"{path}: damaged: line {damaged} is not a row with a step")
+            row = _row(line)
+            if row is None:
+                damaged = number  # unless it is the last one
+            else:
+                yield row
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is cut short or not a row with a step."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < LARGEST:
+        return None
+    return dict(restored(row))
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        lines = file.read().splitlines(keepends=True)
+    return next((row for line in reversed(lines[-3:]) if (row := _row(line)) is not None), {})
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file of this format version."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = _plain(json.loads(path.read_bytes()), path)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, RecordError):
+            raise
         raise RecordError(f"{path}: damaged: {one_line(error)}") from error
     if not isinstance(value, dict) or "format" not in value:
         raise RecordError(f"{path}: not written by ssl_bench: it has no 'format'")
     if value["format"] != FORMAT:
-        raise RecordError(f"{path}: its format is {value['format']!r}, this version reads {FORMAT}")
+        raise RecordError(f"{path}: its format is {repr(value['format'])[:40]}, this version reads {FORMAT}")
+    return value
+
+
+def _plain(value: Any, path: Path, depth: int = 0) -> Any:
+    """The value, if any reader can hold it: not too deep, no huge integers, and text that UTF-8 can write."""
+    if depth > DEPTH:
+        raise RecordError(f"{path}: damaged: it nests more than {DEPTH} levels")
+    if isinstance(value, dict):
+        return {_plain(key, path): _plain(item, path, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, path, depth + 1) for item in value]
+    if isinstance(value, str):  # JSON can escape half a surrogate pair, which no file can hold
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, int) and not -LARGEST < value < LARGEST:
+        raise RecordError(f"{path}: damaged: an integer of more than 63 bits")
+    return value
+
+
+def _checked(path: Path, value: dict[str, Any], schema: type[_Part]) -> dict[str, Any]:
+    """The value, if it has what every reader needs."""
+    try:
+        schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f", got {repr(first['input'])[:40]}"
+        raise RecordError(f"{path}: damaged: {where!r}: {first['msg'].lower()}{got}") from None
     return value

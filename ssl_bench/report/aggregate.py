@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 
 from ssl_bench.recipe.schema import IRRELEVANT, flatten, is_its_path, without_additions
 from ssl_bench.records.reader import RunRecord, Skipped
-from ssl_bench.report.inference import Summary, summarize
-from ssl_bench.report.tables import Value
-
-# In order of preference where several cover equally many runs. `online` is a monitor, never a result.
-PROTOCOLS = ("test-v1", "linear-aug-v1", "linear-cached-v1", "knn-v1", "paper-probe", "released-probe")
-MONITORS = frozenset({"online"})
+from ssl_bench.report.inference import Summary, summarize, t_interval, test_set_error
+from ssl_bench.report.protocols import MONITORS, among_ours, ordered
+from ssl_bench.report.tables import Value, is_number, on_one_line, one_line
 
 OPTIMIZER_NAMES = {"lars": "LARS", "lamb": "LAMB", "lambc": "LAMBC", "tvlars": "TVLARS", "sgd": "SGD", "adamw": "AdamW"}
 
@@ -31,6 +28,9 @@ _OBSERVING = frozenset(
         *("eval.online_every_epochs", "eval.test_every_epochs"),
     }
 )
+# A run that ended like this has no accuracy of its own. It counts as chance, or an optimizer that loses seeds would
+# rank by those that it did not lose.
+LOST = frozenset({"diverged", "collapsed"})
 _PLUGINS = ("method", "optimizer", "schedule")  # sections of a recipe whose options depend on their target
 
 
@@ -63,11 +63,13 @@ class Score:
         top1: percent.
         chance: percent; None where it is not recorded.
         probes: percent; top-1 of each probe seed, empty where the protocol has one number.
+        images: evaluated; None where it is not recorded.
     """
 
     top1: float
     chance: float | None
     probes: tuple[float, ...]
+    images: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,16 @@ class Result:
         """finished, diverged, collapsed, running or interrupted."""
         return self.record.status
 
+    @property
+    def lost(self) -> bool:
+        """Whether it diverged or collapsed: its model is worth a guess."""
+        return self.status in LOST
+
+    def clock(self, name: str) -> float | None:
+        """The last logged value of a clock ("epochs", "seconds"); None where it logged none."""
+        value = self.record.last_metrics.get(name)
+        return float(value) if is_number(value) and math.isfinite(value) else None
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -99,6 +111,7 @@ class Cell:
         variant: what distinguishes this cell from others of the same problem, data set, batch size and optimizer,
             besides the learning rate; empty where nothing does.
         results: by ascending seed.
+        chance: a guesser's accuracy on the data set, percent; 0 where no run of the data set recorded it.
     """
 
     key: str
@@ -109,6 +122,7 @@ class Cell:
     optimizer: str
     variant: str
     results: tuple[Result, ...]
+    chance: float = 0.0
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -138,36 +152,43 @@ class Cell:
     @property
     def failed(self) -> bool:
         """Whether every run diverged or collapsed."""
-        return self.statuses["diverged"] + self.statuses["collapsed"] == len(self.results)
+        return all(result.lost for result in self.results)
+
+    def finished(self, protocol: str) -> dict[int, float]:
+        """Percent by seed, of the finished runs alone."""
+        ended = [result for result in self.results if result.status == "finished" and protocol in result.scores]
+        return {result.seed: result.scores[protocol].top1 for result in ended}
 
     def top1(self, protocol: str) -> dict[int, float]:
-        """Percent by seed, of the finished runs: a diverged or collapsed one has no accuracy."""
-        return {
-            result.seed: result.scores[protocol].top1
-            for result in self.results
-            if result.status == "finished" and protocol in result.scores
-        }
+        """Percent by seed, of the runs that ended: one that diverged or collapsed counts as chance."""
+        lost = {result.seed: self.chance for result in self.results if result.lost}
+        return dict(sorted((self.finished(protocol) | lost).items()))
 
     def summary(self, protocol: str) -> Summary:
-        """Mean and deviation over the finished runs."""
+        """Mean and deviation over the runs that ended, those lost at chance."""
         return summarize(list(self.top1(protocol).values()))
 
-    def chance(self, protocol: str) -> float | None:
-        """Percent; None where no run recorded it."""
-        known = [r.scores[protocol].chance for r in self.results if protocol in r.scores]
-        return next((chance for chance in known if chance is not None), None)
+    def interval(self, protocol: str) -> tuple[float, float] | None:
+        """Student's 95% interval of that mean: what other seeds could give; None below two seeds."""
+        return t_interval(list(self.top1(protocol).values()))
+
+    def test_error(self, protocol: str) -> float | None:
+        """Half the 95% interval over other test images, in points; None where nothing finished or none are counted."""
+        scores = [r.scores[protocol] for r in self.results if r.status == "finished" and protocol in r.scores]
+        images = [score.images for score in scores if score.images]
+        return test_set_error(sum(self.finished(protocol).values()) / len(scores), min(images)) if images else None
 
     def untrained(self, protocol: str) -> Summary:
         """The same protocol on the models before their first step."""
         return summarize([r.untrained[protocol].top1 for r in self.results if protocol in r.untrained])
 
     def text(self, protocol: str) -> str:
-        """Mean +- sd and n for a table; failed runs are named, so that no bare number hides them."""
-        summary = self.summary(protocol)
-        if summary.mean is not None:
+        """Mean +- sd and n for a table; the lost runs in it are named, so that no bare number hides them."""
+        summary, finished = self.summary(protocol), self.finished(protocol)
+        if summary.mean is not None and finished:
             spread = f" ± {summary.sd:.2f}" if summary.sd is not None else ""
-            failed = [f"{self.statuses[word]} {word}" for word in ("diverged", "collapsed") if self.statuses[word]]
-            return f"{summary.mean:.2f}{spread} ({'; '.join([f'n = {summary.n}', *failed])})"
+            lost = [f"{self.statuses[word]} {word}" for word in ("diverged", "collapsed") if self.statuses[word]]
+            return f"{summary.mean:.2f}{spread} ({'; '.join([f'n = {summary.n}', *lost])})"
         words = [word for word in ("diverged", "collapsed", "interrupted", "running") if self.statuses[word]]
         if len(words) == 1:
             return f"{words[0]} (n = {self.statuses[words[0]]})"
@@ -198,14 +219,11 @@ class Collection:
 
     def protocols(self, problem: str) -> list[str]:
         """The protocols that any run of a problem has; first the one for comparisons, which covers the most runs."""
-        counts = Counter(name for c in self.cells if c.problem == problem for r in c.results for name in r.scores)
-        order = {name: rank for rank, name in enumerate(PROTOCOLS)}
-        return sorted(counts, key=lambda name: (-counts[name], order.get(name, len(order)), name))
+        return ordered(Counter(n for c in self.cells if c.problem == problem for r in c.results for n in r.scores))
 
     def headline(self, problem: str) -> str:
-        """The protocol that a problem's comparisons use."""
-        found = self.protocols(problem)
-        return found[0] if found else ("test-v1" if problem == "classification" else "linear-cached-v1")
+        """The protocol by which a problem's runs are compared with each other."""
+        return among_ours(problem, self.protocols(problem))
 
 
 def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Collection:
@@ -227,6 +245,13 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
         else:
             runs[result.seed] = result
     cells = [_cell(key, [runs[seed] for seed in sorted(runs)]) for key, runs in groups.items()]
+    chance: dict[str, float] = {}
+    for cell in cells:
+        scores = (s for result in cell.results for s in (result.scores | result.untrained).values())
+        for score in scores:
+            if score.chance is not None:
+                chance.setdefault(cell.dataset, score.chance)
+    cells = [replace(cell, chance=chance.get(cell.dataset, 0.0)) for cell in cells]
     left_out.sort(key=lambda entry: entry.folder)
     return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(left_out))
 
@@ -260,12 +285,13 @@ def _result(record: RunRecord) -> Result:
     found: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
     for entry in (record.results or {}).get("evaluations", []):
         model, protocol, metrics = entry.get("model", "trained"), entry["protocol"], entry["metrics"]
-        top1 = metrics.get("top1", math.nan)  # evaluators from outside may measure something else
-        if model in found and protocol not in MONITORS and math.isfinite(top1):
+        top1 = metrics.get("top1")  # evaluators from outside may measure something else
+        if model in found and protocol not in MONITORS and is_number(top1) and 0 <= top1 <= 100:
             numbered = ((name.removeprefix("top1_seed"), value) for name, value in metrics.items())
-            probes = sorted((int(seed), value) for seed, value in numbered if seed.isdigit())
-            values = tuple(float(value) for _, value in probes)
-            found[model][protocol].append(Score(float(top1), entry.get("chance"), values))
+            probes = sorted((int(seed), value) for seed, value in numbered if seed.isdecimal() and is_number(value))
+            values, chance = tuple(float(value) for _, value in probes), entry.get("chance")
+            known = float(chance) if is_number(chance) and 0 <= chance <= 100 else None
+            found[model][protocol].append(Score(float(top1), known, values, entry.get("n_test")))
 
     def joined(scores: Sequence[Score]) -> Score:
         if len(scores) == 1:
@@ -279,18 +305,22 @@ def _result(record: RunRecord) -> Result:
 
 def _cell(key: str, results: list[Result]) -> Cell:
     recipe = results[0].record.recipe
-    target = lookup(recipe, "optimizer.target").split(":")[-1]
+    target = str(lookup(recipe, "optimizer.target")).split(":")[-1]
     name = lookup(recipe, "optimizer.name", target) if target == "timm" else OPTIMIZER_NAMES.get(target, target)
-    data = recipe["data"]["name"]
+    data = str(recipe["data"]["name"])
     if is_its_path(data):
         data = f"{data}:{str(recipe['data'].get('path')).rstrip('/').rsplit('/', 1)[-1]}"
+    problem = "classification" if recipe["track"] == "classify" else str(lookup(recipe, "method.target")).split(":")[-1]
+    lr, batch_size = lookup(recipe, "optimizer.lr"), recipe["batch_size"]
+    if not is_number(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
     return Cell(
         key=key,
-        problem="classification" if recipe["track"] == "classify" else lookup(recipe, "method.target").split(":")[-1],
-        dataset=data,
-        batch_size=int(recipe["batch_size"]),
-        lr=float(lookup(recipe, "optimizer.lr", math.nan)),
-        optimizer=name,
+        problem=one_line(problem),
+        dataset=one_line(data),
+        batch_size=int(batch_size),
+        lr=float(lr) if is_number(lr) and math.isfinite(lr) else math.nan,
+        optimizer=one_line(name),
         variant="",
         results=tuple(results),
     )
@@ -300,7 +330,7 @@ def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
     """Names what distinguishes cells of one optimizer that share problem, data set and batch size."""
 
     def printed(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+        return f"{value:g}" if isinstance(value, float) else "none" if value is None else one_line(value)
 
     families: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -316,8 +346,15 @@ def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
         for cell in family:
             flat = recipes[cell.key]
             parts = [f"{name.removesuffix('.target')}={printed(flat[name])}" for name in varying if name in flat]
-            named.append(replace(cell, variant=", ".join(parts)))
-    return named
+            named.append(replace(cell, variant=on_one_line(", ".join(parts))))
+    # Texts that are cut for readers may agree where the values do not.
+    seen = Counter((cell.setting, cell.optimizer, cell.variant, cell.lr) for cell in named)
+    return [
+        cell
+        if seen[cell.setting, cell.optimizer, cell.variant, cell.lr] == 1
+        else replace(cell, variant=f"{cell.variant} #{cell.key[:6]}")
+        for cell in named
+    ]
 
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:

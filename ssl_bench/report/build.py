@@ -9,11 +9,11 @@ from pathlib import Path
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report import comparisons, results
 from ssl_bench.report.aggregate import Collection, Result, gather
-from ssl_bench.report.claims import ERRATA, check_claims
+from ssl_bench.report.claims.evidence import Claim, Load
+from ssl_bench.report.claims.ratio import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
-from ssl_bench.report.drawing import Plate
-from ssl_bench.report.evidence import Claim, Load
-from ssl_bench.report.figures import write_figures
+from ssl_bench.report.figures.drawing import Plate
+from ssl_bench.report.figures.plates import write_figures
 from ssl_bench.report.page import counts, write_page
 from ssl_bench.report.scope import coverage, members, scope
 from ssl_bench.report.tables import Table
@@ -23,7 +23,7 @@ from ssl_bench.study.grid import Study, load_study
 _KEPT_RUNS = 48
 
 # Columns that take more of a terminal's width than they are worth.
-_NOT_IN_TERMINAL = frozenset({"protocol"})
+_NOT_IN_TERMINAL = frozenset({"protocol", "test set ±", "untrained"})
 
 
 def caching_loader() -> Load:

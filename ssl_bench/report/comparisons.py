@@ -5,27 +5,25 @@ trials are its learning rates.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from ssl_bench.report.across_settings import performance_profile, share_near_best
 from ssl_bench.report.aggregate import Cell, Collection, Setting
 from ssl_bench.report.inference import (
-    RESAMPLES,
     Paired,
     best_of_k,
+    holm,
     paired_difference,
-    performance_profile,
-    share_near_best,
     two_level,
 )
-from ssl_bench.report.results import record_of
-from ssl_bench.report.scope import epochs_trained, scope, short
-from ssl_bench.report.tables import SETTING, Table, Value, number, points, signed
+from ssl_bench.report.results import INTERVALS, record_of
+from ssl_bench.report.scope import epochs_trained, short
+from ssl_bench.report.tables import SETTING, Table, Value, between, number, points, signed
 
 WITHIN = 1.0  # points; a learning rate this close to the best one is as good
 GAPS = tuple(0.25 * step for step in range(81))  # points, 0 to 20: the profile's axis
-FEW_PAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -36,26 +34,25 @@ class Arm:
         setting: where it competes.
         name: the optimizer with its variant.
         protocol: of the accuracies.
-        chance: a guesser's accuracy in the setting, percent; 0 where no run recorded it.
         cells: one for each learning rate.
     """
 
     setting: Setting
     name: str
     protocol: str
-    chance: float
     cells: tuple[Cell, ...]
 
     @property
     def best(self) -> Cell | None:
-        """The cell of the highest mean; None where no run has an accuracy."""
-        measured = [cell for cell in self.cells if cell.summary(self.protocol).n]
-        return max(measured, key=lambda cell: cell.summary(self.protocol).mean or 0.0, default=None)
+        """The cell of the highest mean, lost seeds at chance; None where no run has ended with an accuracy."""
+        ended = [cell for cell in self.cells if cell.finished(self.protocol)]
+        return max(ended, key=lambda cell: cell.summary(self.protocol).mean or 0.0, default=None)
 
     @property
     def top1(self) -> float | None:
-        """The best cell's mean, percent."""
-        return self.best.summary(self.protocol).mean if self.best else None
+        """The best cell's mean, percent; chance where every run failed, None where none has ended."""
+        best = self.best or next((cell for cell in self.cells if cell.failed), None)
+        return best.summary(self.protocol).mean if best else None
 
     @property
     def optimizer(self) -> str:
@@ -64,12 +61,39 @@ class Arm:
 
     @property
     def trials(self) -> list[float]:
-        """The mean top-1 of each learning rate's finished runs, or chance where all of them failed.
+        """The mean top-1 of each learning rate, lost seeds at chance; cells that have not ended are no trials."""
+        means = [cell.summary(self.protocol).mean for cell in self.cells]
+        return [mean for mean in means if mean is not None]
 
-        Cells that have not ended are no trials.
-        """
-        means = [(cell, cell.summary(self.protocol).mean) for cell in self.cells]
-        return [self.chance if mean is None else mean for cell, mean in means if mean is not None or cell.failed]
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms at one learning rate each, paired by seed.
+
+    Attributes:
+        lr: printed.
+        left, right: the arms' names; the difference is left - right.
+        paired: None where they share no seed that ended.
+        adjusted: the p value after Holm's correction for the family; None without a test.
+        unpaired: seeds that both started and at least one has not ended.
+    """
+
+    lr: str
+    left: str
+    right: str
+    paired: Paired | None
+    adjusted: float | None
+    unpaired: int
+
+    @property
+    def verdict(self) -> str:
+        """Of the left one: "ahead", "behind", "undecided", "undecided (n = 1)" or "no pair"."""
+        return self.paired.verdict(self.adjusted) if self.paired else "no pair"
+
+    @property
+    def decided(self) -> bool:
+        """Whether the test says which is better."""
+        return self.verdict in ("ahead", "behind")
 
 
 def arms(collection: Collection) -> dict[Setting, list[Arm]]:
@@ -77,94 +101,162 @@ def arms(collection: Collection) -> dict[Setting, list[Arm]]:
     found: dict[Setting, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for cell in collection.cells:
         found[cell.setting][cell.arm].append(cell)
-    grouped = {}
-    for setting, by_arm in found.items():
-        protocol = collection.headline(setting.problem)
-        known = [cell.chance(protocol) for cells in by_arm.values() for cell in cells]
-        chance = next((value for value in known if value is not None), 0.0)
-        grouped[setting] = [Arm(setting, name, protocol, chance, tuple(cells)) for name, cells in by_arm.items()]
-    return grouped
+    return {
+        setting: [
+            Arm(setting, name, collection.headline(setting.problem), tuple(cells)) for name, cells in each.items()
+        ]
+        for setting, each in found.items()
+    }
+
+
+def at_their_best(contenders: Sequence[Arm]) -> list[Comparison]:
+    """Every pair of a setting's arms, each at its best learning rate: one family of tests."""
+    pairs = []
+    for left, right in combinations(contenders, 2):
+        one, other = (arm.best or next((cell for cell in arm.cells if cell.failed), None) for arm in (left, right))
+        if one is not None and other is not None:
+            pairs.append((f"best: {number(one.lr)}, {number(other.lr)}", left, right, one, other))
+    return _family(pairs)
+
+
+def at_shared_rates(contenders: Sequence[Arm]) -> list[Comparison]:
+    """Every pair of a setting's arms at every learning rate that both have: another family."""
+    pairs = []
+    for left, right in combinations(contenders, 2):
+        rates = {cell.lr: cell for cell in right.cells}
+        pairs += [(number(c.lr), left, right, c, rates[c.lr]) for c in left.cells if c.lr in rates]
+    return _family(pairs)
+
+
+def _family(pairs: Sequence[tuple[str, Arm, Arm, Cell, Cell]]) -> list[Comparison]:
+    paired = [paired_difference(one.top1(left.protocol), other.top1(left.protocol)) for _, left, _, one, other in pairs]
+    adjusted = holm([found.p_value if found else None for found in paired])
+    family = []
+    for (lr, left, right, one, other), found, p in zip(pairs, paired, adjusted, strict=True):
+        shared = {result.seed for result in one.results} & {result.seed for result in other.results}
+        unpaired = len(shared) - (found.n if found else 0)
+        if found is not None or unpaired:
+            family.append(Comparison(lr, left.name, right.name, found, p, unpaired))
+    return family
+
+
+def ranks(contenders: Sequence[Arm], family: Sequence[Comparison]) -> dict[str, tuple[int, int]]:
+    """The best and the worst rank of each arm that the comparisons allow: arms that cannot be told apart share both.
+
+    Args:
+        contenders: a setting's arms.
+        family: ``at_their_best`` of them.
+    """
+    names = [arm.name for arm in contenders if arm.top1 is not None]
+    ahead: Counter[str] = Counter()
+    behind: Counter[str] = Counter()
+    for one in family:
+        if one.decided:
+            better, worse = (one.left, one.right) if one.verdict == "ahead" else (one.right, one.left)
+            ahead[worse] += 1
+            behind[better] += 1
+    return {name: (1 + ahead[name], len(names) - behind[name]) for name in names}
+
+
+def by_optimizer(contenders: Sequence[Arm]) -> dict[str, list[float]]:
+    """All trials of each optimizer in a setting: every variant at every learning rate."""
+    trials: dict[str, list[float]] = defaultdict(list)
+    for arm in contenders:
+        trials[arm.optimizer] += arm.trials
+    return {name: found for name, found in trials.items() if found}
+
+
+def at_equal_tuning(contenders: Sequence[Arm]) -> tuple[int, dict[str, float]]:
+    """The expected best of k random trials of each optimizer, k being the fewest that any of them had.
+
+    An optimizer tried in more variants and rates has more chances at a lucky best; at equal k it has not.
+    """
+    trials = by_optimizer(contenders)
+    k = min(map(len, trials.values()), default=0)
+    return k, {name: best_of_k(found)[k - 1] for name, found in trials.items()}
 
 
 def leaderboard(collection: Collection) -> Table:
     """Every arm at its best learning rate, ranked within each setting."""
-    columns = (*SETTING, "rank", "optimizer", "best lr", "top-1 %", "untrained", "epochs", "lrs finished", "protocol")
+    measured = ("top-1 %", "95% interval", "test set ±", "at equal tuning", "untrained", "epochs", "lrs ended")
+    columns = (*SETTING, "rank", "optimizer", "best lr", *measured, "protocol")
     notes = (
-        *scope(collection),
-        "Each optimizer at the learning rate of its highest mean. Where that was chosen on the test set, as here, the "
-        "number favours whoever tried more rates; the sensitivity and best-of-k tables show how much.",
+        *INTERVALS,
+        "Each optimizer at the learning rate of its highest mean. Rank: 1 + how many are decidedly ahead of it, to how "
+        "many it is not decidedly ahead of, by tests paired by seed with Holm's correction; optimizers that cannot be "
+        "told apart share their ranks.",
+        "At equal tuning: the optimizer's expected best of k trials, drawn at random from all its variants and "
+        "learning rates, k (in brackets) being the fewest that any optimizer of the setting had. The best learning "
+        "rate is chosen on the test set here, which favours whoever tried more; at equal k it does not.",
     )
     table = Table("leaderboard", "Leaderboard", columns, notes)
     for setting, contenders in arms(collection).items():
         ranked = sorted(contenders, key=lambda arm: float("-inf") if arm.top1 is None else arm.top1, reverse=True)
-        for rank, arm in enumerate(ranked, start=1):
+        places = ranks(contenders, at_their_best(contenders))
+        k, equal = at_equal_tuning(contenders)
+        for arm in ranked:
             best = arm.best
             cell = best or arm.cells[0]
             # Without an accuracy the runs of all learning rates are named, not only the first one's.
             states = sum((each.statuses for each in arm.cells), Counter[str]())
             text = best.text(arm.protocol) if best else ", ".join(f"{count} {word}" for word, count in states.items())
-            finished = sum(1 for each in arm.cells if each.summary(arm.protocol).n)
+            ended, place = len(arm.trials), places.get(arm.name)
+            shared = "–" if place is None else str(place[0]) if place[0] == place[1] else f"{place[0]}–{place[1]}"
+            tuned = equal.get(arm.optimizer)
+            interval, error = cell.interval(arm.protocol), cell.test_error(arm.protocol)
             table.add(
                 (
-                    *(*setting.cells, str(rank) if best else "–", arm.name, number(cell.lr), text),
+                    *(*setting.cells, shared, arm.name, number(cell.lr), text, between(interval) if best else "–"),
+                    *(points(error), f"{tuned:.2f} ({k})" if tuned is not None else "–"),
                     *(points(cell.untrained(arm.protocol).mean), short(epochs_trained([cell]))),
-                    *(f"{finished} of {len(arm.cells)}", arm.protocol),
+                    *(f"{ended} of {len(arm.cells)}", arm.protocol),
                 ),
-                {"rank": rank if best else None, **record_of(cell, arm.protocol)},
+                {
+                    "rank_best": place[0] if place else None,
+                    "rank_worst": place[1] if place else None,
+                    **record_of(cell, arm.protocol),
+                    "equal_tuning_top1": tuned,
+                    "equal_tuning_k": k,
+                },
                 key=cell.key,
             )
     return table
 
 
 def comparisons(collection: Collection) -> Table:
-    """Differences between arms, paired by seed: at each learning rate that two share, and best against best."""
-    notes = (
-        "Mean of (optimizer - against) in points over the seeds that both finished. Intervals are of 95%: bootstrap "
-        f"is BCa with {RESAMPLES:,} resamples from a fixed seed; with fewer than {FEW_PAIRS} pairs it is too narrow, "
-        "and the verdict is Student's. One pair has no interval. Nothing is corrected for the number of comparisons "
-        "in this table: of twenty true ties one is expected to look decided.",
-        "Lost: seeds of which one run diverged, collapsed or has not ended; the remaining ones may favour either side.",
-    )
-    measured = ("difference", "pairs", "95% bootstrap", "95% Student", "verdict")
-    columns = (*SETTING, "lr", "optimizer", "against", *measured)
-    table = Table("comparisons", "Optimizers compared, paired by seed", columns, notes)
+    """Differences between arms, paired by seed: best against best, and at each learning rate that two share."""
+    tests: list[tuple[Setting, str, Comparison]] = []
     for setting, contenders in arms(collection).items():
-        for left, right in combinations(contenders, 2):
-            for lr, one, other in _meetings(left, right):
-                paired = paired_difference(one.top1(left.protocol), other.top1(right.protocol))
-                shared = {result.seed for result in one.results} & {result.seed for result in other.results}
-                lost = len(shared) - (paired.n if paired else 0)
-                if paired is None and not lost:
-                    continue
-                record: dict[str, Value] = setting.record | {"protocol": left.protocol, "lr": lr}
-                record |= {"optimizer": left.name, "against": right.name}
-                texts, values = _paired(paired, lost)
-                table.add((*setting.cells, lr, left.name, right.name, *texts), record | values)
+        families = (at_their_best(contenders), at_shared_rates(contenders))
+        protocol = contenders[0].protocol
+        tests += [(setting, protocol, one) for family in families for one in family]
+    decided = sum(one.decided for _, _, one in tests)
+    notes = (
+        f"{decided} of {len(tests)} comparisons are decided." if tests else "",
+        "Mean of (optimizer - against) in points over the seeds that both ended. The interval is Student's of 95%, of "
+        "this comparison alone. The verdict is corrected by Holm's method within two families for each setting: all "
+        "pairs at their best learning rates, and all pairs at shared ones; of true ties one family in "
+        "twenty decides anything. One pair decides nothing.",
+        *INTERVALS[1:],
+    )
+    measured = ("difference", "pairs", "95% interval", "p, Holm", "verdict")
+    columns = (*SETTING, "lr", "optimizer", "against", *measured)
+    table = Table("comparisons", "Optimizers compared, paired by seed", columns, tuple(filter(None, notes)))
+    for setting, protocol, one in tests:
+        record: dict[str, Value] = setting.record | {"protocol": protocol, "lr": one.lr}
+        record |= {"optimizer": one.left, "against": one.right, "verdict": one.verdict}
+        record |= {"pairs": one.paired.n if one.paired else 0, "unpaired": one.unpaired}
+        texts = ["–", "0", "–"]
+        if one.paired:
+            ends = one.paired.interval
+            record |= {"difference": one.paired.mean, "sd": one.paired.sd}
+            record |= dict(zip(("student_low", "student_high"), ends or (None, None), strict=True))
+            record |= {"p_value": one.paired.p_value, "p_holm": one.adjusted}
+            texts = [signed(one.paired.mean), str(one.paired.n), between(ends, signs=True) if ends else "n = 1"]
+        texts[1] += f" ({one.unpaired} not ended)" if one.unpaired else ""
+        p = "–" if one.adjusted is None else f"{one.adjusted:.2g}" if one.adjusted >= 1e-4 else "< 0.0001"
+        table.add((*setting.cells, one.lr, one.left, one.right, *texts, p, one.verdict), record)
     return table
-
-
-def _meetings(left: Arm, right: Arm) -> Iterator[tuple[str, Cell, Cell]]:
-    """Where two arms can be compared: at the learning rates that both have, and each at its best."""
-    rates = {cell.lr: cell for cell in right.cells}
-    for cell in left.cells:
-        if cell.lr in rates:
-            yield number(cell.lr), cell, rates[cell.lr]
-    if left.best is not None and right.best is not None:
-        yield f"best: {number(left.best.lr)}, {number(right.best.lr)}", left.best, right.best
-
-
-def _paired(paired: Paired | None, lost: int) -> tuple[tuple[str, ...], dict[str, Value]]:
-    """A paired difference as the last columns of a row and of its record."""
-    pairs = paired.n if paired else 0
-    count, record = f"{pairs}{f' ({lost} lost)' if lost else ''}", {"pairs": pairs, "lost": lost}
-    if paired is None:
-        return ("–", count, "–", "–", "no pair"), {**record}
-    intervals = {"bootstrap": paired.bootstrap, "student": paired.student}
-    texts = [f"{ends[0]:+.2f} … {ends[1]:+.2f}" if ends else "n = 1" for ends in intervals.values()]
-    values: dict[str, Value] = {"difference": paired.mean, "sd": paired.sd, "verdict": paired.verdict}
-    for name, ends in intervals.items():
-        values |= dict(zip((f"{name}_low", f"{name}_high"), ends or (None, None), strict=True))
-    return (signed(paired.mean), count, *texts, paired.verdict), record | values
 
 
 def sensitivity(collection: Collection) -> Table:
@@ -184,7 +276,7 @@ def sensitivity(collection: Collection) -> Table:
                 continue
             curve = best_of_k(trials)
             share = share_near_best(trials, WITHIN) if best else None  # if every rate failed, none is near a best
-            failed = sum(not cell.summary(arm.protocol).n for cell in arm.cells)
+            failed = sum(cell.failed for cell in arm.cells)
             lrs = [cell.lr for cell in arm.cells]
             record = setting.record | {"arm": arm.name, "trials": len(trials), "share_within_1": share}
             table.add(
@@ -201,18 +293,11 @@ def sensitivity(collection: Collection) -> Table:
 def profiles(collection: Collection) -> dict[str, list[float]]:
     """Performance profiles over the settings: by optimizer the share of settings within each of ``GAPS`` of the best.
 
-    An arm stands for its optimizer by its best learning rate, several variants of one by the best variant. Settings
-    with one optimizer compare nothing and are left out.
+    An optimizer stands by its expected best at equal tuning. Settings with one optimizer compare nothing and are left
+    out.
     """
-    scores: dict[str, dict[str, float]] = {}
-    for setting, contenders in arms(collection).items():
-        row: dict[str, float] = {}
-        for arm in contenders:
-            if arm.top1 is not None:
-                row[arm.optimizer] = max(row.get(arm.optimizer, 0.0), arm.top1)
-        if len({arm.optimizer for arm in contenders}) > 1 and row:
-            scores[str(setting)] = row
-    return performance_profile(scores, GAPS)
+    rows = {str(setting): at_equal_tuning(contenders)[1] for setting, contenders in arms(collection).items()}
+    return performance_profile({name: row for name, row in rows.items() if len(row) > 1}, GAPS)
 
 
 def profile_table(collection: Collection) -> Table:
@@ -220,9 +305,8 @@ def profile_table(collection: Collection) -> Table:
     chosen = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
     columns = ("optimizer", *(f"within {number(gap)}" if gap else "the best" for gap in chosen))
     notes = (
-        "The share, in percent, of the settings (problem, data set, batch size) in which the optimizer at its best "
-        "learning rate is within so many points of the best optimizer. One that failed everywhere in a setting is "
-        "never near.",
+        "The share, in percent, of the settings (problem, data set, batch size) in which the optimizer is within so "
+        "many points of the best one, each by its expected best at equal tuning.",
     )
     table = Table("profiles", "Performance profiles across settings", columns, notes)
     for name, shares in profiles(collection).items():

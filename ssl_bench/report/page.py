@@ -13,11 +13,11 @@ import numpy as np
 
 from ssl_bench.report import comparisons
 from ssl_bench.report.aggregate import Cell, Collection, Result
-from ssl_bench.report.claims import ERRATA
+from ssl_bench.report.claims.evidence import Claim, Load
+from ssl_bench.report.claims.ratio import ERRATA
 from ssl_bench.report.curves import QUANTITIES, Curves, Quantity, rounded, thin
-from ssl_bench.report.evidence import Claim, Load
+from ssl_bench.report.figures.sharpness import claim_charts, tables_of
 from ssl_bench.report.scope import scope
-from ssl_bench.report.sharpness_figures import claim_charts, tables_of
 from ssl_bench.report.tables import Table, number, points
 
 # Points of a curve in the page: enough at a few hundred pixels, and a thousand runs stay at some megabytes.

@@ -9,8 +9,10 @@ from importlib.resources import files
 from typing import Literal
 
 from ssl_bench.report.aggregate import Cell, Collection
-from ssl_bench.report.scope import EPOCHS, cut_short, epochs_trained, scope, short
-from ssl_bench.report.tables import SETTING, Table, Value, number, points, signed
+from ssl_bench.report.inference import COVERAGE, summarize
+from ssl_bench.report.protocols import beside_paper
+from ssl_bench.report.scope import EPOCHS, cut_short, epochs_trained, short
+from ssl_bench.report.tables import SETTING, Table, Value, between, number, points, signed
 
 Key = tuple[str, str, int, float, str]  # problem, data set, batch size, learning rate, optimizer
 
@@ -18,6 +20,18 @@ OPTIMIZERS = ("lars", "lamb", "tvlars")  # the paper's, in its order
 
 # The paper: "Bold numbers indicate better performance (>= 1% accuracy)".
 BOLD_MARGIN = 1.0
+
+# Stands wherever an interval or a mean does; the page prints a note once, under the first table that has it.
+INTERVALS = (
+    "Mean ± sample standard deviation over n seeds, of the last epoch; n = 1 has no deviation. A seed that diverged or "
+    "collapsed counts as chance, in means, intervals and ranks alike, and is named. 95% interval: Student's, over "
+    "seeds. Measured on normal samples (benchmarks/coverage.py) it holds the mean in "
+    + ", ".join(f"{student:.0f}% at n = {n}" for n, (student, _) in COVERAGE.items())
+    + f" (the BCa bootstrap at n = 3: {COVERAGE[3][1]:.0f}%). No interval knows of failures that no seed has shown: "
+    "where a tenth of the seeds is lost, that of three seeds holds the mean in a third of cases.",
+    "Test set ±: half the 95% interval over other test images of the same kind (binomial), beside the seeds' interval "
+    "and not in it. All optimizers see the same images, so their differences have less of it.",
+)
 
 Verdict = Literal["holds", "ahead by less than 1 point", "not ahead", "open"]
 MARKS: dict[Verdict, str] = {"holds": "✓", "ahead by less than 1 point": "~", "not ahead": "✗", "open": "?"}
@@ -52,6 +66,8 @@ def table1() -> dict[Key, PaperCell]:
 def bold_verdict(cell: Cell, rivals: Sequence[Cell], protocol: str) -> Verdict:
     """Whether our runs confirm a number that the paper prints bold, by the paper's own rule, on the means.
 
+    A seed that diverged or collapsed counts as chance; a cell of which every run failed is never ahead.
+
     Args:
         cell: ours, where the paper's number is bold.
         rivals: our cells of the other optimizers at the same problem, data set, batch size and learning rate; of
@@ -62,18 +78,13 @@ def bold_verdict(cell: Cell, rivals: Sequence[Cell], protocol: str) -> Verdict:
         "holds" if it leads every rival by a point, "open" if it or one of the paper's rivals has not ended.
     """
 
-    def score(cell: Cell) -> float | None:
-        """The mean; minus infinity where every run failed, None where there is nothing yet."""
-        mean = cell.summary(protocol).mean
-        return float("-inf") if mean is None and cell.failed else mean
-
-    own, others = score(cell), [score(rival) for rival in rivals]
+    own, others = cell.summary(protocol).mean, [rival.summary(protocol).mean for rival in rivals]
     known = [value for value in others if value is not None]
     missing = set(OPTIMIZERS) - {c.optimizer.lower() for c in [cell, *rivals]}
     if own is None or missing or len(known) < len(others):
         return "open"
     lead = own - max(known)
-    if own == float("-inf") or lead <= 0:
+    if cell.failed or lead <= 0:
         return "not ahead"
     return "holds" if lead >= BOLD_MARGIN else "ahead by less than 1 point"
 
@@ -100,22 +111,18 @@ def matched(collection: Collection) -> dict[Key, list[Cell]]:
 def results_table(collection: Collection, problem: str) -> Table:
     """Every cell of one problem: each protocol's accuracy, beside it the untrained model's."""
     protocols = collection.protocols(problem) or [collection.headline(problem)]
-    measured = [name for protocol in protocols for name in (f"{protocol} top-1 %", "untrained")]
+    measured = [n for protocol in protocols for n in (f"{protocol} top-1 %", "95% interval", "test set ±", "untrained")]
     columns = ("data set", "batch size", "lr", "optimizer", "variant", *measured, "epochs", "minutes")
-    notes = (
-        "Mean ± sample standard deviation over n seeds, of the last epoch; n = 1 has no deviation. A run that diverged "
-        "or collapsed has no accuracy and enters no mean. Untrained: the same protocol before the first step. Minutes: "
-        "median training time.",
-    )
+    notes = (*INTERVALS, "Untrained: the same protocol before the first step. Minutes: median training time.")
     table = Table(f"results-{problem}", f"Results: {problem}", columns, notes)
     for cell in collection.cells:
         if cell.problem != problem:
             continue
         accuracies = []
         for protocol in protocols:
-            accuracies += [cell.text(protocol), points(cell.untrained(protocol).mean)]
-        last = [result.record.metrics[-1] for result in cell.results if result.record.metrics]
-        minutes = sorted(row.get("seconds", 0.0) / 60 for row in last)
+            accuracies += [cell.text(protocol), between(cell.interval(protocol) if cell.finished(protocol) else None)]
+            accuracies += [points(cell.test_error(protocol)), points(cell.untrained(protocol).mean)]
+        minutes = sorted(seconds / 60 for result in cell.results if (seconds := result.clock("seconds")) is not None)
         table.add(
             (
                 *(*cell.setting.cells[1:], number(cell.lr), cell.optimizer, cell.variant, *accuracies),
@@ -141,7 +148,7 @@ def table1_long(collection: Collection, *, complete: bool) -> Table:
     missing: list[Cell | None] = [None] if complete else []
     for key, paper in table1().items():
         for cell in [*ours.get(key, [])] or missing:
-            record = _beside(paper, cell, ours, collection)
+            record = _beside(paper, cell, ours)
             printed = f"{paper.accuracy:.2f}{' (bold)' if paper.bold else ''}"
             place = (key[0], key[1], str(key[2]), number(key[3]), key[4].upper())
             comparison = (str(record["ours"]), printed, signed(record["difference"]))
@@ -166,7 +173,7 @@ def table1_wide(collection: Collection) -> Table:
                     texts.append("")
                     continue
                 paper = table1()[*place, name]
-                record = _beside(paper, cell, ours, collection)
+                record = _beside(paper, cell, ours)
                 bold = "**" if paper.bold else ""
                 mine = record["ours"] if cell else "–"
                 texts.append(f"{mine} / {bold}{paper.accuracy:.2f}{bold} {record['mark'] or ''}".rstrip())
@@ -180,16 +187,15 @@ def table1_wide(collection: Collection) -> Table:
 def table1_notes(collection: Collection) -> tuple[str, ...]:
     """How to read Table 1, with what the paper's own numbers say about its bold rule."""
     broken, bold = bold_rule_broken()
-    used = ", ".join(f"{name}: {collection.headline(name)}" for name in EPOCHS)
+    used = ", ".join(f"{name}: {beside_paper(name)}" for name in EPOCHS)
     marks = (
         "With fewer epochs than the paper's no mark confirms or refutes a number of the paper: the order can change."
     )
     return (
-        *scope(collection),
         *([marks] if any(cut_short(cell) for cells in matched(collection).values() for cell in cells) else []),
         "The paper's epochs: for Barlow Twins by its text; for classification, where that states none, by its figures "
         "and its authors' code. Ours are those trained so far.",
-        f"Protocol of ours: {used}. The paper's numbers are single runs by a protocol that it does not state.",
+        f"Protocol of ours: {used}, and never another beside the paper's number. The paper's are single runs.",
         "Bold in the paper means ahead by at least 1 point. In our means: ✓ it is, ~ a lead of less than 1 point, "
         "✗ no lead, ? not known yet; of several variants of a rival the best one counts.",
         f"In the paper's own table {broken} of the {bold} bold numbers do not lead both others by 1 point.",
@@ -206,11 +212,14 @@ def record_of(cell: Cell, protocol: str) -> dict[str, Value]:
         "top1_mean": summary.mean,
         "top1_sd": summary.sd,
         "n": summary.n,
+        **dict(zip(("student_low", "student_high"), cell.interval(protocol) or (None, None), strict=True)),
+        "finished_mean": summarize(list(cell.finished(protocol).values())).mean,
+        "test_set_error": cell.test_error(protocol),
         "runs": len(cell.results),
         **{word: cell.statuses[word] for word in ("finished", "diverged", "collapsed", "interrupted", "running")},
         "untrained_mean": untrained.mean,
         "untrained_sd": untrained.sd,
-        "chance": cell.chance(protocol),
+        "chance": cell.chance,
     }
 
 
@@ -219,12 +228,10 @@ def _epochs(cells: Sequence[Cell | None], problem: str) -> str:
     return f"{short(epochs_trained(cell for cell in cells if cell))} / {EPOCHS.get(problem, '–')}"
 
 
-def _beside(
-    paper: PaperCell, cell: Cell | None, ours: Mapping[Key, Sequence[Cell]], collection: Collection
-) -> dict[str, Value]:
+def _beside(paper: PaperCell, cell: Cell | None, ours: Mapping[Key, Sequence[Cell]]) -> dict[str, Value]:
     """One number of the paper beside ours; the mark is None where the paper's is not bold."""
     key = paper.key
-    protocol = collection.headline(key[0])
+    protocol = beside_paper(key[0])
     summary = cell.summary(protocol) if cell else None
     mean = summary.mean if summary else None
     mark = None

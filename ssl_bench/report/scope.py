@@ -1,5 +1,6 @@
 """What the runs cover: which belong to a study, which are missing, and their epochs and seeds beside the paper's."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -49,7 +50,7 @@ def coverage(collection: Collection, study: Study) -> Table:
 def planned(result: Result, name: str) -> float | None:
     """A number > 0 of the run's plan, e.g. "steps_per_epoch"; None where its record has none."""
     value: Any = lookup(result.record.provenance.get("plan", {}), name)
-    return float(value) if is_number(value) and value > 0 else None
+    return float(value) if is_number(value) and 0 < value < math.inf else None
 
 
 def epochs_planned(result: Result) -> float | None:
@@ -67,8 +68,9 @@ def cut_short(cell: Cell) -> bool:
 
 def epochs_trained(cells: Iterable[Cell]) -> float | None:
     """The most epochs that any run of these cells has completed; None where no run has logged metrics."""
-    last = [result.record.metrics[-1] for cell in cells for result in cell.results if result.record.metrics]
-    return max((row.get("epochs", 0.0) for row in last), default=None)
+    return max(
+        (e for cell in cells for result in cell.results if (e := result.clock("epochs")) is not None), default=None
+    )
 
 
 def scope(collection: Collection) -> list[str]:

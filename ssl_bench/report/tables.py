@@ -1,12 +1,14 @@
-"""A table and its written forms: Markdown, CSV, LaTeX."""
+"""A table and its written forms, Markdown, CSV and LaTeX: each escapes what a record's text could do there."""
 
 import csv
+import hashlib
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeGuard
 
 Value = str | int | float | None
 
@@ -19,7 +21,15 @@ _LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "−": "$-$",
     "✓": r"$\checkmark$", "✗": r"$\times$", "≥": r"$\geq$", "∞": r"$\infty$", "<": r"$<$", ">": r"$>$",
+    "×": r"$\times$", "→": r"$\to$", "…": r"\dots{}", "²": "$^2$", "λ": r"$\lambda$", "β": r"$\beta$", "η": r"$\eta$",
+    "φ": r"$\varphi$", "ρ": r"$\rho$", "|": r"$|$", '"': "''",
 })  # fmt: skip
+_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]<>|"})
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell of text that begins so is computed by spreadsheets
+
+_BOLD = re.compile(r"\*\*(\d+\.\d+)\*\*")  # the one markup in printed cells, and no record's text can do more with it
+LONGEST_NAME = 100  # characters of a file's name without its suffix
+LONGEST_TEXT = 300  # characters of a record's name or option in a table
 
 
 @dataclass
@@ -57,40 +67,90 @@ class Table:
         filled = [[text for text in column if text and not text.startswith(_WORDS)] for column in columns]
         return [bool(texts) and all(re.match(r"[+\-−]?\d", text) for text in texts) for texts in filled]
 
+    def pruned(self) -> "Table":
+        """The table without the columns in which no row has a value; its records keep them."""
+        kept = [index for index, column in enumerate(zip(*self.rows, strict=True)) if set(column) - {"", "–"}]
+        if not self.rows or len(kept) == len(self.columns):
+            return self
+        rows = [tuple(row[index] for index in kept) for row in self.rows]
+        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
+
     def markdown(self) -> str:
         """The title as a heading, a pipe table, and the notes."""
         rule = "|" + "|".join("---:" if right else ":---" for right in self.numeric()) + "|"
-        lines = [
-            "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in (self.columns, *self.rows)
-        ]
+        lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in (self.columns, *self.rows)]
         body = "\n".join([lines[0], rule, *lines[1:]]) if self.rows else "Nothing to show."
-        return f"## {self.title}\n\n{body}\n" + "".join(f"\n{note}\n" for note in self.notes)
+        return f"## {markdown(self.title)}\n\n{body}\n" + "".join(f"\n{markdown(note)}\n" for note in self.notes)
 
     def csv(self) -> str:
-        """The records, unrounded, with a header line; a missing value or NaN is an empty field."""
+        """The records, unrounded, with a header line; a missing value or NaN is an empty field.
+
+        A text that a spreadsheet would take for a formula begins with an apostrophe.
+        """
+
+        def plain(value: Value) -> Value:
+            if isinstance(value, float) and math.isnan(value):
+                return ""
+            return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
         names = dict.fromkeys(name for record in self.records for name in record)
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(names), lineterminator="\n")
         writer.writeheader()
         for record in self.records:
-            absent = {name: "" for name, value in record.items() if isinstance(value, float) and math.isnan(value)}
-            writer.writerow({**record, **absent})
+            writer.writerow({name: plain(value) for name, value in record.items()})
         return buffer.getvalue()
 
     def latex(self) -> str:
         """A longtable with booktabs rules; needs \\usepackage{booktabs,longtable,amssymb}."""
         align = "".join("r" if right else "l" for right in self.numeric())
-        head, *rows = (" & ".join(map(_escape, row)) + r" \\" for row in (self.columns, *self.rows))
-        begin = [rf"\begin{{longtable}}{{{align}}}", rf"\caption{{{_escape(self.title)}}}\\", r"\toprule", head]
+        head, *rows = (" & ".join(map(latex, row)) + r" \\" for row in (self.columns, *self.rows))
+        begin = [rf"\begin{{longtable}}{{{align}}}", rf"\caption{{{latex(self.title)}}}\\", r"\toprule", head]
         end = [r"\bottomrule", r"\end{longtable}", ""]
-        return "\n".join([*(rf"% {note}" for note in self.notes), *begin, r"\midrule", r"\endhead", *rows, *end])
+        notes = [f"% {' '.join(note.split())}" for note in self.notes]
+        return "\n".join([*notes, *begin, r"\midrule", r"\endhead", *rows, *end])
 
     def write(self, folder: Path) -> None:
         """Writes ``<name>.md``, ``<name>.tex`` and, if there are records, ``<name>.csv``."""
-        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
-        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
+        name = name_of(self.name)
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{name}.tex").write_text(self.latex(), encoding="utf-8")
         if self.records:
-            (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
+            (folder / f"{name}.csv").write_text(self.csv(), encoding="utf-8")
+
+
+def one_line(value: object) -> str:
+    """A record's value as text for a reader: one line of printable characters, cut where nobody reads on."""
+    text = on_one_line(str(value))
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def markdown(text: str) -> str:
+    """Plain text as Markdown on one line; a number between ``**`` stays bold."""
+    parts = _BOLD.split(on_one_line(text))
+    return "".join(f"**{part}**" if index % 2 else part.translate(_MARKDOWN) for index, part in enumerate(parts))
+
+
+def latex(text: str) -> str:
+    """Plain text as LaTeX on one line; a number between ``**`` becomes bold."""
+    parts = _BOLD.split(on_one_line(text))
+    return "".join(rf"\textbf{{{part}}}" if index % 2 else part.translate(_LATEX) for index, part in enumerate(parts))
+
+
+def on_one_line(text: str) -> str:
+    """The text on one line, without characters that no reader sees."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def name_of(*parts: object) -> str:
+    """A file name of plain characters."""
+    text = "-".join(str(part) for part in parts)
+    text = "".join(c if (c.isascii() and c.isalnum()) or c in ".-_" else "-" for c in text.replace("=", ""))
+    text = text.strip("-.").replace("--", "-") or "unnamed"
+    if len(text) <= LONGEST_NAME:
+        return text
+    # A variant of many keys: file systems allow 255 bytes, and nobody reads that much.
+    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def number(value: float) -> str:
@@ -103,17 +163,19 @@ def points(value: Value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "–"
 
 
+def between(ends: tuple[float, float] | None, *, signs: bool = False) -> str:
+    """An interval, or a dash."""
+    if ends is None:
+        return "–"
+    low, high = (f"{end:+.2f}" if signs else f"{end:.2f}" for end in ends)
+    return f"{low} … {high}"
+
+
 def signed(value: Value) -> str:
     """A difference in percentage points with its sign, or a dash."""
     return f"{value:+.2f}" if isinstance(value, float) else "–"
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value read from JSON is a number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _escape(text: str) -> str:
-    """Plain text as LaTeX; ``**bold**`` becomes bold."""
-    parts = text.translate(_LATEX).split("**")
-    return "".join(rf"\textbf{{{part}}}" if index % 2 else part for index, part in enumerate(parts))

@@ -57,8 +57,9 @@ def test_find_runs_lists_the_sound_and_the_skipped_with_the_reason(tmp_path: Pat
     assert "run.json: damaged:" in reasons["torn"]
     assert "its format is 0, this version reads 1" in reasons["old"]
     assert "not written by ssl_bench" in reasons["other"]
-    assert "no 'identity'" in reasons["bare"]
-    assert "status 'great'" in reasons["results"]
+    assert "damaged: 'identity': field required" in reasons["bare"]
+    assert "damaged: 'status': input should be" in reasons["results"]
+    assert "got 'great'" in reasons["results"]
     assert "not a run directory" in reasons["foreign"]
     assert not any("\n" in reason for reason in reasons.values())
     with pytest.raises(RecordError, match="no such folder"):

@@ -33,7 +33,7 @@ def test_seeds_of_one_recipe_are_one_cell(tmp_path: Path) -> None:
     assert first.variant == second.variant == ""
 
 
-def test_failures_are_words_and_in_no_mean(tmp_path: Path) -> None:
+def test_a_lost_seed_counts_as_chance_and_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "good", seed=0, top1=70.0)
     write_run(tmp_path / "bad", seed=1, status="diverged")
     write_run(tmp_path / "gone", seed=2, status="collapsed")
@@ -42,9 +42,14 @@ def test_failures_are_words_and_in_no_mean(tmp_path: Path) -> None:
     write_run(tmp_path / "mixed/a", seed=0, lr=3.0, status="diverged")
     write_run(tmp_path / "mixed/b", seed=1, lr=3.0, status="collapsed")
     write_run(tmp_path / "open", lr=4.0, status=None)
-    texts = [cell.text("test-v1") for cell in collect(tmp_path).cells]
+    cells = collect(tmp_path).cells
+    assert cells[0].top1("test-v1") == {0: 70.0, 1: 10.0, 2: 10.0}
+    assert cells[0].finished("test-v1") == {0: 70.0}
+    assert cells[1].summary("test-v1").mean == 10
+    assert cells[3].summary("test-v1").mean is None
+    texts = [cell.text("test-v1") for cell in cells]
     assert texts == [
-        "70.00 (n = 1; 1 diverged; 1 collapsed)",
+        "30.00 ± 34.64 (n = 3; 1 diverged; 1 collapsed)",
         "diverged (n = 2)",
         "1 diverged, 1 collapsed",
         "interrupted (n = 1)",
@@ -112,7 +117,7 @@ FOREIGN = '{"format": 1, "identity": "x", "recipe": {"seed": %s}}'
             lambda run: (run / "run.json").write_text('{"format": 1, "identity": "x", "recipe": {"seed": "?"}}'),
             "not a ben",
         ),
-        (lambda run: (run / "results.json").write_text('{"format": 1, "status": "odd"}'), "status 'odd'"),
+        (lambda run: (run / "results.json").write_text('{"format": 1, "status": "odd"}'), "got 'odd'"),
         (lambda run: (run / "run.json").unlink(), "no run.json"),
     ],
 )

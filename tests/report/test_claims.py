@@ -8,9 +8,9 @@ from synthetic_runs import write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Result, gather
-from ssl_bench.report.claims import ERRATA, check_claims
+from ssl_bench.report.claims.evidence import Claim
+from ssl_bench.report.claims.ratio import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
-from ssl_bench.report.evidence import Claim
 from ssl_bench.report.results import table1
 
 POLYNOMIAL = {"target": "polynomial", "power": 1.0}

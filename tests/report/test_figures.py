@@ -10,8 +10,9 @@ from synthetic_runs import LAYERS, analysis_of, write_run
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.curves import load_curves, short_names, thin
-from ssl_bench.report.drawing import legend_below, name_of, save, style
-from ssl_bench.report.figures import demo_figure, write_figures
+from ssl_bench.report.figures.drawing import legend_below, save, style
+from ssl_bench.report.figures.plates import demo_figure, write_figures
+from ssl_bench.report.tables import name_of
 
 
 def test_curves_are_the_record(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from ssl_bench.report.analysis import (
     read_analysis,
 )
 from ssl_bench.report.curves import rounded
-from ssl_bench.report.drawing import Plate, colors_of, depth_colors, legend_below, name_of, note
-from ssl_bench.report.tables import number
+from ssl_bench.report.figures.drawing import Plate, colors_of, depth_colors, legend_below, note
+from ssl_bench.report.tables import name_of, number
 
 Chart = dict[str, Any]  # {"title", "x": the axis's label, "log": both axes logarithmic, "series": [...]}
 Group = dict[str, Any]  # {"title", "names": of the legend, by colour, "charts": [Chart, ...]}

@@ -13,9 +13,10 @@ from matplotlib.lines import Line2D
 from ssl_bench.records.reader import RunRecord
 from ssl_bench.report import comparisons
 from ssl_bench.report.aggregate import Collection, Setting, lookup
+from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.comparisons import Arm
 from ssl_bench.report.curves import G_NORM, MOVED, RATIO, W_NORM, Array, Curves, load_curves, short_names, thin
-from ssl_bench.report.drawing import (
+from ssl_bench.report.figures.drawing import (
     PALETTE,
     POINTS,
     Plate,
@@ -24,13 +25,12 @@ from ssl_bench.report.drawing import (
     depth_colors,
     draw_layers,
     legend_below,
-    name_of,
     note,
     save,
     style,
 )
-from ssl_bench.report.evidence import Load
-from ssl_bench.report.sharpness_figures import sharpness_figures
+from ssl_bench.report.figures.sharpness import sharpness_figures
+from ssl_bench.report.tables import name_of
 
 CLOCKS = {"step": "step", "samples": "samples seen", "epochs": "epoch", "seconds": "training time (s)"}
 LEGEND_LAYERS = 40  # more names than this cannot be read beside a figure

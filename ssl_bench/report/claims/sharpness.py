@@ -28,7 +28,7 @@ from ssl_bench.report.analysis import (
     noise_curves,
     uncertain,
 )
-from ssl_bench.report.evidence import Claim, Pair, Verdict, verdict_of, warm_and_cold, warm_lars_and_tvlars
+from ssl_bench.report.claims.evidence import Claim, Pair, Verdict, verdict_of, warm_and_cold, warm_lars_and_tvlars
 from ssl_bench.report.scope import cut_short
 from ssl_bench.report.tables import SETTING, Table, Value, number
 

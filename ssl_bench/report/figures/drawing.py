@@ -1,6 +1,5 @@
 """What all figures share: the look, colours, legends, and how a figure is saved (light, printable, SVG and PNG)."""
 
-import hashlib
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +48,6 @@ _STYLE: dict[Any, Any] = {
 # Distinct in grey and to the colour-blind (Okabe and Ito 2008, without the yellow, which is too pale on paper).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 
-LONGEST_NAME = 100  # characters of a file's name without its suffix
 CHARACTER = 0.075  # width of a legend's letter in inches, rounded up
 
 # First layer dark, last layer light; the palest part, too pale on paper, is left out.
@@ -118,16 +116,6 @@ def draw_layers(axis: Any, curves: Curves, quantity: Quantity) -> None:
 def note(axis: Any, text: str) -> None:
     """A remark in the middle of an empty panel."""
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#777777")
-
-
-def name_of(*parts: object) -> str:
-    """A file name of plain characters."""
-    text = "-".join(str(part) for part in parts)
-    text = "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("=", "")).strip("-").replace("--", "-")
-    if len(text) <= LONGEST_NAME:
-        return text
-    # A variant of many keys: file systems allow 255 bytes, and nobody reads that much.
-    return f"{text[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def legend_below(figure: Figure, axis: Any = None, *, colors: Mapping[str, str] | None = None) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ssl_bench.report.aggregate import Cell, Collection, Result, lookup
+from ssl_bench.report.claims.evidence import Claim, Load, Verdict, verdict_of, warm_and_cold
+from ssl_bench.report.claims.sharpness import check_gradient_noise, check_sharpness
 from ssl_bench.report.curves import G_NORM, RATIO, W_NORM, Curves
-from ssl_bench.report.evidence import Claim, Load, Verdict, verdict_of, warm_and_cold
 from ssl_bench.report.scope import cut_short
-from ssl_bench.report.sharpness import check_gradient_noise, check_sharpness
 from ssl_bench.report.tables import SETTING, Table, is_number, number
 
 # A gradient this much smaller than the decay's pull has vanished: the ratio is then within 11% of its limit.

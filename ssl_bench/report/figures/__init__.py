@@ -1,0 +1,1 @@
+"""Figures of the runs, after the paper's and beyond."""
