@@ -9,8 +9,8 @@ from pathlib import Path
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report import comparisons, results
 from ssl_bench.report.aggregate import Collection, Result, gather
+from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.claims.evidence import Claim, Load
-from ssl_bench.report.claims.ratio import ERRATA, check_claims
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.figures.drawing import Plate
 from ssl_bench.report.figures.plates import write_figures
@@ -71,11 +71,12 @@ def read_collection(runs: str | Path, *, study: Study | None = None) -> Collecti
     return collection
 
 
-def all_tables(collection: Collection, *, study: Study | None) -> list[Table]:
-    """Every table of the report that has rows.
+def all_tables(collection: Collection, load: Load, *, study: Study | None) -> list[Table]:
+    """Every table of the report that has rows, without the columns that have no value in any of them.
 
     Args:
         collection: the runs.
+        load: a run's curves.
         study: the study that the runs belong to; its missing runs are listed, and for table1 the paper's numbers too.
     """
     complete = study is not None and study.name.startswith("table1")
@@ -88,9 +89,10 @@ def all_tables(collection: Collection, *, study: Study | None) -> list[Table]:
         comparisons.sensitivity(collection),
         comparisons.profile_table(collection),
         comparisons.variances(collection),
+        phi_table(collection, load),
         *([coverage(collection, study)] if study is not None else []),
     ]
-    return [table for table in tables if table.rows]
+    return [table.pruned() for table in tables if table.rows]
 
 
 def write_report(runs: str | Path, output: str | Path, *, study: str | None = None) -> Path:
@@ -114,7 +116,7 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     collection = read_collection(root, study=grid)
 
     load = caching_loader()
-    tables = all_tables(collection, study=grid)
+    tables = all_tables(collection, load, study=grid)
     claims = check_claims(collection, load)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     if (folder / "report.md").exists():
@@ -164,7 +166,7 @@ def _markdown(
     parts.append("## Claims of the paper, checked\n")
     for claim in claims:
         heading = f"### ({claim.letter}) {claim.title}: {claim.verdict}"
-        parts.append(f"{heading}\n\nThe paper: {claim.says}\n\n{claim.finding}\n")
+        parts.append(f"{heading}\n\nThe paper: {claim.says}\n\nEstimated: {claim.rule}\n\n{claim.finding}\n")
         if claim.table.rows:
             parts.append(f"Evidence: [tables/{claim.table.name}.md](tables/{claim.table.name}.md)\n")
     parts.append("## Errata of the paper\n\n" + "\n".join(f"- {text}" for text in ERRATA) + "\n")

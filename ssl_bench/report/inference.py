@@ -46,6 +46,52 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with Student's 95% interval.
+
+    Attributes:
+        mean: of the groups' means.
+        interval: None where one value is all there is.
+        values: how many numbers it rests on.
+        groups: of how many kinds, e.g. settings.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    values: int
+    groups: int
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.mean:.3g} (n = 1)"
+        low, high = self.interval
+        return f"{self.mean:.3g} (95%: {low:.3g} to {high:.3g}; n = {self.values} in {self.groups})"
+
+
+def pooled(groups: Sequence[Sequence[float]]) -> Estimate | None:
+    """The mean over groups of equal weight, e.g. one for each setting with one value for each seed.
+
+    The groups are taken as they are: the interval is over seeds, by the variance within groups pooled over them (a
+    one-way analysis of variance). Where no group has two values it is over groups.
+
+    Returns:
+        None without a value.
+    """
+    arrays = [np.asarray(group, dtype=float) for group in groups if len(group)]
+    if not arrays:
+        return None
+    means = np.array([group.mean() for group in arrays])
+    count, kinds = sum(map(len, arrays)), len(arrays)
+    free = count - kinds
+    if free == 0:
+        return Estimate(float(means.mean()), t_interval(means.tolist()), count, kinds)
+    within = sum(float(((group - group.mean()) ** 2).sum()) for group in arrays) / free
+    error = (within * sum(1 / len(group) for group in arrays)) ** 0.5 / kinds
+    half, mean = float(stdtrit(free, 0.5 + CONFIDENCE / 2)) * error, float(means.mean())
+    return Estimate(mean, (mean - half, mean + half), count, kinds)
+
+
 def p_value(values: Sequence[float]) -> float | None:
     """Of Student's two-sided test that the mean is 0; None for n < 2."""
     n = len(values)

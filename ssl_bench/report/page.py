@@ -13,8 +13,8 @@ import numpy as np
 
 from ssl_bench.report import comparisons
 from ssl_bench.report.aggregate import Cell, Collection, Result
+from ssl_bench.report.claims import ERRATA
 from ssl_bench.report.claims.evidence import Claim, Load
-from ssl_bench.report.claims.ratio import ERRATA
 from ssl_bench.report.curves import QUANTITIES, Curves, Quantity, rounded, thin
 from ssl_bench.report.figures.sharpness import claim_charts, tables_of
 from ssl_bench.report.scope import scope
@@ -43,6 +43,7 @@ SHORT = {
     "sensitivity": "Learning rates",
     "profiles": "Profiles",
     "variance": "Variance",
+    "phi": "φ",
 }
 # Metrics that another curve or the clocks show already.
 _UNSHOWN = frozenset({"step", "samples", "epochs", "seconds", "lr_multiplier", "skipped_steps"})

@@ -300,6 +300,7 @@ for (const table of data.tables) section(table.name, table.short, table.title, .
 section("claims", "Claims", "Claims of the paper, checked", ...data.claims.map((claim) => make("article", {class: "claim"},
   make("h3", {style: "margin-top: 0"}, `(${claim.letter}) ${claim.title} `, make("span", {class: `verdict ${{supported: "good", contradicted: "bad"}[claim.verdict] ?? "quiet"}`}, claim.verdict)),
   make("p", {}, make("strong", {}, "The paper: "), claim.says),
+  make("p", {}, make("strong", {}, "Estimated: "), claim.rule),
   make("p", {}, make("strong", {}, "The runs: "), claim.finding),
   claim.charts.length ? make("details", {}, make("summary", {}, `Curves (${claim.charts.length} settings and learning rates)`), ...chartGroups(claim.charts)) : null,
   claim.table.rows.length ? make("details", {}, make("summary", {}, `Evidence, row by row (${claim.table.rows.length})`), ...renderTable(claim.table)) : null)));

@@ -1,16 +1,17 @@
-"""A checked claim: its verdict, its evidence, and the pairs of runs that several claims compare."""
+"""A checked claim: its estimate, its verdict, its evidence, and the pairs of runs that several claims compare."""
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ssl_bench.recipe.schema import flatten
 from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
 from ssl_bench.report.curves import Curves
+from ssl_bench.report.inference import Estimate
 from ssl_bench.report.tables import Table
 
-Verdict = Literal["supported", "contradicted", "mixed", "undecided", "not reached", "not measured"]
+Verdict = Literal["supported", "contradicted", "mixed", "undecided", "undecided (n = 1)", "not reached", "not measured"]
 Load = Callable[[Result], Curves]
 Pair = tuple[Cell, Cell, int]  # two cells and a seed that both have
 
@@ -23,27 +24,48 @@ class Claim:
     """One claim of the paper and what the runs say about it.
 
     Attributes:
-        letter: a to e.
+        letter: a to g.
         title: its subject.
-        says: the paper's claim, or what it takes for granted.
+        says: the paper's claim and where it stands.
+        rule: what is estimated, and the threshold that decides.
         verdict: one word or two.
         finding: one or two sentences with the numbers.
-        table: the evidence, run by run.
+        table: the evidence, pair by pair.
     """
 
     letter: str
     title: str
     says: str
+    rule: str
     verdict: Verdict
     finding: str
     table: Table
 
 
-def verdict_of(outcomes: Sequence[bool]) -> Verdict:
-    """Supported or contradicted only if every outcome agrees."""
-    if not outcomes:
+def verdict_of(estimate: Estimate | None, threshold: float) -> Verdict:
+    """Supported where the whole interval is at the threshold or above, contradicted where all of it is below."""
+    if estimate is None:
         return "not measured"
-    return "supported" if all(outcomes) else "contradicted" if not any(outcomes) else "mixed"
+    if estimate.interval is None:
+        return "undecided (n = 1)"
+    low, high = estimate.interval
+    return "supported" if low >= threshold else "contradicted" if high < threshold else "undecided"
+
+
+def joint_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+    """That of a claim with several parts: they must agree."""
+    found = set(verdicts)
+    if len(found) == 1:
+        return found.pop()
+    return "mixed" if {"supported", "contradicted"} <= found else "undecided" if found else "not measured"
+
+
+def grouped(values: Iterable[tuple[Any, float]]) -> list[list[float]]:
+    """Values by their keys, for ``inference.pooled``."""
+    groups: Mapping[Any, list[float]] = defaultdict(list)
+    for key, value in values:
+        groups[key].append(value)
+    return list(groups.values())
 
 
 def warm_and_cold(collection: Collection) -> Iterable[Pair]:
@@ -53,19 +75,22 @@ def warm_and_cold(collection: Collection) -> Iterable[Pair]:
         if cell.optimizer in ("LARS", "LAMB", "LAMBC"):
             groups[cell.setting, cell.optimizer, cell.lr].append(cell)
     for cells in groups.values():
-        for warm in filter(_is_warm, cells):
+        for warm in filter(is_warm, cells):
             for cold in cells:
-                if not _is_warm(cold):
+                if not is_warm(cold):
                     yield from _pairs(warm, cold, ("schedule",))
 
 
 def warm_lars_and_tvlars(collection: Collection) -> Iterable[Pair]:
     """LARS with a warm-up and TVLARS at the same learning rate and otherwise alike, for each shared seed."""
+    rivals: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
+    for cell in collection.cells:
+        if cell.optimizer == "TVLARS":
+            rivals[cell.setting, cell.lr].append(cell)
     for warm in collection.cells:
-        if warm.optimizer == "LARS" and _is_warm(warm):
-            for rival in collection.cells:
-                if (rival.optimizer, rival.setting, rival.lr) == ("TVLARS", warm.setting, warm.lr):
-                    yield from _pairs(warm, rival, _OF_THE_OPTIMIZER)
+        if warm.optimizer == "LARS" and is_warm(warm):
+            for rival in rivals[warm.setting, warm.lr]:
+                yield from _pairs(warm, rival, _OF_THE_OPTIMIZER)
 
 
 def _pairs(one: Cell, other: Cell, sections: Container[str]) -> Iterable[Pair]:
@@ -76,5 +101,11 @@ def _pairs(one: Cell, other: Cell, sections: Container[str]) -> Iterable[Pair]:
         yield from ((one, other, seed) for seed in sorted(shared))
 
 
-def _is_warm(cell: Cell) -> bool:
+def is_warm(cell: Cell) -> bool:
+    """Whether its schedule begins with a warm-up."""
     return "warmup" in str(lookup(cell.recipe, "schedule.target", ""))
+
+
+def run_of(cell: Cell, seed: int) -> Result:
+    """The cell's run of a seed."""
+    return next(result for result in cell.results if result.seed == seed)

@@ -1,8 +1,8 @@
-"""Sharpness and gradient noise: claims (c) and (d), checked on what `ssl-bench analyze` measured.
+"""Sharpness and gradient noise: claims (f) and (g), checked on what `ssl-bench analyze` measured.
 
-(c) Two runs of a pair are compared at their last measured step, by the top Hessian eigenvalue as it is and by the
+(f) Two runs of a pair are compared at their last measured step, by the top Hessian eigenvalue as it is and by the
 scale-invariant one. A difference no larger than the sum of the two residuals counts as none.
-(d) The gradient's squared error should fall as 1 / B.
+(g) The gradient's squared error should fall as 1 / B.
 """
 
 from collections import Counter
@@ -28,7 +28,17 @@ from ssl_bench.report.analysis import (
     noise_curves,
     uncertain,
 )
-from ssl_bench.report.claims.evidence import Claim, Pair, Verdict, verdict_of, warm_and_cold, warm_lars_and_tvlars
+from ssl_bench.report.claims.evidence import (
+    Claim,
+    Pair,
+    Verdict,
+    grouped,
+    joint_verdict,
+    verdict_of,
+    warm_and_cold,
+    warm_lars_and_tvlars,
+)
+from ssl_bench.report.inference import pooled
 from ssl_bench.report.scope import cut_short
 from ssl_bench.report.tables import SETTING, Table, Value, number
 
@@ -40,9 +50,7 @@ SHARPNESS_NOTES = (
     "network's function alone and divide this part of the Hessian by c², so that raw sharpness falls just because "
     "weights grow (Dinh et al. 2017); multiplied by |w|² it does not. |w| is of all parameters, including the few "
     "(last layer, batch norm's own) whose scale does matter, so the product is only nearly invariant.",
-    "Verdict: supported where in every pair both measures find the warm-up's end sharper, contradicted where both find "
-    "it flatter in every pair, undecided where no pair shows a difference by either, else mixed: above all where the "
-    "two measures disagree. Sharpness is that of the point a run has reached; one cut short has reached no minimum.",
+    "Sharpness is that of the point a run has reached; one cut short has reached no minimum.",
 )
 NOISE_NOTES = (
     "Error: E|g_B - E g_B|², the variance of the gradient summed over all parameters, about the mean of batches "
@@ -68,11 +76,13 @@ class _Tally:
 
     Attributes:
         question: e.g. "With a warm-up against without it"; the outcomes are the first one's.
+        values: the relative difference by each measure, with what it belongs to, pair by pair.
         by: the outcomes of each measure, pair by pair; both lists are equally long.
         left_out: pairs that cannot be compared, by reason.
     """
 
     question: str
+    values: dict[Measure, list[tuple[object, float]]] = field(default_factory=lambda: {TOP: [], SCALED: []})
     by: dict[Measure, list[Outcome]] = field(default_factory=lambda: {TOP: [], SCALED: []})
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -81,13 +91,14 @@ class _Tally:
         pairs, parts = len(self.by[TOP]), []
         for measure, outcomes in self.by.items():
             counts = [f"{word} in {outcomes.count(word)}" for word in get_args(Outcome)]
-            parts.append(f"by the {measure.text} {', '.join(counts)}")
+            estimate = pooled(grouped(self.values[measure]))
+            parts.append(f"by the {measure.text} {', '.join(counts)}, relative difference {estimate}")
         where = f"{_pairs(pairs)} of one learning rate and seed at the last measured step"
         return f"{self.question}, {where}: {'; '.join(parts)}." if pairs else ""
 
 
 def check_sharpness(collection: Collection) -> Claim:
-    """(c): whether training ends in sharper minima with a warm-up than without, and than TVLARS does.
+    """(f): whether training ends in sharper minima with a warm-up than without, and than TVLARS does.
 
     Args:
         collection: the runs; those without an analysis are ignored.
@@ -98,14 +109,17 @@ def check_sharpness(collection: Collection) -> Claim:
         _compare("With a warm-up against without it (LARS, LAMB)", warm_and_cold(collection), by_run),
         _compare("LARS with a warm-up against TVLARS", warm_lars_and_tvlars(collection), by_run),
     ]
-    seen = {outcome for tally in tallies for outcomes in tally.by.values() for outcome in outcomes}
-    verdicts: dict[Outcome, Verdict]
-    verdicts = {"sharper": "supported", "flatter": "contradicted", "no difference": "undecided"}
-    verdict: Verdict = "mixed" if len(seen) > 1 else verdicts[seen.pop()] if seen else "not measured"
+    estimates = [pooled(grouped(values)) for tally in tallies for values in tally.values.values() if values]
+    verdict = joint_verdict(verdict_of(estimate, 0.0) for estimate in estimates)
     says = (
         "Warm-up traps LARS in sharp minimizers, and TVLARS avoids them (sections 3.3 and 4). The paper measures none."
     )
-    return Claim("c", "Warm-up and sharp minima", says, verdict, _finding(runs, tallies), _sharpness_table(runs))
+    rule = (
+        "The relative difference (a - b) / mean(|a|, |b|) of the top eigenvalue at the last measured step, and of the "
+        "eigenvalue x |w|^2, paired by seed: supported where the 95% intervals of both are at 0 or above in both "
+        "comparisons, contradicted where all are below, mixed where they disagree."
+    )
+    return Claim("f", "Warm-up and sharp minima", says, rule, verdict, _finding(runs, tallies), _sharpness_table(runs))
 
 
 def _compare(question: str, pairs: Iterable[Pair], by_run: Mapping[tuple[str, int], Analysis]) -> _Tally:
@@ -121,6 +135,8 @@ def _compare(question: str, pairs: Iterable[Pair], by_run: Mapping[tuple[str, in
             continue
         for measure, outcomes in tally.by.items():
             (a, a_error), (b, b_error) = (measure.of(x.sharpness[-1]) or (0.0, 0.0) for x in (left, right))
+            size = (abs(a) + abs(b)) / 2
+            tally.values[measure].append(((one.key, other.key), (a - b) / size if size else 0.0))
             # The residuals bound the error of each eigenvalue: within their sum the order of the two is not known.
             if abs(a - b) <= (a_error or 0.0) + (b_error or 0.0):
                 outcomes.append("no difference")
@@ -164,7 +180,7 @@ def _sharpness_table(runs: Sequence[Analyzed]) -> Table:
     """One row for each measured step."""
     measured = ("loss", TOP.text, "|w|", SCALED.text, TRACE.text, SAM.text, "batch norm, images")
     columns = (*SETTING, "lr", "optimizer", "seed", "step", *measured)
-    table = Table("claim-c", "Sharpness along training", columns, SHARPNESS_NOTES)
+    table = Table("claim-f", "Sharpness along training", columns, SHARPNESS_NOTES)
     for run in runs:
         settings = run.analysis.settings
         for row in run.analysis.sharpness:
@@ -181,7 +197,7 @@ def _sharpness_table(runs: Sequence[Analyzed]) -> Table:
 
 
 def check_gradient_noise(collection: Collection) -> Claim:
-    """(d): whether the squared error of the batch gradient falls as 1 / B.
+    """(g): whether the squared error of the batch gradient falls as 1 / B.
 
     Args:
         collection: the runs; those without an analysis are ignored.
@@ -189,18 +205,31 @@ def check_gradient_noise(collection: Collection) -> Claim:
     curves = list(noise_curves(analyzed(collection)))
     slopes = [curve.slope for curve in curves]
     fits = [abs(slope + 1) <= SLOPE_TOLERANCE for slope in slopes]
+    runs = grouped(((curve.run.cell.key, curve.run.result.seed), curve.slope) for curve in curves)
+    estimate = pooled([[sum(own) / len(own)] for own in runs])  # the steps of one run are no independent measurements
     finding = "No run has gradient noise of two batch sizes in its analysis.json (ssl-bench analyze RUN)."
     if curves:
         how = measured_how((curve.run for curve in curves), "noise_images")
         finding = (
             f"The slope of log E|g_B - E g_B|² over log B, -1 in theory, is within {SLOPE_TOLERANCE:g} of it in "
-            f"{sum(fits)} of {len(fits)} measurements ({min(slopes):.2f} to {max(slopes):.2f}). Measured as the "
+            f"{sum(fits)} of {len(fits)} measurements ({min(slopes):.2f} to {max(slopes):.2f}); over runs {estimate}. "
+            f"Measured as the "
             f"variance of the gradients of disjoint batches of one size about their mean, with {how} for each size."
         )
     says = (
         "Theorem 1: the batch gradient's error is at most σ²/B (stated for its mean, which is 0; its square is meant)."
     )
-    return Claim("d", "Theorem 1: noise and batch size", says, verdict_of(fits), finding, _noise_table(curves))
+    rule = (
+        f"The mean of the slopes over runs: supported where its 95% interval lies within {SLOPE_TOLERANCE:g} of -1, "
+        "contradicted where it lies outside."
+    )
+    verdict: Verdict = "not measured" if estimate is None else "undecided (n = 1)"
+    if estimate is not None and estimate.interval is not None:
+        low, high = (end + 1 for end in estimate.interval)
+        within = low >= -SLOPE_TOLERANCE and high <= SLOPE_TOLERANCE
+        apart = low > SLOPE_TOLERANCE or high < -SLOPE_TOLERANCE
+        verdict = "supported" if within else "contradicted" if apart else "undecided"
+    return Claim("g", "Theorem 1: noise and batch size", says, rule, verdict, finding, _noise_table(curves))
 
 
 def noise_scale(row: Row) -> float | None:
@@ -212,7 +241,7 @@ def noise_scale(row: Row) -> float | None:
 def _noise_table(curves: Sequence[NoiseCurve]) -> Table:
     measured = ("B measured", "error, least B", "error, largest B", "slope", "B_simple, least B", "largest B")
     columns = (*SETTING, "lr", "optimizer", "seed", "step", *measured, "batch norm, images")
-    table = Table("claim-d", "Gradient noise against the batch size", columns, NOISE_NOTES)
+    table = Table("claim-g", "Gradient noise against the batch size", columns, NOISE_NOTES)
     for curve in curves:
         run, ends = curve.run, (curve.rows[0], curve.rows[-1])
         sizes = ", ".join(number(row["batch_size"]) for row in curve.rows)

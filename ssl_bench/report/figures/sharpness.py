@@ -127,15 +127,15 @@ def _draw_noise(axis: Any, curves: Sequence[NoiseCurve]) -> None:
 
 
 def claim_charts(collection: Collection) -> dict[str, list[Group]]:
-    """The charts of claims (c) and (d), in groups of one setting and learning rate; empty where none is measured."""
+    """The charts of claims (f) and (g), in groups of one setting and learning rate; empty where none is measured."""
     groups: dict[str, list[Analyzed]] = defaultdict(list)
     for run in sorted(analyzed(collection), key=lambda run: (run.cell.setting, run.cell.lr)):
         groups[f"{run.cell.setting}, lr {number(run.cell.lr)}"].append(run)
     sharp = {title: [run for run in runs if run.analysis.sharpness] for title, runs in groups.items()}
     noisy = {title: list(noise_curves(runs)) for title, runs in groups.items()}
     return {
-        "c": [_sharpness_charts(title, runs) for title, runs in sharp.items() if runs],
-        "d": [_noise_charts(title, curves) for title, curves in noisy.items() if curves],
+        "f": [_sharpness_charts(title, runs) for title, runs in sharp.items() if runs],
+        "g": [_noise_charts(title, curves) for title, curves in noisy.items() if curves],
     }
 
 
