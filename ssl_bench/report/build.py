@@ -7,10 +7,11 @@ from itertools import compress
 from pathlib import Path
 
 from ssl_bench.records.reader import find_runs
-from ssl_bench.report import comparisons, results
+from ssl_bench.report import comparisons, questions, results
 from ssl_bench.report.aggregate import Collection, Result, gather
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.claims.evidence import Claim, Load
+from ssl_bench.report.claims.ratio import phi_table
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.figures.drawing import Plate
 from ssl_bench.report.figures.plates import write_figures
@@ -86,8 +87,13 @@ def all_tables(collection: Collection, load: Load, *, study: Study | None) -> li
         results.table1_wide(collection),
         *(results.results_table(collection, problem) for problem in collection.problems),
         comparisons.comparisons(collection),
-        comparisons.sensitivity(collection),
+        questions.aggregates(collection),
         comparisons.profile_table(collection),
+        questions.time_to_target(collection, load),
+        comparisons.sensitivity(collection),
+        questions.rate_scaling(collection),
+        questions.critical_batches(collection, load),
+        questions.early_ranking(collection, load),
         comparisons.variances(collection),
         phi_table(collection, load),
         *([coverage(collection, study)] if study is not None else []),
