@@ -1,6 +1,7 @@
 """``ssl-bench ...``: thin commands, each importing what it needs only when it runs."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,17 +39,27 @@ def classify(context: typer.Context) -> None:
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[str, typer.Argument(help="A finished run's folder; left out, the backbone is that of model.*.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, e.g. eval.protocols=[linear-aug-v1]")
     ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Without a run: folder for the record of the evaluation.")
+    ] = "evaluations",
     debug: Debug = False,
 ) -> None:
-    """Evaluate a saved run, add to its record."""
-    from ssl_bench.cli.evaluate import main
+    """Evaluate a saved run, add to its record; or any backbone.
+
+    A backbone is a timm name, with weights of timm's or of a file:
+    ssl-bench evaluate data=cifar10 model.name=resnet50 model.stem=imagenet model.checkpoint=FILE
+    """
+    from ssl_bench.cli.evaluate import evaluate_backbone, main
     from ssl_bench.recipe.command import guarded
 
-    raise typer.Exit(guarded(lambda: main(run, overrides or []), debug=debug))
+    given = overrides or []
+    if "=" in run and not Path(run).is_dir():
+        raise typer.Exit(guarded(lambda: evaluate_backbone([run, *given], output), debug=debug))
+    raise typer.Exit(guarded(lambda: main(run, given), debug=debug))
 
 
 @app.command()

@@ -1,14 +1,25 @@
-"""Evaluates a saved run: ``ssl-bench evaluate RUN eval.protocols=[linear-aug-v1]``."""
+"""Evaluates a saved run, or any backbone: ``ssl-bench evaluate RUN eval.protocols=[linear-aug-v1]``."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ssl_bench.recipe.compose import build, override
+from ssl_bench.recipe.compose import build, compose, override
+from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten, is_its_path
 from ssl_bench.records.reader import RecordError, read_run
+from ssl_bench.records.storage import atomic_json
 from ssl_bench.records.writer import add_evaluations
 
+if TYPE_CHECKING:
+    from ssl_bench.training.session import Processes
+
 # Where the images are and what is measured; never which images, which network, or how it was trained.
-MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.workers", "device")
+MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.workers", "device", "model.checkpoint")
+
+# What an evaluation without a run depends on; the rest of a recipe is about training.
+COUNTS = ("data", "model", "eval", "augment.stats", "device", "seed")
 
 
 def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
@@ -40,3 +51,66 @@ def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
         add_evaluations(run_dir, results)
         print("\n".join(summary({"status": "finished", "evaluations": results})))
     return 0
+
+
+def evaluate_backbone(overrides: Sequence[str], output: str) -> int:
+    """Evaluates a backbone that no run has trained, and leaves a record: recipe, versions and results in one JSON file.
+
+    With weights (``model.checkpoint``, ``model.pretrained``) they are the "trained" model, beside the same network with
+    random ones if ``eval.baseline``; without, the network is "untrained".
+
+    Args:
+        overrides: ``key=value`` and ``group=choice`` of the sections in ``COUNTS``.
+        output: the folder for the file.
+
+    Raises:
+        ValueError, OSError: in one line; a key that does not count here, or as `compose` and `build.backbone`.
+    """
+    for override_ in overrides:
+        name = override_.partition("=")[0]
+        if not any(name == key or name.startswith(f"{key}.") for key in COUNTS):
+            raise ValueError(f"{name} has no effect on an evaluation (what has: {', '.join(COUNTS)})")
+    recipe = compose("pretrain", overrides)
+    if not recipe.eval.protocols:
+        raise ValueError("eval.protocols must name at least one evaluator, got none")
+
+    from ssl_bench.training import build as training
+    from ssl_bench.training.session import summary
+
+    where = training.processes(recipe)
+    training.check_images(recipe, recipe.data.size)
+    backbone, _ = training.backbone(recipe)
+    evaluation = training.evaluation(recipe, training.dataset(recipe, where), where)
+    has_weights = bool(recipe.model.checkpoint or recipe.model.pretrained)
+    fresh = (lambda: training.backbone(recipe, fresh=True)[0]) if has_weights and recipe.eval.baseline else None
+    results = evaluation.trained_and_untrained(evaluation.of_backbone, backbone.to(where.device), fresh)
+    if not has_weights:
+        results = [{**result, "model": "untrained"} for result in results]
+    if where.main:
+        path = _write(recipe, where, results, Path(output))
+        print("\n".join([*summary({"status": "finished", "evaluations": results}), f"  {path}"]))
+    return 0
+
+
+def _write(recipe: Recipe, where: "Processes", results: list[dict[str, Any]], folder: Path) -> Path:
+    """The record of an evaluation: one file, whose name tells it from those of other backbones and data."""
+    from ssl_bench.records.provenance import collect_provenance
+
+    sections = {name.partition(".")[0] for name in COUNTS}
+    plain = {key: value for key, value in recipe.to_dict().items() if key in sections}
+    plain["augment"] = {"stats": recipe.augment.stats}
+    own = is_its_path(recipe.data.name)
+    counted = {k: v for k, v in flatten(plain).items() if k not in IRRELEVANT and (own or k != "data.path")}
+    identity = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+    about = collect_provenance(
+        track="evaluate",
+        seeds={"run": recipe.seed, "probes": recipe.eval.seed},
+        world_size=where.world_size,
+        param_groups=[],
+        device=where.device,
+    )
+    data, model = (name.split(":")[-1] for name in (recipe.data.name, recipe.model.name))
+    path = folder / f"{data}-{model}-{identity}.json".lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_json(path, {"identity": identity, "recipe": plain, **about, "evaluations": results})
+    return path

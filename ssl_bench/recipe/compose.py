@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ssl_bench.recipe import registry
+from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.schema import Plugin, Recipe, flatten
 from ssl_bench.runtime.suggestion import nearest
 
@@ -108,15 +108,28 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"augment.crop_scale must be 0 < low <= high <= 1, got {recipe.augment.crop_scale}")
     if recipe.augment.blur_sigma[0] > recipe.augment.blur_sigma[1]:
         raise ValueError(f"augment.blur_sigma must be low <= high, in pixels, got {recipe.augment.blur_sigma}")
+    _check_model(recipe)
     registry.resolve("dataset", recipe.data.name)
-    if ":" in recipe.model.name:  # others are timm's to know, which is not imported here
-        registry.resolve("backbone", recipe.model.name)
     for name in recipe.eval.protocols if recipe.track == "pretrain" else ():
         if not getattr(registry.resolve("evaluator", name), "tabulated", True):
             raise ValueError(
                 f"eval.protocols must be evaluators of a finished run, got {name!r}, a monitor "
                 "(eval.online_every_epochs switches it on)"
             )
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Checks the backbone's keys as far as that needs no timm, which is not imported here."""
+    model, size = recipe.model, recipe.model.img_size or recipe.data.size
+    if ":" in model.name:
+        registry.resolve("backbone", model.name)
+    if model.img_size and recipe.data.size and model.img_size != recipe.data.size:
+        raise ValueError(
+            f"model.img_size must be data.size={recipe.data.size} where both are given, got {model.img_size}"
+        )
+    if size and model.patch_size and size % model.patch_size:
+        raise ValueError(f"model.patch_size must divide the image's side of {size} pixels, got {model.patch_size}")
+    weights.resolve(model)
 
 
 def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> Tree:
@@ -243,7 +256,8 @@ def _from_files(track: str, chosen: Mapping[str, str]) -> dict[str, Any]:
         for other in inner.keys() - chosen.keys():  # tvlars.yaml chooses the constant schedule
             contents[other] = _group_file(other, inner[other])[1]
     protocol = contents.pop("protocol")  # the only file that sets keys of all sections
-    return _merged(_merged(contents, protocol), own)
+    # A model's own file comes last: a ViT has no stem to choose, whatever the protocol says of ResNets'.
+    return _merged(_merged(_merged(contents, protocol), {"model": contents["model"]}), own)
 
 
 def _group_file(group: str, choice: str) -> tuple[dict[str, str], Tree]:

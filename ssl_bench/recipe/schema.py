@@ -28,7 +28,7 @@ IRRELEVANT = frozenset(
     {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile", "cuda_graphs"}
     | {"data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
     | {"checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final"}
-    | {"checkpoint.snapshots"}
+    | {"checkpoint.snapshots", "model.checkpoint"}  # which weights: model.checkpoint_sha256
 )
 
 # The data sets whose name alone says which images they hold.
@@ -41,6 +41,10 @@ ADDED: dict[str, Any] = {
     "sync_batch_norm": True,
     "last_batch": "carry",
     "method.divisor": None,
+    "model.img_size": None,
+    "model.patch_size": None,
+    "model.pretrained": False,
+    "model.checkpoint_sha256": None,
 }
 
 
@@ -91,11 +95,32 @@ class ModelOptions:
 
     __pydantic_config__ = STRICT
     name: str = key("resnet18", "any timm model, an installed entry point, or package.module:function")
-    stem: Literal["cifar", "imagenet"] = key(
-        "cifar", "first layers of a ResNet: cifar = 3x3 stride 1 without pooling, imagenet = 7x7 stride 2 and max pool"
+    stem: Literal["cifar", "cifar_pad2", "imagenet"] = key(
+        "cifar",
+        "first layers of a ResNet: cifar = 3x3 stride 1 without pooling, cifar_pad2 = the same padded by 2 as in "
+        "solo-learn, imagenet = 7x7 stride 2 and max pool, and any other model as it is",
     )
     init: Literal["timm", "torchvision", "kaiming_uniform"] = key(
         "torchvision", "initial weights: timm's default (last norm of each block zero), torchvision's, or the paper's"
+    )
+    img_size: PositiveInt | None = key(
+        None,
+        "side in pixels of the images that a model of one image size (ViT, Swin, ...) is made for; null = timm's, "
+        "mostly 224",
+    )
+    patch_size: PositiveInt | None = key(
+        None, "side in pixels of a ViT's patches or of ConvNeXt's stem, which must divide the image's; null = timm's"
+    )
+    pretrained: bool | str = key(
+        False, "weights to start from: true = timm's of this name, fetched; a file = as checkpoint; false = init"
+    )
+    checkpoint: str | None = key(
+        None,
+        "file of weights to start from, in the names of timm, torchvision, lightly, solo-learn, an official release or "
+        "this suite (also a run's folder); at least 90% of the tensors must fit; null = init",
+    )
+    checkpoint_sha256: str | None = key(
+        None, "filled in: the first 16 hex digits of the SHA-256 of checkpoint, by which a run knows its content"
     )
 
 

@@ -13,7 +13,9 @@ strings "nan", "inf" and "-inf".
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -48,8 +50,11 @@ class Run:
         results: what ``results.json`` holds if the run has ended already, else None; known on every process.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any], identity: str, lock: Lock | None) -> None:
+    def __init__(
+        self, folder: Path, recipe: Mapping[str, Any], identity: str, lock: Lock | None, *, made: Sequence[Path] = ()
+    ) -> None:
         self.folder = folder
+        self._made = made  # the folders that this process has just made, the innermost first
         self.resumed = lock is not None and (folder / RUN).exists()
         self.results = read_results(folder)
         self._recipe, self._identity = recipe, identity
@@ -90,6 +95,7 @@ class Run:
         folder = Path(run_dir)
         if not main_process:
             return cls(folder, recipe, identity, None)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         with naming(f"run_dir {folder}: making the directory"):
             folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -111,7 +117,7 @@ class Run:
                     reason = "; ".join(differences(head["recipe"], recipe)) if differences else ""
                     reason = reason or f"identity: the run has {head['identity']}, asked for {identity}"
                     raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
-            return cls(folder, recipe, identity, lock)
+            return cls(folder, recipe, identity, lock, made=made)
         except BaseException:
             lock.release()
             raise
@@ -229,9 +235,14 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Releases the directory; a second call does nothing."""
+        """Releases the directory, and removes it if nothing was recorded in it; a second call does nothing."""
         self._close_metrics()
         if self._lock is not None:
+            if self._made and self._lock.held and all(path.name == ".lock" for path in self.folder.iterdir()):
+                shutil.rmtree(self.folder, ignore_errors=True)  # a mistake was found before the first step
+                with suppress(OSError):  # another run is in it by now
+                    for folder in self._made[1:]:
+                        folder.rmdir()
             self._lock.release()
 
     def __enter__(self) -> Self:

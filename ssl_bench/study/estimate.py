@@ -64,7 +64,8 @@ def workload(recipe: Recipe) -> Workload:
     """What mostly decides the time per image; the effect of the batch size and the optimizer is neglected."""
     data, model = recipe.data, recipe.model
     parts = (recipe.track, data.name, data.size, model.name, model.stem, recipe.method.target, recipe.precision)
-    return tuple(map(str, parts))
+    sizes = (size for size in (model.img_size, model.patch_size) if size)
+    return tuple(map(str, (*parts, *sizes)))
 
 
 def speeds(cells: Sequence[Cell], store: CellStore, *, measure: bool = True) -> dict[Workload, Speed | str]:

@@ -4,7 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,17 @@ from ssl_bench.methods import views as declarations
 from ssl_bench.methods.base import Method
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.methods.views import Crop, PaddedCrop
+from ssl_bench.models import backbone as backbones
 from ssl_bench.models.backbone import create_backbone, load_backbone, seeded
+from ssl_bench.models.pretrained import load_published, load_weights
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
-from ssl_bench.recipe import registry
+from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.schema import Recipe, differences, flatten
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime import seeds
+from ssl_bench.runtime.console import say
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.runtime.suggestion import nearest
 from ssl_bench.training.evaluation import Evaluation
@@ -98,6 +101,9 @@ def session(recipe: Recipe) -> Session:
     """
     where = processes(recipe)
     sampler.images_per_chunk(recipe.batch_size, recipe.chunk_size, where.world_size)  # before any data is read
+    check_images(recipe, recipe.data.size)
+    if recipe.model.checkpoint or recipe.model.pretrained:
+        backbone(recipe)  # weights that do not fit are found before the folder is made and data is read
     obstacle = _graph_obstacle(recipe, where)
     if recipe.cuda_graphs and obstacle:
         raise ValueError(f"cuda_graphs must be null or false, got true: {obstacle}")
@@ -150,6 +156,7 @@ def dataset(recipe: Recipe, where: Processes) -> Dataset:
         workers=options.workers,
         cache_dir=options.cache_dir,
     )
+    check_images(recipe, loaded.train.image_shape[-1])
     return (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
 
 
@@ -239,16 +246,55 @@ def pipeline(recipe: Recipe, data: Dataset, views: Sequence[View], where: Proces
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-def backbone(recipe: Recipe) -> tuple[nn.Module, int]:
-    """The untrained backbone and its feature dimension; the same for equal seeds."""
+def backbone(recipe: Recipe, *, fresh: bool = False) -> tuple[nn.Module, int]:
+    """The backbone before the first step and its feature dimension; the same for equal seeds.
+
+    Args:
+        recipe: whose model and seed count.
+        fresh: leave out the weights that the recipe starts from (``model.checkpoint``, ``model.pretrained``).
+
+    Raises:
+        ValueError, OSError: in one line; no such model, or weights that are not there or do not fit.
+    """
     model = recipe.model
-    return create_backbone(
+    sizes: dict[str, Any] = {"img_size": model.img_size, "patch_size": model.patch_size}
+    network, feature_dim = create_backbone(
         model.name,
         stem=model.stem,
         init=model.init,
         seed=seeds.derive_seed(recipe.seed, seeds.INIT),
         factory=registry.foreign("backbone", model.name),
+        **sizes,
     )
+    if not fresh and model.checkpoint is not None:
+        found = weights.digest(model.checkpoint)
+        if found != model.checkpoint_sha256:
+            raise ValueError(
+                f"model.checkpoint must be the file that the run started from, SHA-256 {model.checkpoint_sha256}..., "
+                f"got {model.checkpoint} with {found}..."
+            )
+        _say_once(load_weights(network, weights.locate(model.checkpoint)))
+    elif not fresh and model.pretrained:
+        given = {key: value for key, value in sizes.items() if value is not None}
+        _say_once(load_published(network, model.name, **given))
+    return network, feature_dim
+
+
+@cache  # a run also evaluates what it started from
+def _say_once(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(line)
+
+
+def check_images(recipe: Recipe, side: int | None) -> None:
+    """Checks that the recipe's model takes images of a size (None = of any); one from outside says so itself.
+
+    Raises:
+        ValueError: in one line.
+    """
+    model = recipe.model
+    if registry.foreign("backbone", model.name) is None:
+        backbones.check_images(model.name, side, stem=model.stem, img_size=model.img_size, patch_size=model.patch_size)
 
 
 def trained_backbone(recipe: Recipe, path: Path) -> nn.Module:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ssl_bench.models.backbone import create_backbone, load_backbone, save_backbone
+from ssl_bench.methods.barlow_twins import BarlowTwins
+from ssl_bench.models.backbone import check_images, create_backbone, load_backbone, save_backbone
 
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -32,6 +33,89 @@ def test_a_model_with_one_more_layer_after_pooling():
     model.eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 32, 32)).shape == (1, feature_dim)
+
+
+def test_num_features_is_what_comes_out_so_that_a_method_takes_the_backbone():
+    """timm's num_features of a MobileNetV3 is 288, before one more layer."""
+    model, feature_dim = create_backbone("mobilenetv3_small_050", stem="imagenet", init="timm")
+    assert feature_dim == model.num_features == 1024
+    assert BarlowTwins(model, feature_dim, projector=(8,)).projector[0].in_features == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "tokens"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4}, 65),
+        ("vit_tiny_patch16_224", {"img_size": 32}, 5),
+    ],
+)
+def test_a_vit_of_small_images_and_patches(tmp_path, name, arguments, tokens):
+    model, feature_dim = create_backbone(name, stem="imagenet", init="timm", **arguments)
+    assert model.pos_embed.shape == (1, tokens, 192)
+    images = torch.randn(2, 3, 32, 32)
+    assert model(images).shape == (2, feature_dim)
+    save_backbone(model, tmp_path / "b.safetensors")
+    loaded, _ = load_backbone(tmp_path / "b.safetensors")
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
+    theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(tmp_path / "b.safetensors"), **arguments)
+    assert torch.equal(theirs.eval()(images), model(images))
+
+
+def test_convnext_takes_a_smaller_stem_and_tied_weights_are_saved(tmp_path):
+    model, _ = create_backbone("convnext_atto", stem="imagenet", init="timm", patch_size=2)
+    assert model.stem(torch.randn(1, 3, 32, 32)).shape[-2:] == (16, 16)
+    coat, _ = create_backbone("coat_lite_tiny", stem="imagenet", init="timm")
+    save_backbone(coat, tmp_path / "b.safetensors")
+    assert equal_weights(load_backbone(tmp_path / "b.safetensors")[0], coat)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 5}, r"patch_size must divide .* 32 pixels, got 5"),
+        ("vit_tiny_patch16_224", {"img_size": 8}, r"patch_size must divide the image's side of 8 pixels, got 16"),
+        ("resnet18", {"img_size": 32}, r"resnet18 cannot be made with model\.img_size=32: .*img_size"),
+        ("resnet18", {"patch_size": 4}, r"resnet18 cannot be made with model\.patch_size=4: .*patch_size"),
+    ],
+)
+def test_sizes_that_a_model_cannot_have(name, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        create_backbone(name, stem="imagenet", init="timm", **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "arguments", "message"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            32,
+            {},
+            r"takes images of 224 x 224 pixels, got 32 x 32: data\.size=224, or model\.img_size=32$",
+        ),
+        ("vit_tiny_patch16_224", 40, {}, r"got 40 x 40: data\.size=224$"),
+        (
+            "vit_tiny_patch16_224",
+            64,
+            {"img_size": 32},
+            r"takes images of 32 x 32 pixels, got 64 .* model\.img_size=64$",
+        ),
+        ("convnext_atto", 33, {"patch_size": 2}, r"patch_size must divide the image's side of 33 pixels, got 2"),
+    ],
+)
+def test_images_of_a_size_that_a_model_does_not_take(name, side, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_images(name, side, stem="imagenet", **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_a_size_that_a_model_takes_leave_the_generator():
+    before = torch.get_rng_state()
+    check_images("vit_tiny_patch16_224", 32, stem="imagenet", img_size=32, patch_size=4)
+    check_images("vit_tiny_patch16_224", 224, stem="imagenet")
+    for side in (8, 32, 33, 224):
+        check_images("resnet18", side)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_cifar_stem_keeps_the_resolution_and_the_imagenet_stem_divides_it_by_four():
@@ -94,7 +178,7 @@ def test_init_kaiming_uniform_is_uniform_by_fan_in():
     ("arguments", "message"),
     [
         ({"name": "resnet81"}, r"unknown model 'resnet81'; did you mean 'resnet\d+\w*'\? \(known: timm "),
-        ({"name": "resnet18", "stem": "cifer"}, "stem must be cifar or imagenet, got 'cifer'"),
+        ({"name": "resnet18", "stem": "cifer"}, "stem must be cifar or cifar_pad2 or imagenet, got 'cifer'"),
         ({"name": "resnet18", "init": "xavier"}, "init must be timm or torchvision or kaiming_uniform, got 'xavier'"),
         ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "vit_tiny_patch16_224: stem must be imagenet, got cifar"),
         ({"name": "resnet18d", "stem": "cifar"}, "resnet18d: stem must be imagenet, got cifar, which replaces the 7x7"),
