@@ -34,7 +34,7 @@ CHUNK = 12
 SIDE = 16  # pixels
 STEPS = 2  # so that teachers, queues and centres have moved
 TOLERANCE = 1e-9  # relative to the largest entry of each tensor
-SMALL = (16, 20)  # widths of every keyword that is a tuple of whole numbers (projector, predictor), if not given
+SMALL = (16, 12)  # widths of every keyword that is a tuple of whole numbers (projector, predictor), if not given
 
 State = dict[str, Tensor]
 Gradient = Callable[..., dict[str, Tensor]]

@@ -89,7 +89,8 @@ def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda
         accelerator._optimizers = [wrapped]
     record = Record(interrupted)
     built = Trainer(
-        model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=compute_gradient, pipeline=pipeline,
+        model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=compute_gradient,
+        pipeline=pipeline,
         rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, io=record,
         telemetry=Telemetry(optimizer, every=1), hooks=hooks,
     )  # fmt: skip
