@@ -157,9 +157,10 @@ def _grid(vit: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     sizes = [getattr(patches, name, None) or () for name in ("img_size", "patch_size", "grid_size")]
     positions, *parts = (getattr(vit, name, None) for name in ("pos_embed", "pos_drop", "norm_pre", "blocks", "norm"))
     has_positions = isinstance(positions, Tensor) and positions.ndim == 3 and getattr(vit, "rope", None) is None
-    if () in sizes or not has_positions or not all(isinstance(part, nn.Module) for part in parts):
-        kind = type(vit).__name__
-        raise ValueError(f"mae: the backbone must be a vit_* of timm with a position for each patch, got a {kind}")
+    hybrid = getattr(patches, "backbone", None) is not None  # whose patches are of a convolutional network's map
+    if () in sizes or hybrid or not has_positions or not all(isinstance(part, nn.Module) for part in parts):
+        kind = type(vit).__name__ + (" with convolutions in front" if hybrid else "")
+        raise ValueError(f"mae: backbone must be a vit_* of timm with a position for each patch, got {kind}")
     image, patch, grid = (tuple(size) for size in sizes)
     if any(p * g != s for p, g, s in zip(patch, grid, image, strict=True)):
         shown = " in ".join(" x ".join(map(str, size)) for size in (patch, image))

@@ -203,7 +203,7 @@ def views(recipe: Recipe, data: Dataset, declared: Sequence[Any], where: Process
 def _crop(recipe: Recipe, data: Dataset, crop: Crop, name: str, like: int, shared: dict[str, Any]) -> SSLView:
     """One random crop; blur is drawn for pixels of the crop, whose scale is that of the images."""
     options, side = recipe.augment, data.train.image_shape[-1]
-    size = side if crop.size is None else crop.size if crop.size >= 1 else max(1, round(crop.size * side))
+    size = side if crop.size is None else crop.size if not 0 < crop.size < 1 else max(1, round(crop.size * side))
     if not 0 < size <= side or size != int(size):
         raise ValueError(f"{name}: a crop's size must be pixels up to the images' {side}, or a fraction, got {size}")
     factor = side / BLUR_REFERENCE if options.blur == "scaled" else 1.0

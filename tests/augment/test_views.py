@@ -30,6 +30,7 @@ COLOR: Any = {"mean": MEAN, "std": STD}
 PIPELINES: list[Augmentation] = [
     SSLView(32, blur_p=0.5, solarize_p=0.2, **COLOR),
     SSLView(24, blur_p=1.0, **COLOR),
+    SSLView(14, crop_scale=(0.05, 0.4), blur_p=0.5, **COLOR),
     RandomResizedCropFlip(32, **COLOR),
     PadCropFlipRotate(**COLOR),
     Normalize(**COLOR),
@@ -74,9 +75,14 @@ def reference_view(view: SSLView, image: Tensor, params: Params, box: Tensor, i:
     return x
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (36, 28, 24)])
-def test_view_equals_torchvision(height: int, width: int, size: int) -> None:
-    view = SSLView(size, jitter=(0.6, 0.6, 0.6, 0.3), blur_p=0.5, solarize_p=0.3, **COLOR)
+SMALL_CROPS = [(32, 32, 14, (0.05, 0.4)), (32, 32, 16, (0.05, 0.14))]  # of DINO and SwAV
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "scale"), [(32, 32, 32, (0.08, 1)), (36, 28, 24, (0.08, 1)), *SMALL_CROPS]
+)
+def test_view_equals_torchvision(height: int, width: int, size: int, scale: tuple[float, float]) -> None:
+    view = SSLView(size, crop_scale=scale, jitter=(0.6, 0.6, 0.6, 0.3), blur_p=0.5, solarize_p=0.3, **COLOR)
     x = images(96, height, width)
     params = view.draw(len(x), generator())
     box = crop_boxes(params, height, width, view.crop_ratio)

@@ -139,21 +139,25 @@ class Assembled(nn.Module):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (smooth_net, "must be a vit_. of timm with a position for each patch, got a Sequential"),
-        (lambda: timm.create_model("resnet18"), "must be a vit_. of timm with a position for each patch, got a ResNet"),
+        (smooth_net, "must be a vit_. of timm with a position for each patch, got Sequential"),
+        (lambda: timm.create_model("resnet18"), "must be a vit_. of timm with a position for each patch, got ResNet"),
         (
             lambda: timm.create_model("vit_relpos_small_patch16_224", img_size=32),
-            "must be a vit_. of timm with a position for each patch, got a VisionTransformerRelPos",
+            "must be a vit_. of timm with a position for each patch, got VisionTransformerRelPos",
+        ),
+        (
+            lambda: timm.create_model("vit_tiny_r_s16_p8_224", num_classes=0),
+            "must be .* each patch, got VisionTransformer with convolutions in front",
         ),
         (
             lambda: Assembled(pos_embed=nn.Parameter(torch.zeros(1, 4, 4, 24))),
-            "must be a vit_. of timm with a position for each patch, got an Assembled",
+            "must be a vit_. of timm with a position for each patch, got Assembled",
         ),
     ],
 )
 def test_another_backbone_is_refused(backbone, message):
     net = backbone()
-    with pytest.raises(ValueError, match=f"^mae: the backbone {message}$"):
+    with pytest.raises(ValueError, match=f"^mae: backbone {message}$"):
         MAE(net, getattr(net, "num_features", 12), **SMALL)
 
 
