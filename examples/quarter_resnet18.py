@@ -1,6 +1,6 @@
 """A backbone from outside: ResNet-18 at a quarter of its width, small enough for many runs on two CPU cores.
 
-    ssl-bench classify data=cifar10 model.name=examples.quarter_resnet18:quarter_resnet18 model.stem=imagenet ...
+ssl-bench classify data=cifar10 model.name=examples.quarter_resnet18:quarter_resnet18 model.stem=imagenet ...
 """
 
 from timm.models.resnet import BasicBlock, ResNet

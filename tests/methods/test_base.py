@@ -53,7 +53,8 @@ def test_keywords_are_typed_and_documented(name):
     """The recipe checks ``method.<keyword>`` by the annotation and prints the entry of the ``Args:`` block."""
     hints = typing.get_type_hints(METHODS[name].__init__)
     for keyword, parameter in inspect.signature(METHODS[name]).parameters.items():
-        assert hints[keyword] in (nn.Module, int, float, bool, bool | None, int | None, float | None, tuple[int, ...])
+        plain = (int, float, bool, bool | None, int | None, float | None, tuple[int, ...], tuple[float, float])
+        assert hints[keyword] in (nn.Module, *plain)
         assert re.search(rf"^    {keyword}: \w", inspect.getdoc(METHODS[name]), re.MULTILINE)
         assert keyword in ("backbone", "feature_dim") or parameter.kind is parameter.KEYWORD_ONLY
 

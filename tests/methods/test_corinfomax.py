@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from method_cases import FEATURES, assert_chunks_are_the_whole, smooth_net, without_batch_norm
+from crop_cases import FEATURES, assert_chunks_are_the_whole, smooth_net, without_batch_norm
 from torch import Tensor
 
 from ssl_bench.methods import CorInfoMax

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from crop_cases import FEATURES, assert_chunks_are_the_whole, inputs, small_vit, smooth_net
 from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
-from method_cases import FEATURES, assert_chunks_are_the_whole, inputs, small_vit, smooth_net
 from torch import Tensor
 from torch.nn import functional as F
 

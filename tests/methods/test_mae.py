@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from method_cases import assert_chunks_are_the_whole, inputs, small_vit, smooth_net
+from crop_cases import assert_chunks_are_the_whole, inputs, small_vit, smooth_net
 from torch import Tensor, nn
 
 from ssl_bench.methods import MAE, Crop, Noise

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from crop_cases import FEATURES, assert_chunks_are_the_whole, inputs, smooth_net, without_batch_norm
 from lightly.loss import TiCoLoss
-from method_cases import FEATURES, assert_chunks_are_the_whole, inputs, smooth_net, without_batch_norm
 from torch import Tensor
 
 from ssl_bench.methods import TiCo
