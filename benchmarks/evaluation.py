@@ -198,8 +198,8 @@ def feature_case(n: int, batch: int, projector: tuple[int, int, int], repeats: i
     def step() -> None:
         method.train()
         with torch.autocast(device.type, torch.bfloat16):
-            loss = method(*views)["loss"]
-        loss.backward()
+            outputs = method(*views)
+        method.loss(**{name: z.float() for name, z in outputs.items()})["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 

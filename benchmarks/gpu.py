@@ -232,7 +232,7 @@ def graphed(track: str, sizes: Any, *, whole: bool) -> Callable[[int], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        loss = trainer.model(*views)["loss"]
+        loss = trainer.module.loss(**trainer.model(*views))["loss"]
         loss.backward()
         trainer.optimizer.step()
 

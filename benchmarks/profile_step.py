@@ -24,6 +24,7 @@ from steps import QUICK, Sizes, build_trainer, synchronize
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ssl_bench.augment.views import Labels
 from ssl_bench.optim import Telemetry
 from ssl_bench.records.provenance import code_version, hardware, package_versions
 from ssl_bench.training.loop import Trainer
@@ -65,7 +66,9 @@ class BookedAugmentation:
 
 def book(trainer: Trainer) -> None:
     """Makes every part of the loop's step book its time."""
-    trainer.pipeline.views = [BookedAugmentation(view) for view in trainer.pipeline.views]
+    trainer.pipeline.views = [
+        view if isinstance(view, Labels) else BookedAugmentation(view) for view in trainer.pipeline.views
+    ]
     batches = trainer.pipeline.batches
 
     def booked_batches(start: int, stop: int) -> Iterator[Any]:
@@ -77,10 +80,11 @@ def book(trainer: Trainer) -> None:
     trainer.pipeline.batches = booked_batches  # type: ignore[method-assign]
     module: Any = trainer.module
     module.loss = part("loss", module.loss)
-    gradient, forward = trainer.gradient, part("forward", trainer.model)
+    module.forward = part("forward", module.forward)
+    gradient = trainer.gradient
 
-    def booked_gradient(_model: Any, views: Any, n_chunks: int, backward: Any, context: Any) -> Any:
-        return gradient(forward, views, n_chunks, part("backward", backward), context)
+    def booked_gradient(model: Any, views: Any, n_chunks: int, backward: Any, context: Any) -> Any:
+        return gradient(model, views, n_chunks, part("backward", backward), context)
 
     trainer.gradient = booked_gradient
     trainer.optimizer.step = part("optimizer", trainer.optimizer.step)

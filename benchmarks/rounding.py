@@ -36,7 +36,7 @@ def network(activation: Callable[[], nn.Module], projector: tuple[int, ...]) -> 
 
 def gradient(method: BarlowTwins, views: list[Tensor]) -> Tensor:
     """All parameters' gradient as one vector, in float64."""
-    loss = method(*views)["loss"]
+    loss = method.loss(**method(*views))["loss"]
     return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(method.parameters()))])
 
 

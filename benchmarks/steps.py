@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssl_bench.augment.views import Labels, PadCropFlipRotate, SSLView
+from ssl_bench.augment.views import Labels, PadCropFlipRotate, SSLView, View
 from ssl_bench.data.dataset import load_dataset
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.data.sources import ResidentSource
@@ -16,6 +17,9 @@ from ssl_bench.methods import BarlowTwins, Classifier, Method
 from ssl_bench.models.backbone import create_backbone
 from ssl_bench.models.small_maps import SmallMapConv2d
 from ssl_bench.optim import LARS, Telemetry, build_groups
+from ssl_bench.recipe.compose import compose
+from ssl_bench.recipe.schema import Recipe
+from ssl_bench.training import build
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Trainer
@@ -31,7 +35,8 @@ class Sizes:
 
     batch: int = 512  # images per step
     pixels: int = 32  # side of an image
-    projector: tuple[int, ...] = (2048, 2048, 4096)  # widths
+    projector: tuple[int, ...] = (2048, 2048, 4096)  # Barlow Twins' widths; other methods have their own
+    method: str = "barlow_twins"  # of the pretraining track, as its file in configs/method has it
     chunk: int | None = None  # images in memory at a time, for ours end to end; None = the whole batch
     steps: int = 4 if not torch.cuda.is_available() else 50  # of a turn
     turns: int = 5  # that count, after one to warm up
@@ -85,7 +90,26 @@ def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> Method:
             module.__class__ = nn.Conv2d
     if track == "classify":
         return Classifier(backbone, features, 10)
-    return BarlowTwins(backbone, features, projector=sizes.projector)
+    if sizes.method == "barlow_twins":
+        return BarlowTwins(backbone, features, projector=sizes.projector)
+    return build.method(recipe_of(sizes))
+
+
+def recipe_of(sizes: Sizes) -> Recipe:
+    """The recipe of a pretraining method; those on tokens have a ViT-Tiny with patches of 4 x 4."""
+    model = ["model=vit_tiny", f"model.img_size={sizes.pixels}"] if sizes.method == "mae" else ["model.stem=imagenet"]
+    return compose("pretrain", [f"method={sizes.method}", *model, "precision=bf16", "protocol=fair"])
+
+
+def views(track: str, sizes: Sizes, task: Method, options: dict[str, Any]) -> list[View]:
+    """The track's views; those of methods other than Barlow Twins as a run makes them."""
+    if track == "classify":
+        return [PadCropFlipRotate(**options), Labels()]
+    if sizes.method == "barlow_twins":
+        return [SSLView(sizes.pixels, solarize_p=p, **options) for p in (0.0, 0.2)]
+    data: Any = SimpleNamespace(train=SimpleNamespace(image_shape=(3, sizes.pixels, sizes.pixels)), **STATS)
+    where: Any = SimpleNamespace(device=next(task.parameters()).device)
+    return build.views(recipe_of(sizes), data, task.views, where)
 
 
 def load_images(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -121,7 +145,6 @@ def build_trainer(
         compile_options: torch.compile's, for the network's parts (and, on a GPU, the views); None = not compiled.
         graphs: whether views and gradient are CUDA graphs; None = as a run decides.
     """
-    pretraining = track == "pretrain"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
     device = accelerator.device
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as a run sets it
@@ -135,8 +158,7 @@ def build_trainer(
     options = {**STATS, "dtype": torch.bfloat16, "compile": compiled, "graph": graphs}
     pipeline = Pipeline(
         ResidentSource(*load_images(sizes)).to(device),
-        [SSLView(sizes.pixels, solarize_p=p, **options) for p in (0.0, 0.2)]
-        if pretraining else [PadCropFlipRotate(**options), Labels()],
+        views(track, sizes, task, options),
         seed=0, batch_size=sizes.batch, chunk_size=sizes.chunk,
         rank=0, world_size=1, device=device,
     )  # fmt: skip
@@ -167,12 +189,12 @@ def end_to_end(trainer: Trainer) -> Steps:
 
 def bare(trainer: Trainer) -> Steps:
     """Forward, backward and optimizer step on one batch that is augmented and on the device already."""
-    views = next(iter(trainer.pipeline.batches(0, 1))).views(0)
+    inputs = next(iter(trainer.pipeline.batches(0, 1))).views(0)
     model, optimizer, method = trainer.model, trainer.optimizer, trainer.module
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            method.loss(**model(*views))["loss"].backward()
+            method.loss(**model(*inputs))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

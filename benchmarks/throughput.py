@@ -1,7 +1,7 @@
 """Time a training step: bare compute, ours end to end, and peers doing the same work, in one run.
 
     python benchmarks/throughput.py --json benchmarks/results/throughput-cpu.json     # six minutes on two cores
-    python benchmarks/throughput.py --sweep pixels --json FILE    # bare and ours as images grow; or batch, projector
+    python benchmarks/throughput.py --sweep pixels --json FILE    # as images grow; batch, projector, method
     python benchmarks/throughput.py --quick                       # seconds, tiny: that it runs
 
 Bare is forward, backward and optimizer step on one batch that is augmented and on the device already: the least that
@@ -27,14 +27,16 @@ import torch
 from steps import QUICK, Sizes, Steps, bare, build_trainer, end_to_end, synchronize
 from throughput_peers import authors_twins, lightly_twins, torchvision_classifier
 
+from ssl_bench.methods import METHODS
 from ssl_bench.recipe.command import leave
 from ssl_bench.records.provenance import code_version, hardware, package_versions
 
-# As work grows. 16,384 images of 32 x 32 take some 14 GiB as one batch.
-SWEEPS: dict[str, tuple[int, ...]] = {
+# As work grows, or from method to method. 16,384 images of 32 x 32 take some 14 GiB as one batch.
+SWEEPS: dict[str, tuple[Any, ...]] = {
     "batch": (512, 1024, 2048, 4096, 8192, 16384),
     "pixels": (32, 48, 64, 96),
     "projector": (1024, 2048, 4096, 8192),
+    "method": tuple(METHODS),
 }
 
 
@@ -99,9 +101,9 @@ def measure(track: str, sizes: Sizes, *, peers: bool = True) -> list[dict[str, A
     return table(track, sizes, race(contestants(track, sizes, peers=peers), steps=sizes.steps, turns=sizes.turns))
 
 
-def sweep(track: str, sizes: Sizes, name: str, values: Sequence[int]) -> Iterator[dict[str, Any]]:
+def sweep(track: str, sizes: Sizes, name: str, values: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Bare and ours as one size grows; a turn has about the same number of images all along."""
-    if name == "projector" and track == "classify":
+    if name in ("projector", "method") and track == "classify":
         return  # it has none
     for value in values:
         grown = replace(sizes, **{name: (value,) * 3 if name == "projector" else value})
@@ -128,7 +130,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--authors", help="a checkout of the paper's code, github.com/KhoiDOO/tvlars, to time it too")
     parser.add_argument("--tracks", nargs="+", default=["pretrain", "classify"], choices=["pretrain", "classify"])
     parser.add_argument("--sweep", choices=SWEEPS, help="time bare and ours as this grows, instead of the peers")
-    parser.add_argument("--values", type=int, nargs="+", help="of the sweep; if left out, those of the script's SWEEPS")
+    parser.add_argument("--method", help="of the pretraining track, by its name")
+    parser.add_argument("--values", nargs="+", help="of the sweep; if left out, those of the script's SWEEPS")
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     options = parser.parse_args(arguments)
@@ -149,6 +152,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for track in options.tracks:
         values = options.values or SWEEPS.get(options.sweep, ())
+        if options.sweep != "method":
+            values = [int(value) for value in values]
         measured = sweep(track, sizes, options.sweep, values) if options.sweep else measure(track, sizes)
         for row in measured:
             rows.append(row)

@@ -110,4 +110,4 @@ def torchvision_classifier(sizes: Sizes, *, bf16: bool) -> Steps:
     task = build_task("classify", sizes, plain=True)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     images = PilImages(sizes, transform)
-    return peer(sizes, images, task, optimizer, lambda model, x, y: model(x, y)["loss"], bf16)
+    return peer(sizes, images, task, optimizer, lambda model, x, y: model.loss(**model(x, y))["loss"], bf16)

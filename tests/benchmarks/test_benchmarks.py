@@ -48,6 +48,14 @@ def test_a_sweep_times_bare_and_ours_at_each_size(load):
     ]  # fmt: skip
 
 
+def test_a_sweep_over_methods_times_each_beside_its_own_passes(load):
+    words = ["--quick", "--sweep", "method", "--values", "byol", "swav", "--batch", "8"]
+    rows = load("throughput").main(words)
+    assert [(row["method"], row["track"]) for row in rows] == [
+        (m, "pretrain") for m in ("byol", "byol", "swav", "swav")
+    ]
+
+
 def test_the_swept_size_is_the_one_that_is_built(load, monkeypatch):
     throughput = load("throughput")
     built = []
