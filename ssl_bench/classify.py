@@ -1,12 +1,15 @@
 """The supervised classification track: ``accelerate launch ssl_bench/classify.py key=value ...``."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from ssl_bench.recipe.command import leave, run_command
-from ssl_bench.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from ssl_bench.recipe.schema import Recipe
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: "Recipe") -> int:
     """Trains a classifier and measures it on the whole test set; returns the exit code."""
     from ssl_bench.training import build  # here, because --help must not wait for torch
     from ssl_bench.training.loop import Hook

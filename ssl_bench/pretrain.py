@@ -1,15 +1,18 @@
 """Self-supervised pretraining, then evaluation: ``accelerate launch ssl_bench/pretrain.py key=value ...``."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from ssl_bench.recipe.command import leave, run_command
-from ssl_bench.recipe.schema import Recipe
-from ssl_bench.runtime.seeds import ONLINE, derive_seed
+
+if TYPE_CHECKING:
+    from ssl_bench.recipe.schema import Recipe
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: "Recipe") -> int:
     """Pretrains and evaluates; returns the exit code."""
-    from ssl_bench.training import build  # here, because --help must not wait for torch
+    from ssl_bench.runtime.seeds import ONLINE, derive_seed  # here, because --help must not wait for torch
+    from ssl_bench.training import build
     from ssl_bench.training.loop import Hook
 
     with build.session(recipe) as session:

@@ -20,7 +20,7 @@ from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.seeds import ANALYSIS, derive_seed
 
 if TYPE_CHECKING:
-    from ssl_bench.training.session import Processes
+    from ssl_bench.training.processes import Processes
 
 ANALYSIS_FILE = "analysis.json"
 

@@ -1,6 +1,7 @@
 """``ssl-bench ...``: thin commands, each importing what it needs only when it runs."""
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,18 +24,54 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @app.command(context_settings=_VERBATIM)
 def pretrain(context: typer.Context) -> None:
-    """Pretrain a backbone, then evaluate it."""
+    """Pretrain a backbone, then evaluate it; --processes N|auto runs it on several processes of this machine."""
     from ssl_bench.pretrain import main
 
-    raise typer.Exit(main(context.args))
+    raise typer.Exit(_track("pretrain", main, context.args))
 
 
 @app.command(context_settings=_VERBATIM)
 def classify(context: typer.Context) -> None:
-    """Train a classifier, supervised."""
+    """Train a classifier, supervised; --processes N|auto runs it on several processes of this machine."""
     from ssl_bench.classify import main
 
-    raise typer.Exit(main(context.args))
+    raise typer.Exit(_track("classify", main, context.args))
+
+
+def _track(track: str, main: Callable[[list[str]], int], words: Sequence[str]) -> int:
+    """Runs a track's command in this process, or in as many as ``--processes`` says."""
+    from ssl_bench.recipe.command import guarded
+
+    def several() -> int:
+        own, count = _processes(words)
+        if count == 1 or {"--help", "-h"} & set(own):
+            return main(own)
+        from ssl_bench.recipe.compose import compose
+        from ssl_bench.runtime.launcher import launch
+
+        compose(track, [word for word in own if word != "--debug"])  # one line, and nothing started, if it is wrong
+        return launch([sys.executable, "-m", f"ssl_bench.{track}", *own], count)
+
+    return guarded(several, debug="--debug" in words)
+
+
+def _processes(words: Sequence[str]) -> tuple[list[str], int]:
+    """The words without ``--processes N|auto``, and its number: auto is one for each GPU that can be seen."""
+    rest, given = [], "1"
+    remaining = iter(words)
+    for word in remaining:
+        name, sign, value = word.partition("=")
+        if name == "--processes":
+            given = value if sign else next(remaining, "")
+        else:
+            rest.append(word)
+    if given == "auto" and "device=cpu" not in rest:
+        import torch
+
+        return rest, max(1, torch.cuda.device_count())
+    if given != "auto" and not (given.isdecimal() and int(given) > 0):
+        raise ValueError(f"--processes must be auto or a number of at least 1, got {given!r}")
+    return rest, 1 if given == "auto" else int(given)
 
 
 @app.command()

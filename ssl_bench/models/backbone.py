@@ -2,16 +2,15 @@
 
 import copy
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import nn
@@ -275,37 +274,46 @@ for _name in CIFAR_RESNETS:
     _register_cifar_resnet(_name, "cifar_pad2", 2)
 
 
-def save_backbone(backbone: nn.Module, path: str | Path) -> None:
-    """Saves a backbone's weights as safetensors, in one rename.
+def backbone_bytes(backbone: nn.Module) -> bytes:
+    """A backbone's weights as the bytes of a safetensors file, backbone.safetensors in a run's folder.
 
     `timm.create_model(name, num_classes=0, checkpoint_path=path)` loads the file; after
     `import ssl_bench.models.backbone` the name of a ResNet with the CIFAR stem is resnet18_cifar and so on.
-    The header holds name, stem and in_chans as JSON.
+    The header holds name, stem and in_chans as JSON. Tied weights are written once for each name.
 
     Args:
         backbone: made by `create_backbone` or `load_backbone`; batch norms may have become synchronised ones.
+
+    Raises:
+        ValueError: a module that those functions did not make.
+    """
+    spec = getattr(backbone, _SPEC, None)
+    if spec is None:
+        raise ValueError(f"backbone must be made by create_backbone to be saved, got {type(backbone).__name__}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    places = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    # safetensors refuses tensors that share memory, as tied weights do, and parts of a larger one.
+    tensors = {
+        name: tensor.clone() if places.count(place) > 1 else tensor
+        for (name, tensor), place in zip(tensors.items(), places, strict=True)
+    }
+    return save(tensors, metadata={_SPEC: json.dumps(spec)})
+
+
+def save_backbone(backbone: nn.Module, path: str | Path) -> None:
+    """Saves `backbone_bytes` (a run writes its own atomically, by `ssl_bench.records.storage`).
+
+    Args:
+        backbone: see there.
         path: must end with .safetensors, by which timm recognises the format.
 
     Raises:
-        ValueError: another path, or a module that those functions did not make.
+        ValueError: another path, or as `backbone_bytes`.
     """
-    path, spec = Path(path), getattr(backbone, _SPEC, None)
+    path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"backbone: the path must end with .safetensors, got {path}")
-    if spec is None:
-        raise ValueError(f"backbone must be made by create_backbone to be saved, got {type(backbone).__name__}")
-    # Cloned, because safetensors refuses tensors that share memory, as tied weights do (CoaT's).
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in backbone.state_dict().items()
-    }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={_SPEC: json.dumps(spec)})
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    path.write_bytes(backbone_bytes(backbone))
 
 
 def load_backbone(path: str | Path, factory: Factory | None = None) -> tuple[nn.Module, int]:
@@ -325,9 +333,12 @@ def load_backbone(path: str | Path, factory: Factory | None = None) -> tuple[nn.
             header = file.metadata() or {}
         if _SPEC not in header:
             raise ValueError(f"backbone {path}: the header must hold {_SPEC}, got {', '.join(header) or 'nothing'}")
-        model, feature_dim = create_backbone(**json.loads(header[_SPEC]), factory=factory)
+        spec = json.loads(header[_SPEC])
+        if not isinstance(spec, dict) or set(spec) - {"name", "stem", "in_chans"}:
+            raise ValueError(f"backbone {path}: {_SPEC} must give name, stem and in_chans, got {header[_SPEC][:200]}")
+        model, feature_dim = create_backbone(**spec, factory=factory)
         model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"backbone {path}: damaged, or not its header's model ({' '.join(str(error).split())})"
         ) from error

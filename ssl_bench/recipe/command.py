@@ -4,14 +4,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from ssl_bench.recipe.schema import Recipe
+from ssl_bench.runtime import peers
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt, Stopped, leave_note
 
-USAGE_ERROR = 2
+if TYPE_CHECKING:  # nothing heavy here: a Ctrl-C in the first second should meet `guarded`
+    from ssl_bench.recipe.schema import Recipe
+
+USAGE_ERROR, BUG = 2, 1
+
+# In the text of a collective call's error (gloo's, NCCL's) when the process at the other end has died.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
-def run_command(track: str, run: Callable[[Recipe], int], argv: Sequence[str]) -> int:
+def run_command(track: str, run: "Callable[[Recipe], int]", argv: Sequence[str]) -> int:
     """Composes the recipe that a command line means, and runs it.
 
     Args:
@@ -25,6 +33,7 @@ def run_command(track: str, run: Callable[[Recipe], int], argv: Sequence[str]) -
     overrides = [argument for argument in argv if argument not in ("--debug", "--help", "-h")]
 
     def command() -> int:
+        _forget_script_folder()
         from ssl_bench.recipe.compose import compose
 
         recipe = compose(track, overrides)
@@ -33,9 +42,28 @@ def run_command(track: str, run: Callable[[Recipe], int], argv: Sequence[str]) -
 
             print_help(recipe)
             return 0
-        return run(recipe)
+        # Until the run's session has handlers of its own (and the file to lock), while torch is imported.
+        with Interrupt(at_once=True):
+            try:
+                peers.follow_parent()
+                peers.adopt()
+                return run(recipe)
+            except Stopped:
+                if peers.rank() == 0:
+                    leave_note(Path(recipe.folder()))
+                raise
 
     return guarded(command, debug="--debug" in argv)
+
+
+def _forget_script_folder() -> None:
+    """Takes ssl_bench/ itself off the import path, where ``accelerate launch ssl_bench/pretrain.py`` puts it.
+
+    A user's plug-in file views.py or data.py would otherwise be hidden by the suite's folder of that name.
+    """
+    package = Path(__file__).resolve().parents[1]
+    if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == package:
+        del sys.path[0]
 
 
 def leave(code: int) -> NoReturn:
@@ -56,17 +84,43 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     """Calls a command and prints a user's error as one line on standard error.
 
     A ValueError or OSError is a user's error: wrong settings or files. Any other exception is a bug and keeps its
-    traceback.
+    traceback. Of several processes each prints its line with its rank, equal lines are printed once, and a process that
+    fails ends the others (see `ssl_bench.runtime.peers`).
     """
     try:
         return command()
     except (ValueError, OSError) as error:
+        code, text = USAGE_ERROR, " ".join(str(error).split()) or type(error).__name__
         if debug:
             traceback.print_exc()
-        # Every process sees the same error; one reports it.
-        elif int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return USAGE_ERROR
+        else:
+            _say_once(text)
+    except Stopped:
+        code = REQUEUE_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    except peers.PeerError as error:
+        return error.code
+    except Exception as error:
+        if peers.world_size() == 1:
+            raise
+        # Where another process has failed, the collective call that it did not join fails here.
+        if (earlier := peers.told()) is not None:
+            return earlier
+        code = BUG
+        if any(words in str(error) for words in _LOST) and not debug:
+            _say_once("the connection to another process is lost; was it killed?")
+        elif peers.first_to_say(repr(error)):
+            traceback.print_exc()
+    if peers.world_size() > 1:
+        peers.tell(code)
+    return code
+
+
+def _say_once(text: str) -> None:
+    """Prints an error's line; of several processes' equal lines only one, with the rank."""
+    if peers.world_size() == 1:
+        print(f"error: {text}", file=sys.stderr)
+    elif peers.first_to_say(text):
+        print(f"error: rank {peers.rank()}: {text}", file=sys.stderr)

@@ -81,7 +81,7 @@ class Checkpoints:
         target = self._path(step)
         if step in self._current:
             return target
-        _check(state, "state")
+        check_state(state, "state")
         head = jsonable({"format": FORMAT, "step": step, **meta})
         text = (json.dumps(head, indent=2, allow_nan=False) + "\n").encode()
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{target.name}"
@@ -109,11 +109,16 @@ class Checkpoints:
         self._prune(step)
         return target
 
-    def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """The newest undamaged checkpoint, or None where there is none at all.
+    def load_latest(
+        self, unfit: Callable[[dict[str, Any]], str] = lambda _meta: ""
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The newest undamaged checkpoint that fits, or None where there is none at all.
 
-        A damaged one is skipped with a warning that names it and the reason. Nothing is unpickled blindly: files are
-        compared with their checksums first, and then only tensors and primitives are accepted.
+        One that is damaged or unfit is skipped with a warning that names it and the reason. Nothing is unpickled
+        blindly: files are compared with their checksums first, and then only tensors and primitives are accepted.
+
+        Args:
+            unfit: meta -> why the run cannot go on from there, or "".
 
         Returns:
             (step, state with all tensors on the CPU, meta).
@@ -130,9 +135,12 @@ class Checkpoints:
                 reasons.append(str(error))
                 self._warn(f"checkpoint skipped: {error}")
             else:
+                if reason := unfit(meta):
+                    self._warn(f"checkpoint skipped: {self._path(step)}: {reason}")
+                    continue
                 self._current.add(step)
                 return step, state, meta
-        if reasons:
+        if reasons and len(reasons) == len(self.steps()):
             raise CheckpointError(f"checkpoints {self.folder}: every one is damaged: {'; '.join(reasons)}")
         return None
 
@@ -226,8 +234,12 @@ def _verify(folder: Path) -> None:
         raise _DamagedError(f"{folder}: {one_line(error)}") from error
 
 
-def _check(value: Any, where: str) -> None:
-    """Refuses, before anything is written, what could be pickled but not be read back safely."""
+def check_state(value: Any, where: str = "state") -> None:
+    """Refuses, before anything is written, what could be pickled but not be read back safely.
+
+    Raises:
+        ValueError: names where it is.
+    """
     if type(value) in (torch.Tensor, torch.nn.Parameter) or type(value) in _PRIMITIVES:
         return
     if type(value) not in _CONTAINERS:
@@ -239,7 +251,7 @@ def _check(value: Any, where: str) -> None:
         for key, item in value.items():
             if type(key) not in (str, int):
                 raise ValueError(f"checkpoint: keys of {where} must be strings or integers, got {key!r}")
-            _check(item, f"{where}.{key}")
+            check_state(item, f"{where}.{key}")
     else:
         for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]")
+            check_state(item, f"{where}[{index}]")

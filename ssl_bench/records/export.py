@@ -87,7 +87,8 @@ def _write(record: RunRecord, texts: dict[str, str], folder: Path) -> None:
 def _without_paths(text: str, *, lines: bool) -> str:
     """The text of a JSON file, or of one of JSON lines, with the paths in its strings cut."""
     if lines:
-        return "".join(json.dumps(_cut(json.loads(line))) + "\n" for line in text.splitlines())
+        whole = text[: text.rfind("\n") + 1]  # without a last line that a killed writer cut short
+        return "".join(json.dumps(_cut(json.loads(line))) + "\n" for line in whole.splitlines())
     value = json.loads(text)
     data = value.get("recipe", {}).get("data", {})
     # A data set that is what lies at its path is told apart by it, so a hash of the whole path is kept.

@@ -189,9 +189,21 @@ def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
     Raises:
         RecordError: a line before the last is damaged.
     """
+    rows, damage = sound_rows(folder)
+    if damage:
+        raise RecordError(damage)
+    return rows
+
+
+def sound_rows(folder: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], str]:
+    """The lines of metrics.jsonl up to the first damaged one, and what is wrong with that one.
+
+    Returns:
+        the lines with their contents; and "" where all are sound, but for a last one that was cut short.
+    """
     path = folder / METRICS
     if not path.exists():
-        return []
+        return [], ""
     lines = path.read_bytes().splitlines(keepends=True)
     rows = []
     # Only the last line may be cut short, by a writer that was killed; damage before it is not a crash's.
@@ -200,8 +212,8 @@ def metric_rows(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if row is not None:
             rows.append((line, row))
         elif number < len(lines):
-            raise RecordError(f"{path}: damaged: line {number} of {len(lines)} is not a row with a step")
-    return rows
+            return rows, f"{path}: damaged: line {number} of {len(lines)} is not a row with a step"
+    return rows, ""
 
 
 def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:

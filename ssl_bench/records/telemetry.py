@@ -1,6 +1,7 @@
 """The layer statistics of a run: small parquet parts while it runs, one parquet file when it has finished."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ssl_bench.records.storage import atomic_file, naming, one_line, sync
+from ssl_bench.runtime.console import say
 
 _FILE, _FOLDER = "telemetry.parquet", "telemetry"
+DAMAGED = ".damaged"  # at the end of the name of a file that was set aside
+WRITE_EVERY = 5.0  # seconds; while blocks come faster, several share a part
 _ROWS_PER_GROUP = 1 << 17  # fixed, so that the finished file depends on the rows alone
 
 
 class TelemetryStore:
     """Appends blocks of telemetry to a run directory; a block's steps come after those of the block before.
+
+    Blocks are kept in memory for up to `WRITE_EVERY` seconds, and then written as one part. What a killed run loses
+    thereby lies after its last checkpoint, and is recorded again when it goes on from there.
 
     Parts are named after their first step, so the order of their names is the order of their rows. Once
     ``telemetry.parquet`` exists it holds everything, and parts beside it are leftovers of a crash.
@@ -29,11 +36,13 @@ class TelemetryStore:
     def __init__(self, run_dir: Path) -> None:
         self._folder, self._whole = run_dir / _FOLDER, run_dir / _FILE
         self._unsynced: list[Path] = []
+        self._blocks: list[pa.Table] = []  # not written yet
+        self._written = time.monotonic()
         self._last_step = -1
         self._schema: pa.Schema | None = None
 
     def append(self, columns: Mapping[str, Any]) -> None:
-        """Writes one block as one part.
+        """Takes one block, and writes it and those before if the last part is older than `WRITE_EVERY`.
 
         Args:
             columns: 1-d columns of equal length by name: tensors on the CPU, arrays or lists; "step" (the number of
@@ -60,30 +69,50 @@ class TelemetryStore:
             raise ValueError(f"telemetry: the first step must be > {self._last_step}, the last recorded, got {first}")
         if self._schema is not None and table.schema != self._schema:
             raise ValueError(f"telemetry: columns must be {_line(self._schema)}, got {_line(table.schema)}")
+        self._blocks.append(table)
+        self._schema, self._last_step = table.schema, table["step"][-1].as_py()
+        if time.monotonic() - self._written > WRITE_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the blocks that are still in memory as one part."""
+        if not self._blocks:
+            return
+        table = pa.concat_tables(self._blocks).unify_dictionaries().combine_chunks()
         with naming(f"{self._folder}: making the folder"):
             self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"part-{first:08d}.parquet"
+        path = self._folder / f"part-{table['step'][0].as_py():08d}.parquet"
         _write(table, path, synced=False)  # waits for no disk: rows after the last checkpoint are dropped anyway
         self._unsynced.append(path)
-        self._schema, self._last_step = table.schema, table["step"][-1].as_py()
+        self._blocks, self._written = [], time.monotonic()
 
     def sync(self) -> None:
-        """Makes the parts written so far survive a power failure; called before a checkpoint, which relies on them."""
+        """Writes what there is and makes it survive a power failure; called before a checkpoint, which relies on it."""
+        self.write()
         if self._unsynced:
             for path in (*self._unsynced, self._folder, self._folder.parent):
                 sync(path)
             self._unsynced.clear()
 
     def truncate_to(self, step: int) -> None:
-        """Drops every row after a step."""
+        """Drops every row after a step: unread, where a part's name says that all of it comes later.
+
+        After a power failure such parts may hold anything, as nobody waited for the disk. A part from before that
+        cannot be read is set aside (`DAMAGED`), with a line.
+        """
         if self._whole.exists():  # killed after the parts were joined but before the results: it becomes a part again
             for path in self._parts():
                 path.unlink()
             self._folder.mkdir(exist_ok=True)
             os.replace(self._whole, self._folder / "part-00000000.parquet")
-        self._schema, self._last_step = None, -1
+        self._blocks, self._schema, self._last_step = [], None, -1
         for path in reversed(self._parts()):
-            before = pq.read_table(path)
+            if _first_step(path) > step:
+                path.unlink()
+                continue
+            before = _read_or_set_aside(path)
+            if before is None:
+                continue
             table = before.filter(pc.less_equal(before["step"], step))
             if table.num_rows == 0:
                 path.unlink()
@@ -98,9 +127,13 @@ class TelemetryStore:
     def consolidate(self) -> None:
         """Joins the parts into ``telemetry.parquet`` and deletes them.
 
-        The file is the same, bit for bit, however the rows were spread over the parts.
+        The file is the same, bit for bit, however the rows were spread over the parts. A part that cannot be read is
+        set aside, with a line.
         """
+        self.write()
         parts = self._parts()
+        if not self._whole.exists():
+            parts = [path for path in parts if _read_or_set_aside(path) is not None]
         if parts and not self._whole.exists():
             table = read_telemetry(self._folder.parent)
             schema = table.schema
@@ -115,11 +148,30 @@ class TelemetryStore:
         for path in parts:
             path.unlink()
         self._unsynced.clear()
-        if self._folder.is_dir():
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
     def _parts(self) -> list[Path]:
         return sorted(self._folder.glob("part-*.parquet"))
+
+
+def _first_step(path: Path) -> int:
+    """The first step of a part, by its name."""
+    digits = path.stem.removeprefix("part-")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _read_or_set_aside(path: Path) -> pa.Table | None:
+    """A part's rows; None where it cannot be read, which is said, and the file renamed."""
+    try:
+        table = pq.read_table(path)
+        if "step" not in table.column_names or table.num_rows == 0:
+            raise ValueError("no rows with a step")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        say(f"telemetry: {path} is damaged, and set aside as {path.name}{DAMAGED}: {one_line(error)}")
+        os.replace(path, path.with_name(path.name + DAMAGED))
+        return None
+    return table
 
 
 def read_telemetry(run_dir: str | Path) -> pa.Table:

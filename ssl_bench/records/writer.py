@@ -5,6 +5,7 @@
     metrics.jsonl       one line for each logging interval, by ascending step
     telemetry.parquet   layer statistics (``telemetry/part-*.parquet`` while the run goes on)
     results.json        the end: status and evaluations
+    requeue             while a run that a signal stopped waits to be started again
     checkpoints/        see ``ssl_bench.records.checkpoint``
 
 A ``step`` is the number of steps completed, in checkpoints, metrics and telemetry alike. NaN and infinity are the
@@ -28,12 +29,14 @@ from ssl_bench.records.reader import (
     SESSIONS,
     Ending,
     RecordError,
-    metric_rows,
     read_head,
     read_results,
+    sound_rows,
 )
-from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming, remove_temporaries, sync
+from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming, one_line, remove_temporaries, sync
 from ssl_bench.records.telemetry import TelemetryStore
+from ssl_bench.runtime.console import say
+from ssl_bench.runtime.interrupt import REQUEUE_NOTE
 
 Resume = Literal["never", "auto"]
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
@@ -61,7 +64,7 @@ class Run:
         self._lock = lock
         self._telemetry = TelemetryStore(folder)
         self._metrics: int | None = None  # file descriptor, opened with the first row
-        self._last_step = -1
+        self._last_step, self._rows = -1, 0
         self._positioned = not self.resumed
 
     @classmethod
@@ -98,7 +101,8 @@ class Run:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         with naming(f"run_dir {folder}: making the directory"):
             folder.mkdir(parents=True, exist_ok=True)
-            names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            visible = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+            names = sorted(name for name in visible if name != REQUEUE_NOTE)
         if names and RUN not in names:  # before anything is written: somebody's own files must stay as they are
             raise RecordError(
                 f"run_dir {folder} must be a run's directory, empty or new, got {names[0]!r} and no {RUN} in it"
@@ -117,6 +121,7 @@ class Run:
                     reason = "; ".join(differences(head["recipe"], recipe)) if differences else ""
                     reason = reason or f"identity: the run has {head['identity']}, asked for {identity}"
                     raise RecordError(f"run_dir {folder}: it holds a run of another recipe: {reason}")
+            (folder / REQUEUE_NOTE).unlink(missing_ok=True)
             return cls(folder, recipe, identity, lock, made=made)
         except BaseException:
             lock.release()
@@ -135,33 +140,48 @@ class Run:
             head = {"format": FORMAT, "identity": self._identity, "recipe": self._recipe}
             atomic_json(self.folder / RUN, {**head, **provenance})
         session = {key: provenance[key] for key in ("started", "world_size", "code", "hardware") if key in provenance}
+        _cut_short_line(self.folder / SESSIONS)
         descriptor = self._open(SESSIONS)
         try:
             self._append(descriptor, SESSIONS, {"step": step, **session})
         finally:
             os.close(descriptor)
 
+    def rows_until(self, step: int) -> dict[str, int]:
+        """How many rows the metrics have up to a step, and the last one's step: what a checkpoint should remember.
+
+        A damaged line ends the count: nothing after it can be relied on.
+        """
+        steps = [row["step"] for _, row in sound_rows(self.folder)[0] if row["step"] <= step]
+        return {"metrics_rows": len(steps), "metrics_step": steps[-1] if steps else -1}
+
+    @property
+    def position(self) -> dict[str, int]:
+        """`rows_until` now, by this writer's own count."""
+        return {"metrics_rows": self._rows, "metrics_step": self._last_step}
+
     def truncate_to(self, step: int | None) -> None:
         """Drops what was recorded after a checkpoint, so that continuing leaves no gap and no double line.
 
-        A resumed run must call it once before it logs.
+        A resumed run must call it once before it logs. What is damaged before there is dropped too, or set aside, with
+        a line: `rows_until` tells beforehand whether the metrics reach as far as a checkpoint knows.
 
         Args:
             step: the steps that the checkpoint has completed; None without a checkpoint: everything is dropped.
-
-        Raises:
-            RecordError: the metrics are damaged before their last line.
         """
         if self._lock is None:
             return
         step = -1 if step is None else step
         self._close_metrics()
-        kept = [(line, row) for line, row in metric_rows(self.folder) if row["step"] <= step]
+        rows, damage = sound_rows(self.folder)
+        if damage:
+            say(f"{damage}; the lines from there on are dropped")
+        kept = [(line, row) for line, row in rows if row["step"] <= step]
         if (self.folder / METRICS).exists():
             # The lines' own bytes, so that a resumed run's file is the same as an uninterrupted one's.
             with atomic_file(self.folder / METRICS) as file:
                 file.writelines(line for line, _ in kept)
-        self._last_step = kept[-1][1]["step"] if kept else -1
+        self._last_step, self._rows = kept[-1][1]["step"] if kept else -1, len(kept)
         with naming(f"{self.folder}: dropping telemetry after step {step}"):
             self._telemetry.truncate_to(step)
         self._positioned = True
@@ -184,10 +204,10 @@ class Run:
         if self._metrics is None:
             self._metrics = self._open(METRICS)
         self._append(self._metrics, METRICS, {**row, "step": step})
-        self._last_step = step
+        self._last_step, self._rows = step, self._rows + 1
 
     def log_telemetry(self, columns: Mapping[str, Any]) -> None:
-        """Writes one block of layer statistics as a parquet part (see ``TelemetryStore.append``)."""
+        """Takes one block of layer statistics (see ``TelemetryStore.append``)."""
         if self._may_log():
             self._telemetry.append(columns)
 
@@ -225,14 +245,25 @@ class Run:
         atomic_json(self.folder / RESULTS, {"format": FORMAT, **results, "evaluations": evaluations})
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Ends the run: joins the telemetry's parts, then writes the results, then closes."""
+        """Ends the run: writes the results, then joins the telemetry's parts, then closes.
+
+        In this order, because no trouble with a side record may cost the results. Readers take the parts as well.
+        """
         if self._lock is None:
             return
         self.sync()
-        with naming(f"{self.folder}: joining the telemetry"):
-            self._telemetry.consolidate()
-        self.write_results(results)  # last: once they are there the run has ended, and nothing may be missing
+        self.write_results(results)
+        self.tidy()
         self.close()
+
+    def tidy(self) -> None:
+        """Joins the telemetry's parts of a run that has ended; where that fails, says so and leaves them."""
+        if self._lock is None:
+            return
+        try:
+            self._telemetry.consolidate()
+        except (OSError, ValueError) as error:
+            say(f"{self.folder}: the telemetry stays in parts: {one_line(error)}")
 
     def close(self) -> None:
         """Releases the directory, and removes it if nothing was recorded in it; a second call does nothing."""
@@ -243,6 +274,9 @@ class Run:
                 with suppress(OSError):  # another run is in it by now
                     for folder in self._made[1:]:
                         folder.rmdir()
+            else:
+                with suppress(OSError):  # of use to whoever looks at a run that has failed, and no more
+                    self._telemetry.write()
             self._lock.release()
 
     def __enter__(self) -> Self:
@@ -273,6 +307,13 @@ class Run:
         if self._metrics is not None:
             os.close(self._metrics)
             self._metrics = None
+
+
+def _cut_short_line(path: Path) -> None:
+    """Takes back a last line that a killed writer or a power failure cut short, onto which the next would be glued."""
+    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with naming(f"{path}: taking back a line that was cut short"):
+            os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def add_evaluations(run_dir: str | Path, evaluations: Iterable[Mapping[str, Any]]) -> None:

@@ -35,6 +35,15 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def all_objects(value: Any) -> list[Any]:
+    """Returns, on every process, what each process passed, by rank. It is pickled: our own objects only."""
+    if world_size() == 1:
+        return [value]
+    found = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def _all_gather(x: Tensor) -> Tensor:
     """(n, ...) of the same shape on every process -> (W * n, ...) in rank order; no gradient."""
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))

@@ -1,4 +1,4 @@
-"""Graceful stops: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save a checkpoint and exit instead of killing it."""
+"""Graceful stops: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask a run to save a checkpoint and exit, not to die."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
@@ -16,22 +17,36 @@ if TYPE_CHECKING:  # a launcher, which only starts runs, needs the signals but n
 # script can requeue on it; ``resume=auto`` continues the run.
 REQUEUE_EXIT_CODE = 75
 
-# SLURM sends SIGUSR1 ahead of a preemption or time limit if asked to by --signal=USR1@60.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# The file in a run's folder that says the same where a launcher swallows the exit code (torchrun makes every code 1).
+REQUEUE_NOTE = "requeue"
+
+# SLURM sends SIGUSR1 ahead of a preemption or time limit if asked to by --signal=USR1@60; a closed terminal, SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+LOOK_EVERY = 1.0  # seconds between looks of several processes for each other's signals
 
 # One Ctrl-C reaches a torchrun worker twice: from the terminal, which signals the whole process group, and from
 # torchrun, which passes it on. Only a Ctrl-C this long after the first counts as a second one.
 _SECOND_CTRL_C_AFTER = 2.0  # seconds
 
 
+class Stopped(BaseException):
+    """A signal asked to stop where nothing has to be finished first; the exit code is ``REQUEUE_EXIT_CODE``."""
+
+
 class Interrupt:
     """A context in which a signal sets a flag that the training loop polls between steps.
 
     The first signal of any kind asks the run to finish its step, save and exit with ``REQUEUE_EXIT_CODE``. Further
-    SIGTERM and SIGUSR1 change nothing. A second Ctrl-C raises KeyboardInterrupt, except inside ``saving``, where it is
+    ones change nothing, but that a second Ctrl-C raises KeyboardInterrupt, except inside ``saving``, where it is
     ignored. Each signal is answered by one line on standard error. The previous handlers are restored on leaving.
+    A SIGHUP that is ignored (nohup) stays ignored.
 
     Python installs signal handlers in the main thread only; in any other thread the context does nothing.
+
+    Args:
+        at_once: raise `Stopped` at the first signal, as there is nothing to save (while data is read, or evaluated
+            from a checkpoint), except inside ``finishing`` and ``saving``.
 
         with Interrupt() as interrupt:
             for step in range(...):
@@ -42,8 +57,9 @@ class Interrupt:
                     return REQUEUE_EXIT_CODE
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
         self.signal_name: str | None = None  # of the first signal, e.g. "SIGTERM"
+        self._at_once = at_once
         self._first_at = 0.0
         self._saving = False
         self._previous: dict[int, signal._HANDLER] = {}
@@ -56,20 +72,17 @@ class Interrupt:
     def agreed(self, device: "torch.device | str | None" = None) -> bool:
         """Whether any process was signalled: the same answer on all of them.
 
-        With several processes this is a collective call that waits for the device, so ask only every so many steps,
-        in the same steps on every process.
+        With several processes this is a collective call that waits for the device: all must call it, and not at every
+        step (see `Agreement`).
 
         Args:
             device: where the process group reduces tensors: the GPU with NCCL, the CPU (default) with gloo.
         """
-        import torch
-        import torch.distributed as dist
+        return bool(_maximum([float(self.requested)], device)[0])
 
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return self.requested
-        flag = torch.tensor(float(self.requested), device=device or "cpu")
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    @property
+    def is_saving(self) -> bool:
+        return self._saving
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -80,10 +93,20 @@ class Interrupt:
         finally:
             self._saving = False
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Inside this block a signal only sets the flag, although ``at_once`` was asked for."""
+        before, self._at_once = self._at_once, False
+        try:
+            yield
+        finally:
+            self._at_once = before
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -96,6 +119,9 @@ class Interrupt:
         name = signal.Signals(number).name
         if self.signal_name is None:
             self.signal_name, self._first_at = name, time.monotonic()
+            if self._at_once and not self._saving:
+                _say(f"{name}: exiting with code {REQUEUE_EXIT_CODE}")
+                raise Stopped
             _say(f"{name}: finishing this step, then saving and exiting with code {REQUEUE_EXIT_CODE}")
         elif self._saving:
             _say(f"{name}: ignored, a checkpoint is being written; the run exits after it")
@@ -103,6 +129,61 @@ class Interrupt:
             raise KeyboardInterrupt
         else:
             _say(f"{name}: ignored, already stopping after {self.signal_name}")
+
+
+class Agreement:
+    """Whether any process was signalled, asked about once in `LOOK_EVERY` seconds, in the same steps on all processes.
+
+    Each look is a collective call. Clocks differ, so the first process says at each look how many steps make the time
+    until the next; a look comes at every step where a step takes longer.
+
+    Args:
+        interrupt: of this process.
+        device: as for `Interrupt.agreed`.
+    """
+
+    def __init__(self, interrupt: Interrupt, device: "torch.device | str") -> None:
+        self._interrupt, self._device = interrupt, device
+        self._seen = self._next = self._every = 0
+        self._at = time.monotonic()
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after so many steps: the same answer on all processes, which all must ask."""
+        if step < self._next:
+            return False
+        now = time.monotonic()
+        pace = (step - self._seen) / max(now - self._at, 1e-6) * LOOK_EVERY
+        # At most twice as many as before: one slow look (an evaluation came between) must not decide for minutes.
+        every = max(1, min(int(pace), 2 * self._every))
+        mine = float(every) if _rank() == 0 else 0.0
+        stop, steps = _maximum([float(self._interrupt.requested), mine], self._device)
+        self._seen, self._every, self._next = step, int(steps), step + int(steps)
+        self._at = time.monotonic()
+        return bool(stop)
+
+
+def leave_note(folder: Path) -> None:
+    """Leaves the file `REQUEUE_NOTE` in a run's folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REQUEUE_NOTE).write_text(f"{REQUEUE_EXIT_CODE}: start the run again with resume=auto to continue it\n")
+
+
+def _rank() -> int:
+    from ssl_bench.runtime.distributed import rank
+
+    return rank()
+
+
+def _maximum(values: list[float], device: "torch.device | str | None") -> list[float]:
+    """The largest of each value over all processes."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, device=device or "cpu")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def _say(message: str) -> None:

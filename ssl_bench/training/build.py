@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,55 +40,19 @@ from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.distributed import synchronize_batch_norm
-from ssl_bench.runtime.suggestion import nearest
 from ssl_bench.training.evaluation import Evaluation
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.plan import Plan, Rhythm
-from ssl_bench.training.session import Processes, Session
+from ssl_bench.training.processes import Processes, contents, processes
+from ssl_bench.training.session import Session
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLUR_REFERENCE = 224  # pixels; the side of the images for which Barlow Twins' sigma of 0.1 to 2.0 is meant
 
-# ------------------------------------------------------------------------------------------- processes and session
-
-
-def processes(recipe: Recipe) -> Processes:
-    """The processes and the device that a recipe asks for.
-
-    Raises:
-        ValueError: in one line; the recipe does not fit this machine.
-    """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be auto or cpu, got cuda: torch sees no GPU here")
-    on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
-    if recipe.precision == "fp16" and on_cpu:
-        raise ValueError("precision must be fp32 or bf16 on the CPU, got fp16, which needs a GPU")
-    if recipe.tracker:
-        _check_tracker(recipe.tracker)
-    # Accelerate keeps the first recipe's precision for the life of the process; the next one may have another.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-        log_with=recipe.tracker,
-        project_dir=recipe.folder(),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    return Processes(accelerator)
-
-
-def _check_tracker(name: str) -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker.value) for tracker in get_available_trackers()]
-    if name not in known:
-        raise ValueError(f"unknown tracker {name!r}{nearest(name, known)} (known: {', '.join(known)})")
-    if name not in installed:
-        here = ", ".join(installed) or "none"
-        raise ValueError(f"tracker must be installed, got {name!r}: pip install {name} (installed here: {here})")
+# --------------------------------------------------------------------------------------------------------- session
 
 
 def session(recipe: Recipe) -> Session:
@@ -118,6 +80,7 @@ def session(recipe: Recipe) -> Session:
         recipe=recipe.to_dict(),
         identity=recipe.identity(),
         title=recipe.name(),
+        precision=recipe.precision,
         resume=recipe.resume,
         differences=differences,
         keep=recipe.checkpoint.keep,
@@ -157,7 +120,9 @@ def dataset(recipe: Recipe, where: Processes) -> Dataset:
         cache_dir=options.cache_dir,
     )
     check_images(recipe, loaded.train.image_shape[-1])
-    return (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
+    data = (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
+    where.compare(contents(data) if where.world_size > 1 else {})
+    return data
 
 
 def _stats(recipe: Recipe, data: Dataset) -> dict[str, Any]:

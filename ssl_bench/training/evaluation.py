@@ -14,7 +14,8 @@ from ssl_bench.eval import Evaluator, evaluate
 from ssl_bench.eval.features import Precision, extract_features
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.runtime.console import Ticker
-from ssl_bench.training.session import Processes
+from ssl_bench.training.out_of_memory import evaluating
+from ssl_bench.training.processes import Processes
 
 Results = list[dict[str, Any]]
 
@@ -65,16 +66,17 @@ class Evaluation:
         if self.own_statistics:
             share_statistics(classifier)
         was_training = classifier.training
-        logits = extract_features(
-            _Logits(classifier),
-            self.dataset.test,
-            self.transform,
-            batch_size=self.batch_size,
-            device=self.processes.device,
-            precision=self.precision,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-        )
+        with evaluating(self.batch_size):
+            logits = extract_features(
+                _Logits(classifier),
+                self.dataset.test,
+                self.transform,
+                batch_size=self.batch_size,
+                device=self.processes.device,
+                precision=self.precision,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+            )
         classifier.train(was_training)
         labels = self.dataset.test.labels
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -107,20 +109,21 @@ class Evaluation:
     ) -> Results:
         if self.own_statistics:
             share_statistics(backbone)
-        return evaluate(  # type: ignore[return-value]
-            backbone,
-            self.dataset,
-            evaluators,
-            self.transform,
-            seed=seed,
-            device=self.processes.device,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            augment=self.augment,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            on_progress=on_progress,
-        )
+        with evaluating(self.batch_size):
+            return evaluate(  # type: ignore[return-value]
+                backbone,
+                self.dataset,
+                evaluators,
+                self.transform,
+                seed=seed,
+                device=self.processes.device,
+                precision=self.precision,
+                batch_size=self.batch_size,
+                augment=self.augment,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+                on_progress=on_progress,
+            )
 
 
 def share_statistics(model: nn.Module) -> None:

@@ -6,40 +6,28 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ssl_bench.models.backbone import save_backbone
+from ssl_bench.models.backbone import backbone_bytes
 from ssl_bench.records.checkpoint import Checkpoints
 from ssl_bench.records.snapshots import Snapshots
-from ssl_bench.records.storage import remove_atomically
+from ssl_bench.records.storage import atomic_file, one_line, remove_atomically
 from ssl_bench.records.writer import Resume, Run
-from ssl_bench.runtime.console import Progress, say
+from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
-from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, Stopped, leave_note
+from ssl_bench.runtime.peers import Watch
+from ssl_bench.training import out_of_memory
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Outcome, Scalars, Trainer
+from ssl_bench.training.processes import Processes
+from ssl_bench.training.rehearsal import every_parameter_used, rehearse_saving
 
-# With several processes, agreeing on a signal is a collective call that waits for the device: once in so many steps.
-AGREE_EVERY = 10
+BACKBONE = "backbone.safetensors"
 
 # Standard errors of a guesser's accuracy: a result no more than this above chance is no sign of learning.
 CHANCE_MARGIN = 3.0
-
-
-class Processes:
-    """The processes of a run and the device of this one."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.device: torch.device = accelerator.device
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.main = accelerator.is_main_process
-
-    def say(self, message: str) -> None:
-        """Prints a line for the user, once and not per process."""
-        if self.main:
-            say(message)
 
 
 class Session:
@@ -51,6 +39,7 @@ class Session:
         recipe: the resolved recipe as nested plain values, for the record.
         identity: the hash of what in the recipe can change the result.
         title: what the progress bar shows.
+        precision: of the forward pass, for the first line.
         resume: "auto" continues the run in the directory from its last checkpoint; "never" refuses one that has a run.
         differences: lists what tells two recipes apart, for the error of a directory that holds another run.
         keep: how many checkpoints stay on disk.
@@ -69,20 +58,25 @@ class Session:
         recipe: Mapping[str, Any],
         identity: str,
         title: str,
+        precision: str,
         resume: Resume,
         differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
         keep: int,
         keep_last: bool,
         tracker: Mapping[str, Any] | None,
     ) -> None:
-        self.processes, self.folder, self.title = processes, Path(folder), title
+        self.processes, self.folder, self.title, self.precision = processes, Path(folder), title, precision
         self._recipe, self._identity, self._resume, self._differences = recipe, identity, resume, differences
         self._keep_last, self._tracker = keep_last, tracker
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, warn=processes.say)
-        self._interrupt = Interrupt()
+        self._interrupt = Interrupt(at_once=True)
+        self._agreement = Agreement(self._interrupt, processes.device)
+        self._watch = Watch(lambda: self._interrupt.is_saving)
         self._progress: Progress | None = None
+        self.results: dict[str, Any] | None = None  # what the run in this directory ended with; None if it has not
 
     def __enter__(self) -> Self:
+        self._watch.__enter__()
         self._run = Run.open(
             self.folder,
             self._recipe,
@@ -91,23 +85,37 @@ class Session:
             main_process=self.processes.main,
             differences=self._differences,
         )
+        self.processes.say(f"{self.title}: {self.processes.describe(self.precision)}")
+        # As the main process sees it: another one's view of a network disk may be older.
+        self.results = broadcast_object(self._sound_results() if self.processes.main else None)
         self._interrupt.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._interrupt.__exit__(*error)
+        if error[0] is not None and issubclass(error[0], Stopped) and self.processes.main:
+            leave_note(self.folder)
         if self.processes.accelerator.trackers:
             self.processes.accelerator.end_training()
         self._run.close()
+        self._watch.__exit__(*error)
+        self._interrupt.__exit__(*error)
 
-    @property
-    def results(self) -> dict[str, Any] | None:
-        """What the run in this directory ended with; None if it has not ended."""
+    def _sound_results(self) -> dict[str, Any] | None:
+        """The results on disk; None, with a line, where the backbone beside them is no whole file."""
+        path = self.folder / BACKBONE
+        if self._run.results is not None and path.exists():  # an exported record has none on purpose
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                self.processes.say(f"{path}: damaged ({one_line(error)}): the run counts as not ended")
+                return None
         return self._run.results
 
     def already_ended(self) -> int:
         """Says that there is nothing left to do; returns the exit code."""
         assert self.results is not None
+        self._run.tidy()
         self.processes.say(f"{self.folder} has ended already: {self.results['status']}")
         return 0
 
@@ -117,47 +125,87 @@ class Session:
         Args:
             trainer: whose ``io`` is this session.
             provenance: for run.json; see `ssl_bench.records.provenance`.
+
+        Raises:
+            ValueError: one line; the model cannot be saved, a step does not fit into the memory, or a parameter gets
+                no gradient where there are several processes.
         """
+        if self.processes.main:
+            rehearse_saving(trainer.module.backbone, trainer.state_dict())  # type: ignore[arg-type]
         step = self._restore(trainer)
         self._run.write_provenance(provenance, step=step)
         if self._tracker is not None:
             # Trackers' tables of hyper-parameters hold numbers and text only.
             config = {key: v if isinstance(v, int | float | str) else str(v) for key, v in self._tracker.items()}
             self.processes.accelerator.init_trackers("ssl_bench", config=config)
-        progress = Progress(trainer.rhythm.total, self.title, enabled=self.processes.main)
-        with progress as self._progress, _one_host_thread(self.processes.device):
-            outcome = trainer.run()
-        if isinstance(trainer.gradient, GraphedGradient):
-            trainer.gradient.release()  # the evaluations need the recording's memory
-        if outcome.status == "finished":
-            trainer.checkpoint()  # so that a run killed during its evaluation does not train again
+        graphed = trainer.gradient
+        if self.processes.world_size > 1:
+            trainer.gradient = every_parameter_used(trainer.gradient, trainer.module)
+        # Elsewhere a signal ends the process at once: there is nothing to save, or a checkpoint has it all.
+        with self._interrupt.finishing():
+            outcome = self._steps(trainer)
+            if isinstance(graphed, GraphedGradient):
+                graphed.release()  # the evaluations need the recording's memory
+            if outcome.status == "finished":
+                trainer.checkpoint()  # so that a run killed during its evaluation does not train again
+                if self._interrupt.agreed(self.processes.device):
+                    return Outcome("interrupted", outcome.step)
         return outcome
+
+    def _steps(self, trainer: Trainer) -> Outcome:
+        progress = Progress(trainer.rhythm.total, self.title, enabled=self.processes.main)
+        try:
+            with progress as self._progress, _one_host_thread(self.processes.device):
+                return trainer.run()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
+            reason = error.with_traceback(None)  # which would hold the step's tensors
+        raise ValueError(out_of_memory.advice(reason, trainer)) from None
 
     def _restore(self, trainer: Trainer) -> int:
         """Loads the last good checkpoint, if any, and drops what was recorded after it; returns its step."""
         # Only the main process looks: on a flaky disk each process might find another one good.
         look = self._resume == "auto" and self.processes.main
-        latest = self._checkpoints.load_latest() if look else None
+        latest = self._checkpoints.load_latest(self._lacks_metrics) if look else None
         step = broadcast_object(None if latest is None else latest[0])
         if step is None:
             self._run.truncate_to(None)
             return 0
-        trainer.load_state_dict(latest[1] if latest is not None else self._checkpoints.load(step)[0])
+        state = latest[1] if latest is not None else self._checkpoints.load(step)[0]
+        try:
+            trainer.load_state_dict(state)
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            where = f"{self._checkpoints.folder}/step-{step:08d}"
+            raise ValueError(f"checkpoint {where}: its contents are not this run's: {one_line(error)}") from error
         self._run.truncate_to(step)
         self.processes.say(f"continuing {self.folder} from step {step}")
         return step
 
+    def _lacks_metrics(self, meta: Mapping[str, Any]) -> str:
+        """Why the run cannot go on from a checkpoint: the metrics no longer have all the rows that it knows of."""
+        there = self._run.rows_until(meta["step"])
+        if "metrics_rows" not in meta or all(there[key] == meta[key] for key in there):  # an older version's had none
+            return ""
+        return (
+            f"it knows {meta['metrics_rows']} rows of metrics.jsonl, the last of step {meta['metrics_step']}, and "
+            f"{there['metrics_rows']} are left: the run goes on from where they reach, to leave no gap"
+        )
+
     def interrupted(self, outcome: Outcome) -> int:
         """Says how to continue a run that a signal stopped; returns the exit code that asks for a requeue."""
+        if self.processes.main:
+            leave_note(self.folder)
         self.processes.say(
             f"stopped at step {outcome.step}; start again with resume=auto run_dir={self.folder} to continue"
         )
         return REQUEUE_EXIT_CODE
 
     def save_backbone(self, backbone: nn.Module) -> None:
-        """Writes ``backbone.safetensors``."""
+        """Writes ``backbone.safetensors``, and waits for the disk: the checkpoints are deleted after it."""
         if self.processes.main:
-            save_backbone(backbone, self.folder / "backbone.safetensors")
+            with atomic_file(self.folder / BACKBONE) as file:
+                file.write(backbone_bytes(backbone))
 
     def finish(self, outcome: Outcome, evaluations: list[dict[str, Any]]) -> int:
         """Writes the results, with which the run has ended; returns the exit code.
@@ -171,7 +219,8 @@ class Session:
             results["evaluations"] = evaluations
             if _at_chance(evaluations):
                 results["status"] = "collapsed"
-        self._run.finish(results)
+        with self._interrupt.saving():
+            self._run.finish(results)
         if self.processes.main and not self._keep_last and self._checkpoints.folder.exists():
             remove_atomically(self._checkpoints.folder)
         self.processes.say("\n".join([f"{results['status']}: {self.folder}", *summary(results)]))
@@ -196,7 +245,7 @@ class Session:
         if self.processes.main:
             with self._interrupt.saving():
                 self._run.sync()
-                about = {"identity": self._identity, "world_size": self.processes.world_size}
+                about = {"identity": self._identity, "world_size": self.processes.world_size, **self._run.position}
                 self._checkpoints.save(step, state, about)
         self.processes.accelerator.wait_for_everyone()
 
@@ -208,9 +257,9 @@ class Session:
 
     def should_stop(self, step: int) -> bool:
         """Whether a signal asked to stop: the same answer on every process."""
-        if self.processes.world_size > 1 and step % AGREE_EVERY:
-            return False
-        return self._interrupt.agreed(self.processes.device)
+        if self.processes.world_size == 1:
+            return self._interrupt.requested
+        return self._agreement.reached(step)
 
     def progress(self, step: int, row: Scalars | None) -> None:
         """Shows how far the run has come."""

@@ -69,3 +69,23 @@ class BrokenTwins(BarlowTwins):
 def constant_schedule() -> Any:
     """The constant schedule, but naming it imports this file."""
     return lambda _step: 1.0
+
+
+class TiedNet(TinyNet):
+    """A network of which two names are one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, 32)."""
+        for layer in list(self)[:8]:
+            x = layer(x)
+        return self.second(torch.tanh(self.first(x)))
+
+
+@register_model
+def tiny_tied(**_options: Any) -> nn.Module:
+    """timm.create_model("tiny_tied")."""
+    return TiedNet()

@@ -81,7 +81,7 @@ def test_a_damaged_record_is_named_and_costs_no_other(runs: Path, tmp_path: Path
     shutil.copytree(runs / "study/a", both / "good")
     shutil.copytree(runs / "study/a", both / "bad")
     with open(both / "bad/sessions.jsonl", "a") as file:
-        file.write('{"started": "20')
+        file.write('{"started": "20\n')
     done = export(both, tmp_path / "out")
     assert done.exit_code == 0
     assert f"left out: {both / 'bad/sessions.jsonl'}: damaged" in done.stderr

@@ -16,9 +16,8 @@ def test_metrics_damaged_in_the_middle_are_an_error_that_names_the_line(tmp_path
             run.log({"step": step})
         path = tmp_path / "metrics.jsonl"
         path.write_text(path.read_text().replace('{"step": 2}', '{"st###'))
-        for read in (lambda: read_run(tmp_path), lambda: run.truncate_to(3)):
-            with pytest.raises(RecordError, match=r"metrics\.jsonl: damaged: line 2 of 3"):
-                read()
+        with pytest.raises(RecordError, match=r"metrics\.jsonl: damaged: line 2 of 3"):
+            read_run(tmp_path)
 
 
 def test_the_status_of_every_kind_of_run(tmp_path: Path) -> None:

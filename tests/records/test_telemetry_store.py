@@ -12,6 +12,11 @@ from made_run import LAYERS, block, open_run
 from ssl_bench.records.telemetry import read_telemetry
 
 
+@pytest.fixture(autouse=True)
+def _every_block_is_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_bench.records.telemetry.WRITE_EVERY", -1.0)
+
+
 def test_telemetry_reads_the_same_while_running_and_after(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         run.write_provenance({})

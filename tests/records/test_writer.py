@@ -164,8 +164,9 @@ def test_a_full_disk_leaves_only_whole_rows(tmp_path: Path) -> None:
         run.write_provenance({})
         with pytest.raises(OSError, match=r"metrics\.jsonl: writing: No space left on device$"):
             fill(run)
+        run.log_telemetry(block(0, 10_000))
         with pytest.raises(OSError, match=r"part-00000001\.parquet: writing: No space left on device$"):
-            run.log_telemetry(block(0, 10_000))
+            run.sync()
         with pytest.raises(OSError, match=r"results\.json: writing: No space left on device$"):
             run.write_results({"status": "finished", "text": "x" * 100_000})
         rows = read_run(disk / "run").metrics
