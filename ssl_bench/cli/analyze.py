@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssl_bench.recipe.compose import build, override
+from ssl_bench.cli.evaluate import recorded
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.reader import RunRecord, read_run
 from ssl_bench.records.snapshots import Snapshots
@@ -73,7 +73,7 @@ class Settings:
                 )
 
 
-def main(run_dir: str, settings: Settings, overrides: Sequence[str] = ()) -> int:
+def main(run_dir: str, settings: Settings, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
     """Measures every snapshot of a run and writes ``analysis.json``, in place of an earlier one, after each.
 
     A snapshot that has no finite loss or curvature is named and left out, as is one that the run should have kept.
@@ -82,6 +82,7 @@ def main(run_dir: str, settings: Settings, overrides: Sequence[str] = ()) -> int
         run_dir: the run's folder; it was run with ``checkpoint.snapshots``.
         settings: see there.
         overrides: ``key=value`` for the keys in ``MAY_CHANGE``.
+        trust: as for `ssl_bench.cli.evaluate.main`.
 
     Raises:
         ValueError, OSError: one line; no such run, no snapshots, settings out of range, or a key that would change
@@ -96,7 +97,7 @@ def main(run_dir: str, settings: Settings, overrides: Sequence[str] = ()) -> int
             f"{run_dir} must hold snapshots to analyze, got none: run it with checkpoint.snapshots=[0,0.5,1] (start, "
             "middle, end)"
         )
-    recipe = _measured_recipe(build(record.recipe["track"], override(record.recipe, overrides, MAY_CHANGE)))
+    recipe = _measured_recipe(recorded(record, overrides, MAY_CHANGE, without=("optimizer", "schedule"), trust=trust))
 
     from ssl_bench.records.provenance import code_version, hardware, now, package_versions, torch_settings
     from ssl_bench.training import build as training

@@ -19,6 +19,9 @@ app = typer.Typer(
 # The tracks parse their own arguments (key=value, --help, --debug), so that they work under accelerate launch too.
 _VERBATIM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
+Trust = Annotated[
+    bool, typer.Option("--trust", help="The record may name code to import (package.module:Name) and paths to read.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -83,6 +86,7 @@ def evaluate(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Without a run: folder for the record of the evaluation.")
     ] = "evaluations",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Evaluate a saved run, add to its record; or any backbone.
@@ -96,7 +100,7 @@ def evaluate(
     given = overrides or []
     if "=" in run and not Path(run).is_dir():
         raise typer.Exit(guarded(lambda: evaluate_backbone([run, *given], output), debug=debug))
-    raise typer.Exit(guarded(lambda: main(run, given), debug=debug))
+    raise typer.Exit(guarded(lambda: main(run, given, trust=trust), debug=debug))
 
 
 @app.command()
@@ -129,6 +133,7 @@ def analyze(
     ] = "64,256,1024",
     noise_images: Annotated[int, typer.Option(help="Images for each of these, in batches.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of the images, their augmentation and the random vectors.", min=0)] = 0,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure sharpness and gradient noise along a run.
@@ -145,6 +150,7 @@ def analyze(
             run,
             Settings(images, batch_norm, iterations, samples, rho, _sizes(noise_batch_sizes), noise_images, seed),
             overrides or [],
+            trust=trust,
         )
 
     raise typer.Exit(guarded(command, debug=debug))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_bench.recipe.compose import build, compose, override
 from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten, is_its_path
-from ssl_bench.records.reader import RecordError, read_run
-from ssl_bench.records.storage import atomic_json
+from ssl_bench.recipe.trust import refuse_untrusted
+from ssl_bench.records.reader import RUN, RecordError, RunRecord, read_run
+from ssl_bench.records.storage import atomic_json, one_line
 from ssl_bench.records.writer import add_evaluations
 
 if TYPE_CHECKING:
@@ -22,15 +23,17 @@ MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.work
 COUNTS = ("data", "model", "eval", "augment.stats", "device", "seed")
 
 
-def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
+def main(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
     """Evaluates the backbone of a run that has ended, beside the one it started from, and adds to the run's results.
 
     Args:
         run_dir: the run's folder.
         overrides: ``key=value`` for the keys in ``MAY_CHANGE``.
+        trust: whether the record may name code to import and paths to read (see `ssl_bench.recipe.trust`).
 
     Raises:
-        ValueError, OSError: no such run, no backbone in it, or a key that would change what the run was.
+        ValueError, OSError: no such run, no backbone in it, a key that would change what the run was, or code or a path
+            that the record names.
     """
     from ssl_bench.training import build as training
     from ssl_bench.training.session import summary
@@ -41,16 +44,46 @@ def main(run_dir: str, overrides: Sequence[str] = ()) -> int:
         raise RecordError(
             f"{run_dir} must hold backbone.safetensors to be evaluated, got a run that is {record.status}"
         )
-    recipe = build(record.recipe["track"], override(record.recipe, overrides, MAY_CHANGE))
+    recipe = recorded(record, overrides, MAY_CHANGE, without=("method", "optimizer", "schedule"), trust=trust)
     where = training.processes(recipe)
     evaluation = training.evaluation(recipe, training.dataset(recipe, where), where)
     trained = training.trained_backbone(recipe, weights).to(where.device)
     untrained = (lambda: training.backbone(recipe)[0]) if recipe.eval.baseline else None
     results = evaluation.trained_and_untrained(evaluation.of_backbone, trained, untrained)
     if where.main:
+        # Printed first: a folder that may only be read costs nobody the measurement.
+        print("\n".join(summary({"status": "finished", "evaluations": results})), flush=True)
         add_evaluations(run_dir, results)
-        print("\n".join(summary({"status": "finished", "evaluations": results})))
     return 0
+
+
+def recorded(
+    record: RunRecord, overrides: Sequence[str], allowed: Sequence[str], *, without: Sequence[str] = (), trust: bool
+) -> Recipe:
+    """The recipe of a record, with some keys set anew, to measure what the run left.
+
+    Args:
+        record: of a run that somebody else may have made.
+        overrides: ``key=value``.
+        allowed: the keys that may be set.
+        without: the plug-ins that are not needed, and so not imported.
+        trust: see `main`.
+
+    Raises:
+        ValueError: one line; see `main`.
+    """
+    source = str(record.folder / RUN)
+    plain = override(record.recipe, overrides, allowed)
+    plain = {key: value for key, value in plain.items() if key not in (*without, "tracker", "run_dir")}
+    if not trust:
+        given = [key for key, _, _ in (text.partition("=") for text in overrides)]
+        if "data.cache_dir" not in given and isinstance(plain.get("data"), dict):
+            plain["data"] = {**plain["data"], "cache_dir": None}  # of no use elsewhere
+        refuse_untrusted(source, flatten(plain), given)
+    try:
+        return build(record.recipe["track"], plain)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise RecordError(f"{source}: damaged: the recipe cannot be read ({one_line(error)})") from error
 
 
 def evaluate_backbone(overrides: Sequence[str], output: str) -> int:

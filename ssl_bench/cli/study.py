@@ -25,6 +25,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells with an 
 PrintCommands = Annotated[
     bool, typer.Option("--print-commands", help="Print the missing cells' command lines; run nothing.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="The file may name code to import (package.module:Name) and paths to read.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -54,6 +57,7 @@ def run(
     dry_run: DryRun = False,
     print_commands: PrintCommands = False,
     retry_failed: RetryFailed = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Run what is missing of a study; 'run' may be left out."""
@@ -74,6 +78,7 @@ def run(
             dry_run=dry_run,
             print_commands=print_commands,
             retry_failed=retry_failed,
+            trust=trust,
         )
 
     _exit(command, debug)
@@ -86,6 +91,7 @@ def status(
     runs: Runs = "runs",
     seeds: Seeds = None,
     data_path: DataPath = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Show which cells of a study are done, running, failed, diverged or missing."""
@@ -94,7 +100,8 @@ def status(
         from ssl_bench.study.run import status_main
 
         paths = _pairs("--data-path", data_path)
-        return status_main(name, runs=runs, overrides=overrides or [], seeds=_seeds(seeds), data_paths=paths)
+        seeds_given = _seeds(seeds)
+        return status_main(name, runs=runs, overrides=overrides or [], seeds=seeds_given, data_paths=paths, trust=trust)
 
     _exit(command, debug)
 
@@ -107,6 +114,7 @@ def tune(
     workers: Workers = None,
     per_gpu: PerGpu = 1,
     retry_failed: RetryFailed = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Tune every optimizer with the same number of trials on held-out train images, then test once."""
@@ -122,6 +130,7 @@ def tune(
             workers=workers,
             per_gpu=per_gpu,
             retry_failed=retry_failed,
+            trust=trust,
         )
 
     _exit(command, debug)

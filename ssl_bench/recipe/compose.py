@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
 
 from ssl_bench.recipe import registry, weights
@@ -26,6 +27,9 @@ PLUGINS = ("method", "optimizer", "schedule")  # whose own keys `registry` check
 # The groups whose choice may be code from outside: its kind in `registry`, and the key that holds its name.
 FOREIGN = {"data": ("dataset", "name"), "model": ("backbone", "name"), **{kind: (kind, "target") for kind in PLUGINS}}
 UNITS = ("steps", "epochs", "fraction")  # of one duration
+
+# What somebody else's study file may hold: a file of a few hundred bytes can mean a billion values.
+YAML_CHARS, YAML_DEPTH, YAML_VALUES = 1 << 16, 50, 100_000
 
 # What other suites call a key, for suggestions.
 ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "dataset": "name", "num_workers": "workers"}
@@ -161,15 +165,55 @@ def load_yaml(where: str, text: str) -> Any:
         text: the YAML.
 
     Raises:
-        ValueError: one line that names the place; invalid YAML, or a key that is given twice.
+        ValueError: one line that names the place; invalid YAML, a key that is given twice, or more than `YAML_CHARS`,
+            `YAML_DEPTH` or `YAML_VALUES` (counted with every alias written out) allow.
     """
+    if len(text) > YAML_CHARS:
+        raise ValueError(f"{where}: YAML must have at most {YAML_CHARS} characters, got {len(text)}")
+    parser = YAML(typ="safe", pure=True)
+    parser.Composer = _ShallowComposer
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        content = parser.load(text)
     except YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = " ".join(problem.split()).partition(" with value ")[0]  # a duplicate key's values may be long
         raise ValueError(f"{where}: invalid YAML{line}: {problem}") from None
+    _count_values(where, content)
+    return content
+
+
+class _ShallowComposer(Composer):
+    """The parser's own, which calls itself at every level, but not for ever."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As the parser does."""
+        self.depth += 1
+        if self.depth > YAML_DEPTH:
+            raise YAMLError(f"more than {YAML_DEPTH} levels")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+def _count_values(where: str, content: Any) -> None:
+    """Refuses what is too deep or too much, counted as if every alias were written out."""
+    found, level = 0, [content]
+    for _ in range(YAML_DEPTH):
+        level = [
+            item
+            for one in level
+            for item in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+        found += len(level)
+        if not level:
+            return
+        if found > YAML_VALUES:
+            raise ValueError(f"{where}: YAML must have at most {YAML_VALUES} values, got {found} or more")
+    raise ValueError(f"{where}: YAML must have at most {YAML_DEPTH} levels, got more")
 
 
 @cache

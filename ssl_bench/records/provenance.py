@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import ssl_bench
+from ssl_bench.records.storage import jsonable
 
 # Distribution names; at most one of faiss's is installed.
 _PACKAGES = (
@@ -134,15 +135,36 @@ def torch_settings() -> dict[str, Any]:
 def describe_groups(param_groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each parameter group's settings, the number of its tensors and elements, and its tensors' names if it has them.
 
+    A setting that JSON cannot hold (a dtype, a function) is described by its text.
+
     Args:
         param_groups: in the form of ``torch.optim.Optimizer.param_groups``.
     """
     return [
         {
-            **{key: value for key, value in group.items() if key not in ("params", "param_names")},
+            **{key: _recordable(value) for key, value in group.items() if key not in ("params", "param_names")},
             "tensors": len(group["params"]),
             "elements": sum(parameter.numel() for parameter in group["params"]),
             "param_names": list(group.get("param_names", [])),
         }
         for group in param_groups
     ]
+
+
+def _recordable(value: Any) -> Any:
+    """A value of JSON, or where it is none, a text that is the same in every process."""
+    try:
+        return jsonable(value)
+    except (ValueError, RecursionError):
+        pass
+    if isinstance(value, torch.Tensor):
+        return f"tensor of {tuple(value.shape)}, {value.dtype}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    text = str(value)
+    # Python's own text of an object is its address.
+    return (
+        text
+        if type(value).__str__ is not object.__str__ or type(value).__repr__ is not object.__repr__
+        else (f"{type(value).__module__}.{type(value).__qualname__}")
+    )

@@ -1,9 +1,12 @@
 """Claims on a study's cells, as files: workers on any number of machines need a shared folder and no database.
 
 A claim is a file ``NAME.claim-GENERATION`` that its holder touches every few seconds (the heartbeat) and keeps locked.
-It is dead when it was not touched for `EXPIRY` seconds, and at once when its holder ran under this kernel and no longer
-has the lock (between machines locks are not to be relied on). Only its successor removes a dead claim: whoever takes
-over creates the next generation, which only one worker can, and steps back if another claim turns out to be alive.
+Under one kernel the lock alone tells whether the holder lives (between machines locks are not to be relied on). A claim
+from another machine is dead when it was not touched for `EXPIRY` seconds. File times alone do not tell that, because
+clocks are set: who has watched a claim for so long without a touch knows by its own clock, and one that looks old is
+watched for `CONFIRM` seconds, in which a living holder would touch it. Only its successor removes a dead claim:
+whoever takes over creates the next generation, which only one worker can, and steps back if another claim turns out to
+be alive.
 """
 
 import contextlib
@@ -20,6 +23,10 @@ from ssl_bench.records.lock import Lock, is_locked
 
 EXPIRY = 90.0  # seconds without a heartbeat until a claim is dead
 BEAT_EVERY = 10.0  # seconds between heartbeats
+CONFIRM = 25.0  # seconds without a heartbeat, by our own clock, until a claim that looks old is taken for dead
+
+# The time of each claim's last touch when we saw it first, and when that was by the monotonic clock.
+_watched: dict[Path, tuple[int, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class CellClaim:
 def holder(folder: Path, name: str, *, expiry: float = EXPIRY) -> str | None:
     """Who holds a live claim on the name, as text, or None."""
     for path in _claims(folder, name).values():
-        if _alive(path, "", expiry):
+        if _alive(path, "", expiry, True):
             return str(_read(path) or "another process")
     return None
 
@@ -107,17 +114,24 @@ def _claims(folder: Path, name: str) -> dict[int, Path]:
     return {int(match[1]): folder / one for one in names if (match := pattern.fullmatch(one))}
 
 
-def _alive(path: Path, owner: str, expiry: float) -> bool:
+def _alive(path: Path, owner: str, expiry: float, glance: bool = False) -> bool:
+    """Whether a claim's holder lives; at a glance (for a display) nothing is written, and what looks old is dead."""
     try:
-        age = _clock(path.parent) - path.stat().st_mtime
-        if age > expiry:
-            return False
+        touched = path.stat()
         held = _read(path)
-        if held is None:
-            return True  # just created
-        if owner and held.owner == owner:  # this job's process from before it was requeued
+        if held is not None and owner and held.owner == owner:  # this job's process from before it was requeued
             return False
-        return held.boot != _boot() or not held.boot or is_locked(path)
+        if held is not None and held.boot and held.boot == _boot():
+            return is_locked(path)
+        last, since = _watched.get(path, (None, 0.0))
+        if last != touched.st_mtime_ns:
+            since = time.monotonic()
+            _watched[path] = (touched.st_mtime_ns, since)
+        watched = time.monotonic() - since
+        if watched > expiry:
+            return False
+        now = time.time() if glance else _clock(path.parent)
+        return now - touched.st_mtime <= expiry or (watched < CONFIRM and not glance)
     except FileNotFoundError:
         return False
 

@@ -14,6 +14,7 @@ blocks:
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe.compose import CONFIGS, compose, load_yaml, merge
+from ssl_bench.recipe.compose import CONFIGS, YAML_CHARS, compose, load_yaml, merge
 from ssl_bench.recipe.schema import Recipe
+from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.runtime.suggestion import nearest
 
 STUDIES = CONFIGS / "study"
 TRACKS = ("pretrain", "classify")
+MAX_CELLS = 20_000
 LAUNCHERS_KEYS = ("run_dir", "resume")
 
 STUDY_KEYS = ("base", "include", "seeds", "blocks")
@@ -101,6 +104,7 @@ def load_study(
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     data_paths: Mapping[str, str] | None = None,
+    trust: bool = False,
 ) -> Study:
     """Reads a study and expands it.
 
@@ -109,12 +113,13 @@ def load_study(
         overrides: ``key=value`` for every cell; they win over the file's.
         seeds: instead of the file's.
         data_paths: for data sets by name, where to read them (``data.path``).
+        trust: whether the file may name code to import and paths to read (see `ssl_bench.recipe.trust`).
 
     Raises:
         ValueError: one line; an unknown key, an empty grid, a wrong recipe, or two cells that are one experiment.
     """
     path, about, content = read_file(source, STUDIES, "study")
-    expansion = _Expansion(path.stem, dict(map(split_override, overrides)), seeds, dict(data_paths or {}))
+    expansion = _Expansion(path.stem, dict(map(split_override, overrides)), seeds, dict(data_paths or {}), trust)
     expansion.add(path, content)
     expansion.check_distinct()
     return Study(path.stem, about, tuple(expansion.cells))
@@ -123,8 +128,10 @@ def load_study(
 class _Expansion:
     """Collects the cells of a file and of those that it includes."""
 
-    def __init__(self, study: str, user: Overrides, seeds: Sequence[int] | None, data_paths: dict[str, str]):
-        self.study, self.user, self.data_paths = study, user, data_paths
+    def __init__(
+        self, study: str, user: Overrides, seeds: Sequence[int] | None, data_paths: dict[str, str], trust: bool
+    ):
+        self.study, self.user, self.data_paths, self.trust = study, user, data_paths, trust
         self.seeds = None if seeds is None else list(seeds)
         self.cells: list[Cell] = []
         self.open: list[Path] = []
@@ -144,6 +151,8 @@ class _Expansion:
             raise ValueError(f"{where}: seeds must be a list of different integers >= 0, got {seeds!r}")
         self.open.append(path)
         for name in _listed(where, "include", content):
+            if not self.trust and not re.fullmatch(r"[\w-]+", str(name)):
+                raise ValueError(f"{where}: include must be names of studies, got {name!r}: --trust reads a path")
             inner, _, inner_content = read_file(name, STUDIES, "study", beside=path.parent)
             self.add(inner, inner_content)
         self.open.pop()
@@ -164,12 +173,17 @@ class _Expansion:
         for one, two in itertools.combinations([{key for case in axis for key in case} for axis in axes], 2):
             if one & two:
                 raise ValueError(f"{where}: {min(one & two)!r} is in two axes; put it into one")
+        number_of_cells = math.prod(map(len, axes)) * len(seeds) + len(self.cells)
+        if number_of_cells > MAX_CELLS:
+            raise ValueError(f"{where}: a study must have at most {MAX_CELLS} cells, got {number_of_cells} or more")
         for cases in itertools.product(*axes):
             varied = {key: value for case in cases for key, value in case.items()}
             overrides = merge(merge(fixed, varied), self.user)
             data_path = self.data_paths.get(overrides.get("data", "cifar10"))
             if data_path and "data.path" not in self.user:
                 overrides["data.path"] = data_path
+            if not self.trust:
+                refuse_untrusted(where, overrides, [*self.user, *(["data.path"] if data_path else [])])
             for key in LAUNCHERS_KEYS:
                 if key in overrides:
                     raise ValueError(f"{where}: {key} is set for each cell by the launcher; leave it out")
@@ -274,6 +288,8 @@ def read_file(
         hint = f"(known: {', '.join(known)}; or a YAML file's path)"
         raise ValueError(f"unknown {kind} {name!r}{nearest(name, known)} {hint}")
     try:
+        if path.stat().st_size > YAML_CHARS:
+            raise ValueError(f"{kind} {path.stem} must have at most {YAML_CHARS} bytes, got {path.stat().st_size}")
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None

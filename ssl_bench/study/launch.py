@@ -17,6 +17,7 @@ from pathlib import Path
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.runtime.memory import available_memory
+from ssl_bench.runtime.peers import LAUNCHER
 from ssl_bench.study.cells import CellStore, State
 from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
@@ -63,7 +64,9 @@ def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
     cores, gpus = _cores(), _gpus()
     if gpus:
         # Every GPU gets its first cell before any gets a second, so that few workers are spread out.
-        places = [(gpu, {"CUDA_VISIBLE_DEVICES": gpu}) for _ in range(per_gpu) for gpu in gpus]
+        # In the order of the bus, as nvidia-smi counts them; CUDA's own order is by speed.
+        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        places = [(gpu, {"CUDA_VISIBLE_DEVICES": gpu, **order}) for _ in range(per_gpu) for gpu in gpus]
         count = min(workers or len(places), len(places))
     else:
         count = workers or max(1, min(cores // CORES_PER_CELL, available_memory() // BYTES_PER_CELL))
@@ -100,6 +103,11 @@ def gpu_memory(gpu: str) -> tuple[float, float] | None:
 def local_command(cell: Cell, run_dir: Path) -> list[str]:
     """The cell as one process of this Python."""
     return [sys.executable, "-m", f"ssl_bench.{cell.track}", *_arguments(cell, run_dir)]
+
+
+def all_gpus_command(cell: Cell, run_dir: Path) -> list[str]:
+    """The cell as one process for each GPU that can be seen, or one on the CPU."""
+    return [sys.executable, "-m", "ssl_bench.cli", cell.track, "--processes", "auto", *_arguments(cell, run_dir)]
 
 
 def print_commands(cells: Sequence[Cell], store: CellStore) -> list[str]:
@@ -141,7 +149,8 @@ class CellProcess:
             log.flush()
             process = subprocess.Popen(
                 arguments,
-                env={**os.environ, **environment},
+                # By its launcher's id it notices when that dies, and saves (`ssl_bench.runtime.peers`).
+                env={**os.environ, **environment, LAUNCHER: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -26,6 +26,7 @@ def study_main(
     dry_run: bool = False,
     print_commands: bool = False,
     retry_failed: bool = False,
+    trust: bool = False,
 ) -> int:
     """Runs what is missing of a study.
 
@@ -39,7 +40,7 @@ def study_main(
     """
     if launcher not in get_args(LauncherName):
         raise ValueError(f"launcher must be {' or '.join(get_args(LauncherName))}, got {launcher!r}")
-    study = load_study(source, overrides=overrides, seeds=seeds, data_paths=data_paths)
+    study = load_study(source, overrides=overrides, seeds=seeds, data_paths=data_paths, trust=trust)
     store = CellStore(runs)
     if dry_run:
         _list_cells(study, store, workers, per_gpu)
@@ -76,6 +77,7 @@ def status_main(
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     data_paths: Mapping[str, str] | None = None,
+    trust: bool = False,
 ) -> int:
     """Prints how many cells are done, running, failed, diverged and missing, and lists those that are not finished.
 
@@ -84,7 +86,7 @@ def status_main(
     Returns:
         0 if every cell is done, else 1.
     """
-    study = load_study(source, overrides=overrides, seeds=seeds, data_paths=data_paths)
+    study = load_study(source, overrides=overrides, seeds=seeds, data_paths=data_paths, trust=trust)
     store = CellStore(runs)
     states = {cell: store.state(cell) for cell in study.cells}
     print(f"{study.name}: {_counts(states)}")

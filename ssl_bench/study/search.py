@@ -20,6 +20,7 @@ other) and treats the same tensors alike, or the comparison is one of spaces; ``
 
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,7 +45,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Range:
-    """The interval of a number; of integers if both ends are."""
+    """The interval of a number; of whole ones where the key takes no others."""
 
     __pydantic_config__ = _STRICT
     low: int | float
@@ -156,17 +157,18 @@ def _check(where: str, search: Search) -> None:
                 raise ValueError(f"{where}: {arm.label}: {key} must have {allowed}, got {got}")
 
 
-def points(arm: Arm, trials: int, seed: int) -> list[Overrides]:
+def points(arm: Arm, trials: int, seed: int, whole: Collection[str] = ()) -> list[Overrides]:
     """The trials of an arm: Optuna's scrambled Sobol sequence over its space, the same for equal arguments.
 
     Args:
         arm: whose space.
         trials: how many.
         seed: of the scrambling.
+        whole: the keys that take whole numbers only.
     """
     import optuna
 
-    distributions = {key: _distribution(values) for key, values in arm.space.items()}
+    distributions = {key: _distribution(values, key in whole) for key, values in arm.space.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
@@ -188,11 +190,11 @@ def points(arm: Arm, trials: int, seed: int) -> list[Overrides]:
     return found
 
 
-def _distribution(values: Range | Choices) -> Any:
+def _distribution(values: Range | Choices, whole: bool) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(values, Choices):
         return CategoricalDistribution(values.choices)
-    if isinstance(values.low, int) and isinstance(values.high, int):
+    if whole and isinstance(values.low, int) and isinstance(values.high, int):
         return IntDistribution(values.low, values.high, log=values.log)
     return FloatDistribution(values.low, values.high, log=values.log)

@@ -10,12 +10,14 @@ from typing import Any
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE
 from ssl_bench.study.cells import CellStore
+from ssl_bench.study.claims import CONFIRM, CellClaim
 from ssl_bench.study.grid import Cell, Study
-from ssl_bench.study.launch import POLL, CellProcess
+from ssl_bench.study.launch import POLL, CellProcess, all_gpus_command
 
 # Submitit's own parameters, which are numbers; every other is handed to sbatch as it is.
 NUMBERS = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb", "signal_delay_s")
-DEFAULTS = {"timeout_min": 24 * 60, "cpus_per_task": 4}
+DEFAULTS = {"timeout_min": 24 * 60, "cpus_per_task": 4, "gpus_per_node": 1}  # gpus_per_node=0 asks for none
+OTHER_GPU_KEYS = {"gres", "gpus", "gpus_per_task", "gpus_per_socket"}
 MAX_TIMEOUTS = 1000  # how often a task that hits its time limit is requeued: in effect without limit
 
 # Seconds between a run's exit after a SIGTERM that was not ours and its restart: long enough for SLURM to kill the job
@@ -44,11 +46,11 @@ class CellJob:
             state = store.state(self.cell)
             if state.ended:
                 return state.status
-            claim = store.claim(self.cell)
+            claim = self._claim(store)
             if claim is None:
                 return "running elsewhere"
             threads = {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")}
-            self._child = CellProcess.start(self.cell, claim, store, threads)
+            self._child = CellProcess.start(self.cell, claim, store, threads, all_gpus_command)
             code = self._wait(self._child)
             ended = self._child.end(store, code)
             if ended.status == "failed":
@@ -57,6 +59,15 @@ class CellJob:
                 return ended.status
             time.sleep(KILL_WAIT)
         return "interrupted"
+
+    def _claim(self, store: CellStore) -> CellClaim | None:
+        """Claims the cell, from a dead worker too, which it takes a while to tell."""
+        deadline = time.monotonic() + 2 * CONFIRM
+        while (claim := store.claim(self.cell)) is None and time.monotonic() < deadline:
+            if store.state(self.cell).status == "running":
+                return None
+            time.sleep(1.0)
+        return claim
 
     def checkpoint(self) -> Any:
         """Called by submitit when SLURM is about to take the node away: the run saves, and the job is requeued."""
@@ -90,8 +101,8 @@ def submit(
     Args:
         study: whose cells.
         store: the runs, on a file system that every node sees.
-        parameters: submitit's ``timeout_min``, ``gpus_per_node``, ``cpus_per_task``, ``mem_gb``; any other is sbatch's
-            (``partition``, ``account``, ``constraint``, ...).
+        parameters: submitit's ``timeout_min``, ``gpus_per_node`` (one where it is left out; a cell uses all of them),
+            ``cpus_per_task``, ``mem_gb``; any other is sbatch's (``partition``, ``account``, ``gres``, ...).
         at_once: tasks that run at a time; None = as many as SLURM allows.
         retry_failed: submit failed cells too.
 
@@ -135,4 +146,7 @@ def _parameters(given: Mapping[str, str]) -> dict[str, Any]:
             key = "slurm_signal_delay_s" if name == "signal_delay_s" else name
             parameters[key] = number if name == "mem_gb" else int(number)
     rest = {name: value for name, value in given.items() if name not in NUMBERS}
+    # Asked for in another way, or not at all: in SLURM a zero is not the same as nothing.
+    if parameters["gpus_per_node"] == 0 or ("gpus_per_node" not in given and OTHER_GPU_KEYS & rest.keys()):
+        del parameters["gpus_per_node"]
     return {**parameters, "slurm_additional_parameters": rest} if rest else parameters

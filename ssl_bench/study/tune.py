@@ -16,13 +16,14 @@ from typing import Any
 
 from ssl_bench.recipe import registry
 from ssl_bench.recipe.compose import compose, merge
+from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import read_results
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.console import say
 from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell, Overrides, Study, as_overrides, split_override
 from ssl_bench.study.run import run_study
-from ssl_bench.study.search import Arm, Search, load_search, points
+from ssl_bench.study.search import Arm, Range, Search, load_search, points
 
 # Measured after the last epoch alone: a curve of the test set would be something to select from.
 MEASURE_ONCE = {"classify": {"eval.test_every_epochs": "0"}, "pretrain": {"eval.online_every_epochs": "0"}}
@@ -63,6 +64,7 @@ def tune_main(
     workers: int | None = None,
     per_gpu: int = 1,
     retry_failed: bool = False,
+    trust: bool = False,
 ) -> int:
     """Runs what is missing of a search, selects, and tests what was selected.
 
@@ -75,7 +77,7 @@ def tune_main(
         ValueError: one line; the search or an override is wrong.
     """
     name, _, search = load_search(source)
-    make = _Maker(name, search, dict(map(split_override, overrides)), dict(data_paths or {}))
+    make = _Maker(name, search, dict(map(split_override, overrides)), dict(data_paths or {}), trust)
     trials = {arm.label: make.trials(arm) for arm in search.arms}
     if search.equal:
         _check_tensors(name, trials)
@@ -111,8 +113,8 @@ def tune_main(
 class _Maker:
     """Makes a search's runs."""
 
-    def __init__(self, name: str, search: Search, user: Overrides, data_paths: dict[str, str]):
-        self.name, self.search, self.user, self.data_paths = name, search, user, data_paths
+    def __init__(self, name: str, search: Search, user: Overrides, data_paths: dict[str, str], trust: bool = False):
+        self.name, self.search, self.user, self.data_paths, self.trust = name, search, user, data_paths, trust
         for key in user:
             if key in ("data.holdout", "seed") or any(key in arm.space for arm in search.arms):
                 raise ValueError(f"search {name}: {key} is chosen by the search and cannot be overridden")
@@ -121,8 +123,23 @@ class _Maker:
         """The trials of one arm."""
         search = self.search
         held = {"data.holdout": f"{search.holdout:g}"}
-        found = points(arm, search.trials, search.seed)
+        found = points(arm, search.trials, search.seed, self._whole_keys(arm))
         return [Trial(arm, point, self._cell(arm, point, held, search.seed)) for point in found]
+
+    def _whole_keys(self, arm: Arm) -> set[str]:
+        """The keys of whole numbers, which the recipe's own check tells: it refuses a fraction between the bounds."""
+        start = {key: one.low if isinstance(one, Range) else one.choices[0] for key, one in arm.space.items()}
+        found = set()
+        for key, values in arm.space.items():
+            if not isinstance(values, Range):
+                continue
+            between = values.low + (values.high - values.low) / math.pi
+            try:
+                self._cell(arm, as_overrides(arm.label, {**start, key: between}), {}, self.search.seed)
+            except ValueError as error:
+                if f"{key} must be a valid integer" in str(error):
+                    found.add(key)
+        return found
 
     def finals(self, trial: Trial) -> list[Cell]:
         """The runs of a selected point on the whole train set."""
@@ -142,6 +159,8 @@ class _Maker:
         chosen = as_overrides(where, arm.set) | point
         overrides = merge(merge(as_overrides(where, self.search.base), chosen), self.user)
         overrides |= MEASURE_ONCE[self.search.track] | held | {"seed": str(seed)}
+        if not self.trust:
+            refuse_untrusted(where, overrides, self.user)
         path = self.data_paths.get(overrides.get("data", "cifar10"))
         if path:
             overrides = {"data.path": path, **overrides}

@@ -78,3 +78,21 @@ def test_the_commit_is_that_of_the_package_s_own_checkout(tmp_path: Path, monkey
     }
     (package / "__init__.py").write_text("2")
     assert provenance.code_version()["dirty"] is True
+
+
+def test_settings_that_json_cannot_hold_are_recorded_as_text() -> None:
+    class Odd:
+        """Something without a text of its own."""
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    group = {
+        "params": [weight], "lr": 0.1, "dtype": torch.bfloat16, "hook": torch.nn.functional.relu, "odd": Odd(),
+        "device": torch.device("cpu"), "scale": torch.zeros(3), "step": torch.tensor(2), "betas": (0.9, 0.99),
+    }  # fmt: skip
+    (described,) = provenance.describe_groups([group])
+    assert json.loads(json.dumps(described)) | {"tensors": 1} == {
+        "lr": 0.1, "dtype": "torch.bfloat16", "hook": "torch.nn.functional.relu", "device": "cpu", "step": 2,
+        "odd": f"{__name__}.test_settings_that_json_cannot_hold_are_recorded_as_text.<locals>.Odd",
+        "scale": "tensor of (3,), torch.float32", "betas": [0.9, 0.99],
+        "tensors": 1, "elements": 2, "param_names": [],
+    }  # fmt: skip

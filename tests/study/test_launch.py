@@ -225,7 +225,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda boot: monkeypatch.setattr(cell_claims, "_boot", lambda: boot)
 
 
-def test_a_dead_workers_claim_on_another_machine_expires(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
+def test_a_dead_workers_claim_on_another_machine_expires(
+    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere("theirs")
     claim = CellClaim.acquire(tmp_path, "a")
     assert claim is not None
@@ -235,10 +237,58 @@ def test_a_dead_workers_claim_on_another_machine_expires(tmp_path: Path, elsewhe
     old = time.time() - 100
     os.utime(claim.path, (old, old))
     assert CellClaim.acquire(tmp_path, "a", expiry=200) is None
+    assert holder(tmp_path, "a", expiry=90) is None
+    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None  # a clock may have been set: it is watched for a while
+    monkeypatch.setattr(cell_claims, "CONFIRM", 0.0)
     taken = CellClaim.acquire(tmp_path, "a", expiry=90)
     assert taken is not None
     assert [path.name for path in tmp_path.glob("a.claim-*")] == ["a.claim-2"]
     assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
+
+
+def test_clocks_that_were_set_neither_keep_a_dead_claim_nor_end_a_living_one(
+    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(cell_claims.time, "monotonic", lambda: now[0])
+    elsewhere("theirs")
+    claim = CellClaim.acquire(tmp_path, "a")
+    assert claim is not None
+    elsewhere("ours")
+    # The clock was set back by a day, or the holder's runs ahead: the file lies in the future, and nobody touches it.
+    later = time.time() + 86400
+    os.utime(claim.path, (later, later))
+    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
+    now[0] += 91
+    assert holder(tmp_path, "a", expiry=90) is None
+    taken = CellClaim.acquire(tmp_path, "a", expiry=90)
+    assert taken is not None
+    taken.release()
+    # The clock was set forward by a day: the file looks old, but its holder touches it again and again.
+    elsewhere("theirs")
+    living = CellClaim.acquire(tmp_path, "b")
+    assert living is not None
+    elsewhere("ours")
+    for beat in range(20):
+        old = time.time() - 86400 + beat
+        os.utime(living.path, (old, old))
+        assert CellClaim.acquire(tmp_path, "b", expiry=90) is None
+        now[0] += 10
+    # Under one kernel file times mean nothing.
+    here = CellClaim.acquire(tmp_path, "c")
+    assert here is not None
+    os.utime(here.path, (0, 0))
+    assert holder(tmp_path, "c") is not None
+    assert CellClaim.acquire(tmp_path, "c") is None
+
+
+def test_looking_at_a_claim_writes_nothing(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
+    elsewhere("theirs")
+    assert CellClaim.acquire(tmp_path, "a") is not None
+    elsewhere("ours")
+    before = tmp_path.stat().st_mtime_ns
+    assert holder(tmp_path, "a") is not None
+    assert tmp_path.stat().st_mtime_ns == before
 
 
 def test_a_heartbeat_keeps_a_claim(
@@ -363,7 +413,7 @@ def test_slurm_runs_an_array_and_a_preempted_cell_goes_on(tmp_path: Path) -> Non
     }  # fmt: skip
     path, runs = tmp_path / "array.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(content))
-    parameters = {"timeout_min": "30", "cpus_per_task": "1", "partition": "main"}
+    parameters = {"timeout_min": "30", "cpus_per_task": "1", "partition": "main", "gpus_per_node": "0"}
     assert study_main(path, runs=runs, launcher="slurm", slurm=parameters) == 0
     store, (short, long) = CellStore(runs), load_study(path).cells
     metrics = store.folder(long) / "metrics.jsonl"
@@ -400,8 +450,12 @@ def test_slurms_parameters_are_told_apart() -> None:
     assert _parameters({"timeout_min": "90", "mem_gb": "1.5", "partition": "gpu"}) == {
         "timeout_min": 90,
         "cpus_per_task": 4,
+        "gpus_per_node": 1,
         "mem_gb": 1.5,
         "slurm_additional_parameters": {"partition": "gpu"},
     }
+    assert _parameters({"gpus_per_node": "4"})["gpus_per_node"] == 4
+    assert "gpus_per_node" not in _parameters({"gpus_per_node": "0"})
+    assert "gpus_per_node" not in _parameters({"gres": "gpu:a100:2"})
     with pytest.raises(ValueError, match="timeout_min must be a number, got 'a day'"):
         _parameters({"timeout_min": "a day"})

@@ -253,10 +253,10 @@ def test_a_run_of_another_study_is_not_done_twice(small: Study, tmp_path: Path) 
 
 def test_printed_commands_parse_back_to_the_same_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tiny(set={"eval.protocols": ["knn-v1", "linear-cached-v1"], "data.cache_dir": "/a b/c"})
-    study = load_study(write(tmp_path, content))
+    study = load_study(write(tmp_path, content), trust=True)
     done, left = study.cells
     record(tmp_path / "runs" / "tiny" / done.name, done.identity)
-    assert study_main(tmp_path / "tiny.yaml", runs=tmp_path / "runs", print_commands=True) == 0
+    assert study_main(tmp_path / "tiny.yaml", runs=tmp_path / "runs", print_commands=True, trust=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == print_commands([left], CellStore(tmp_path / "runs"))
     arguments = shlex.split(lines[0])

@@ -15,7 +15,7 @@ from ssl_bench.study import tune
 from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell, Study
 from ssl_bench.study.search import SEARCHES, Arm, Choices, Range, load_search, points
-from ssl_bench.study.tune import tune_main
+from ssl_bench.study.tune import _Maker, tune_main
 from ssl_bench.training import build
 
 pytest.importorskip("optuna")
@@ -48,10 +48,10 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 def test_points_are_a_pure_function_and_fill_the_space_evenly() -> None:
     arm = Arm({}, {"optimizer.lr": Range(0.01, 100.0, log=True), "schedule.power": Range(1, 4)})
-    found = points(arm, 16, seed=3)
-    assert found == points(arm, 16, seed=3)
-    assert found != points(arm, 16, seed=4)
-    assert found[:5] == points(arm, 5, seed=3)  # more trials continue the sequence
+    found = points(arm, 16, seed=3, whole=["schedule.power"])
+    assert found == points(arm, 16, seed=3, whole=["schedule.power"])
+    assert found != points(arm, 16, seed=4, whole=["schedule.power"])
+    assert found[:5] == points(arm, 5, seed=3, whole=["schedule.power"])  # more trials continue the sequence
     rates = [float(point["optimizer.lr"]) for point in found]
     # Sobol: each quarter of the range, in logarithms, has a quarter of the points; random ones would miss this.
     assert [sum(low <= rate < 10 * low for rate in rates) for low in (0.01, 0.1, 1.0, 10.0)] == [4, 4, 4, 4]
@@ -154,6 +154,23 @@ def test_fair_gives_1d_tensors_the_lr_of_the_rule_that_moves_them(track: str) ->
         assert found.lr_1d == (lr_1d if lr_1d < 0.01 or track == "pretrain" else 0.1), name
         assert (found.decay_1d, found.adapt_1d) == (False, False)
     assert compose(track, ["optimizer=timm", "optimizer.name=lion", "optimizer.lr=1"]).param_groups.lr_1d is None
+def test_the_keys_own_type_decides_whether_a_ranges_values_are_whole(tmp_path: Path) -> None:
+    space = {
+        "optimizer.lr": {"low": 1, "high": 8},
+        "batch_size": {"low": 8, "high": 16},
+        "optimizer.momentum": {"choices": [0.8, 0.9]},
+        "epochs": {"low": 1, "high": 3},
+    }
+    content = {**SEARCH, "trials": 8, "arms": [{"set": {"optimizer": "lars"}, "space": space}]}
+    content["base"] = {key: value for key, value in SEARCH["base"].items() if key not in ("epochs", "steps")}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    name, _, search = load_search(tmp_path / "s.yaml")
+    recipes = [trial.cell.recipe for trial in _Maker(name, search, {}, {}).trials(search.arms[0])]
+    rates = sorted(recipe.optimizer.options["lr"] for recipe in recipes)
+    assert len({*rates}) == 8  # one in each eighth of the interval, as Sobol's points are; whole ones can only repeat
+    assert [1 + int((rate - 1) / 7 * 8) for rate in rates] == list(range(1, 9))
+    assert any(recipe.epochs != round(recipe.epochs) for recipe in recipes)
+    assert len({recipe.batch_size for recipe in recipes}) > 4
 
 
 # The split ------------------------------------------------------------------------------------------------------------
