@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+from ssl_bench.optim.averaging import WeightAverage, has_evaluation_point
 from ssl_bench.optim.from_timm import timm_optimizer
 from ssl_bench.optim.from_torch import adamw, sgd
 from ssl_bench.optim.groups import build_groups, check_cover
@@ -47,11 +48,13 @@ __all__ = [
     "TVLARS",
     "Schedule",
     "Telemetry",
+    "WeightAverage",
     "adamw",
     "batch_scale",
     "build_groups",
     "check_cover",
     "constant",
+    "has_evaluation_point",
     "polynomial",
     "released_warmup_cosine",
     "sgd",

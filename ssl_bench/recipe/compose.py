@@ -17,8 +17,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
 
+from ssl_bench.optim.averaging import has_evaluation_point
 from ssl_bench.recipe import registry, weights
-from ssl_bench.recipe.schema import Plugin, Recipe, flatten
+from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe, flatten
 from ssl_bench.runtime.suggestion import nearest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -113,6 +114,7 @@ def _cross_check(recipe: Recipe) -> None:
     if recipe.augment.blur_sigma[0] > recipe.augment.blur_sigma[1]:
         raise ValueError(f"augment.blur_sigma must be low <= high, in pixels, got {recipe.augment.blur_sigma}")
     _check_model(recipe)
+    _check_averaging(recipe)
     registry.resolve("dataset", recipe.data.name)
     for name in recipe.eval.protocols if recipe.track == "pretrain" else ():
         if not getattr(registry.resolve("evaluator", name), "tabulated", True):
@@ -134,6 +136,26 @@ def _check_model(recipe: Recipe) -> None:
     if size and model.patch_size and size % model.patch_size:
         raise ValueError(f"model.patch_size must divide the image's side of {size} pixels, got {model.patch_size}")
     weights.resolve(model)
+
+
+def _check_averaging(recipe: Recipe) -> None:
+    """An optimizer that averages its weights itself needs neither a schedule nor another average."""
+    average, optimizer = recipe.averaging, recipe.optimizer
+    if average.kind == "none" and average.start_fraction:
+        raise ValueError(f"averaging.start_fraction must be 0 with averaging.kind=none, got {average.start_fraction}")
+    if average.kind != "ema" and average.decay != AveragingOptions.decay:
+        default = AveragingOptions.decay
+        raise ValueError(f"averaging.decay must be {default} without averaging.kind=ema, got {average.decay}")
+    if not optimizer.target:
+        return
+    made = registry.trial_optimizer(optimizer.target, optimizer.options)
+    if made is None or not has_evaluation_point(made):
+        return
+    name = f"optimizer={optimizer.target}, which averages its weights itself"
+    if recipe.schedule.target != "constant":
+        raise ValueError(f"schedule must be constant with {name}, got {recipe.schedule.target}")
+    if average.kind != "none":
+        raise ValueError(f"averaging.kind must be none with {name}, got {average.kind}")
 
 
 def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> Tree:

@@ -143,6 +143,8 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     factory = resolve(kind, target)
     known = options(factory)
+    if kind == "optimizer" and "model" in known:
+        raise ValueError(f"optimizer {target!r} must take parameters, got one that takes the model")
     units = {unit: name for name in known for unit in _units(name)}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
     result: dict[str, Any] = {}
@@ -168,6 +170,49 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = option.default
     # A plug-in may write out defaults that depend on its other keywords: what ran is what is recorded.
     return getattr(factory, "resolve_options", dict)(result)
+
+
+def trial_optimizer(target: str, values: Mapping[str, Any]) -> Any:
+    """An optimizer from outside, made and stepped once on two small tensors, before any data is read.
+
+    Args:
+        target: its name.
+        values: what `check` returned.
+
+    Returns:
+        the optimizer; None for the suite's own, which need no trial.
+
+    Raises:
+        ValueError: one line; it cannot be made of these values, or wants what the training loop does not give: a
+            closure (SAM, LBFGS) or second-order gradients.
+    """
+    if target in builtin("optimizer"):
+        return None
+    import torch
+
+    factory = resolve("optimizer", target)
+    params = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    try:
+        made = factory(params, **in_steps(factory, values, 1.0, 1))
+    except Exception as error:  # whatever outside code raises
+        raise ValueError(f"optimizer {target!r} cannot be made: {_line(error)}") from error
+    for param in params:
+        param.grad = torch.ones_like(param)
+    try:
+        if callable(getattr(made, "train", None)):
+            made.train()
+        if not hasattr(made, "micro_gradients"):
+            made.step()
+    except Exception as error:
+        raise ValueError(
+            f"optimizer {target!r} must step from the gradients alone (no closure, no second-order gradients), got "
+            f"{_line(error)}"
+        ) from error
+    return made
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _units(name: str) -> list[str]:

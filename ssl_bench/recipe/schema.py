@@ -45,6 +45,9 @@ ADDED: dict[str, Any] = {
     "model.patch_size": None,
     "model.pretrained": False,
     "model.checkpoint_sha256": None,
+    "averaging.kind": "none",
+    "averaging.decay": 0.999,
+    "averaging.start_fraction": 0.0,
 }
 
 
@@ -155,6 +158,22 @@ class GroupOptions:
 
 
 @dataclass
+class AveragingOptions:
+    """An average of the weights, evaluated and saved in their place."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["none", "ema", "mean"] = key(
+        "none",
+        "what is evaluated and saved: none = the last weights, ema = their exponential moving average, mean = their "
+        "mean (SWA); training itself is the same",
+    )
+    decay: Annotated[float, Field(ge=0, lt=1)] = key(0.999, "ema: decay per step; 0 = the last weights")
+    start_fraction: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0, "part of the run before the first step that counts; 0 = none"
+    )
+
+
+@dataclass
 class AugmentOptions:
     """Training augmentation."""
 
@@ -246,6 +265,7 @@ class Recipe:
     schedule: Plugin = field(default_factory=Plugin)
     scaling: ScalingOptions = field(default_factory=ScalingOptions)
     param_groups: GroupOptions = field(default_factory=GroupOptions)
+    averaging: AveragingOptions = field(default_factory=AveragingOptions)
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)

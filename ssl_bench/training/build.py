@@ -31,6 +31,7 @@ from ssl_bench.methods.views import Crop, PaddedCrop
 from ssl_bench.models import backbone as backbones
 from ssl_bench.models.backbone import create_backbone, load_backbone, seeded
 from ssl_bench.models.pretrained import load_published, load_weights
+from ssl_bench.optim.averaging import WeightAverage, has_evaluation_point
 from ssl_bench.optim.groups import build_groups
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
@@ -41,6 +42,7 @@ from ssl_bench.runtime import seeds
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.training.evaluation import Evaluation
+from ssl_bench.training.evaluation_point import evaluation_point
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
@@ -314,6 +316,11 @@ def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.
     made = registry.resolve("optimizer", recipe.optimizer.target)(params, **options)
     for group in made.param_groups:
         group["initial_lr"] = group["lr"]
+    average = recipe.averaging
+    if average.kind != "none":
+        WeightAverage(made, average.kind, average.decay, round(average.start_fraction * plan.total))
+    if has_evaluation_point(made):
+        made.train()
     make = registry.resolve("schedule", recipe.schedule.target)
     length = {"total_steps": plan.total} if "total_steps" in inspect.signature(make).parameters else {}
     return made, make(**length, **plan.schedule)
@@ -367,6 +374,7 @@ def trainer(
         io=run,
         hooks=hooks,
         loss_scale=recipe.loss_scale,
+        evaluation_point=evaluation_point(made, task, batches, where.accelerator.autocast),
     )
 
 
@@ -396,6 +404,7 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
         },
         "cuda_graphs": _graphs_steps(recipe, where),
         "evaluated": trainer.module.evaluated,
+        "evaluated_weights": str(getattr(trainer.evaluation_point, "about", "the last step's")),
         "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
     }
 

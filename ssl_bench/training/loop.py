@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -75,6 +75,7 @@ class Trainer:
         gradient: runs forward and backward of one batch and returns its scalars, "loss" among them.
         accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
         loss_scale: factor on the loss for the backward pass, not on the recorded one.
+        evaluation_point: step -> the context in which the network is measured and kept.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Trainer:
     io: RunIO
     hooks: Sequence[Hook] = ()
     loss_scale: float = 1.0
+    evaluation_point: Callable[[int], AbstractContextManager] = nullcontext
 
     def __post_init__(self) -> None:
         self.module: Method = unwrap(self.model)
@@ -140,8 +142,9 @@ class Trainer:
                 if found := self.guard.found(self._maximum):
                     self._flush(row)
                     return Outcome("diverged", found["step"], found)
-                for hook in due:
-                    row |= hook.measure(self.step)
+                with self.evaluation_point(self.step) if due else nullcontext():
+                    for hook in due:
+                        row |= hook.measure(self.step)
                 self._flush(row)
                 mark, marked_step = time.perf_counter(), self.step
             io.progress(self.step, row)
@@ -152,7 +155,8 @@ class Trainer:
             if saving or self.step in rhythm.snapshots:
                 self.seconds += time.perf_counter() - mark
                 if self.step in rhythm.snapshots:
-                    io.snapshot(self.step, self.module)
+                    with self.evaluation_point(self.step):
+                        io.snapshot(self.step, self.module)
                 if saving:
                     self.checkpoint()
                 mark, marked_step = time.perf_counter(), self.step

@@ -150,6 +150,8 @@ class Session:
                 trainer.checkpoint()  # so that a run killed during its evaluation does not train again
                 if self._interrupt.agreed(self.processes.device):
                     return Outcome("interrupted", outcome.step)
+        if outcome.status == "finished":
+            trainer.evaluation_point(outcome.step).__enter__()  # and there it stays, to be evaluated and saved
         return outcome
 
     def _steps(self, trainer: Trainer) -> Outcome:

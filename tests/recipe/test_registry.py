@@ -25,6 +25,9 @@ class Example:
     ):
         self.values = (params, lr, delay_steps, mode, pair)
 
+    def step(self):
+        """Moves nothing."""
+
 
 class Open:
     """Takes anything."""
