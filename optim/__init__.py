@@ -1,10 +1,7 @@
 """Large-batch optimizers, learning-rate schedules, parameter groups and per-layer telemetry; needs torch only.
 
-    from ssl_bench.optim import TVLARS
-    optimizer = TVLARS(model.parameters(), lr=1.0, delay_steps=10 * steps_per_epoch)
-
-CLARS (Huo, Gu, Huang: "Large Batch Training Does Not Need Warmup", arXiv 2002.01576; AAAI 2021) is left out: its ratio
-divides by the mean norm of fresh micro-batch gradients, which an optimizer alone never sees.
+from ssl_bench.optim import TVLARS
+optimizer = TVLARS(model.parameters(), lr=1.0, delay_steps=10 * steps_per_epoch)
 """
 
 from collections.abc import Callable
@@ -12,6 +9,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 
 from ssl_bench.optim.averaging import WeightAverage, has_evaluation_point
+from ssl_bench.optim.clars import CLARS, CLARSChunks
 from ssl_bench.optim.from_timm import timm_optimizer
 from ssl_bench.optim.from_torch import adamw, sgd
 from ssl_bench.optim.groups import build_groups, check_cover
@@ -22,6 +20,7 @@ from ssl_bench.optim.schedules import (
     Schedule,
     batch_scale,
     constant,
+    gradual_warmup,
     polynomial,
     released_warmup_cosine,
     warmup_cosine,
@@ -34,12 +33,15 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "lamb": LAMB,
     "lambc": LAMBC,
     "tvlars": TVLARS,
+    "clars": CLARS,
+    "clars_chunks": CLARSChunks,
     "sgd": sgd,
     "adamw": adamw,
     "timm": timm_optimizer,
 }
 
 __all__ = [
+    "CLARS",
     "LAMB",
     "LAMBC",
     "LARS",
@@ -54,6 +56,7 @@ __all__ = [
     "build_groups",
     "check_cover",
     "constant",
+    "gradual_warmup",
     "has_evaluation_point",
     "polynomial",
     "released_warmup_cosine",

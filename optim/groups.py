@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ssl_bench.optim.layerwise import check_range
 
@@ -22,6 +23,8 @@ def build_groups(
     exclude: Filter = (),
     exclude_decay: Filter = (),
     exclude_adapt: Filter = (),
+    freeze: Filter = (),
+    freeze_steps: int = 0,
 ) -> list[dict[str, Any]]:
     """Sort a module's trainable parameters into groups that any optimizer of this package takes.
 
@@ -37,10 +40,12 @@ def build_groups(
         exclude: name patterns (`*.bn1.*`) or a function (name, parameter) -> bool; neither decay nor adaptation.
         exclude_decay: likewise, no decay.
         exclude_adapt: likewise, no adaptation.
+        freeze: likewise, not trained for the first `freeze_steps` steps (see `hold_frozen`).
+        freeze_steps: steps, >= 0; 0 freezes nothing.
 
     Returns:
-        Non-empty groups with "params", "param_names", "lr", "weight_decay" and "adapt", in the order of their first
-        parameter, covering every trainable parameter exactly once.
+        Non-empty groups with "params", "param_names", "lr", "weight_decay" and "adapt" ("frozen_steps" where any are
+        frozen), in the order of their first parameter, covering every trainable parameter exactly once.
 
     Raises:
         ValueError: for a negative value, a module without trainable parameters, or a pattern that matches no name.
@@ -50,22 +55,49 @@ def build_groups(
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(f"build_groups: module must have trainable parameters, got a {type(module).__name__} without")
-    neither, undecayed, unadapted = (_matching(f, named) for f in (exclude, exclude_decay, exclude_adapt))
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    neither, undecayed, unadapted, frozen = (
+        _matching(chosen, named) for chosen in (exclude, exclude_decay, exclude_adapt, freeze)
+    )
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for name, param in named:
         is_1d = param.ndim <= 1
         decays = (decay_1d or not is_1d) and name not in neither | undecayed
         adapts = (adapt_1d or not is_1d) and name not in neither | unadapted
         rate = lr if lr_1d is None or not is_1d else lr_1d
-        key = (rate, weight_decay if decays else 0.0, adapts)
+        key = (rate, weight_decay if decays else 0.0, adapts, freeze_steps > 0 and name in frozen)
         group = groups.setdefault(
             key, {"params": [], "param_names": [], "lr": key[0], "weight_decay": key[1], "adapt": key[2]}
         )
+        if key[3]:
+            group["frozen_steps"] = freeze_steps
         group["params"].append(param)
         group["param_names"].append(name)
     result = list(groups.values())
     check_cover(module, result)
     return result
+
+
+def hold_frozen(optimizer: Optimizer) -> None:
+    """Hold the groups with "frozen_steps" still for so many steps: no update, no momentum, no decay.
+
+    Frozen last layers do what a warm-up does (Gotmare et al. 2019, arXiv 1810.13243). The steps that are left are
+    counted down in the group, so a checkpoint has them.
+    """
+
+    def hide(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("frozen_steps", 0) > 0:
+                for param in group["params"]:
+                    param.grad = None
+
+    def count(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("frozen_steps", 0) > 0:
+                group["frozen_steps"] -= 1
+
+    if any("frozen_steps" in group for group in optimizer.param_groups):
+        optimizer.register_step_pre_hook(hide)
+        optimizer.register_step_post_hook(count)
 
 
 def check_cover(module: nn.Module, groups: Iterable[dict[str, Any]]) -> None:

@@ -100,6 +100,7 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     STATE: tuple[str, ...] = ()
+    SCALARS: tuple[str, ...] = ("step",)  # those of the state that are one number for a tensor
     recording = False  # set by Telemetry for the steps whose statistics it wants
     layer_stats: Sequence[LayerStats] = ()  # of the last recorded step
 
@@ -192,7 +193,7 @@ class LayerwiseOptimizer(Optimizer):
             entries = self.state[param]
             for name, values in zip(self.STATE, state, strict=True):
                 if name not in entries:
-                    if name == "step":
+                    if name in self.SCALARS:
                         entries[name] = torch.zeros((), dtype=torch.float32, device=param.device)
                     else:
                         entries[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

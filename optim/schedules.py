@@ -41,6 +41,52 @@ def warmup_cosine(total_steps: int, warmup_steps: int, final: float = 1e-3, stri
     return _within("warmup_cosine", total_steps, strict, schedule)
 
 
+def gradual_warmup(
+    total_steps: int,
+    batch_size: int,
+    warmup_steps: int,
+    base_batch: int = 256,
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3, 8 / 9),
+    factor: float = 0.1,
+) -> Schedule:
+    """Goyal et al. 2017 (arXiv 1706.02677, section 2.2): from the base batch's rate up to the peak, then in steps down.
+
+    With r = min(1, B0 / B): k < K_w: r + (1 - r) k / K_w. Else factor^n, n the number of milestones passed. So the
+    first step has the rate of a batch of B0 images where the peak grows with B (scaling.rule=linear, as in the paper).
+
+    Args:
+        total_steps: K, the run's length in steps, >= 1.
+        batch_size: B, the global batch, >= 1.
+        warmup_steps: K_w in steps, 0 <= K_w <= K (5 epochs in the paper); 0 for no warm-up.
+        base_batch: B0 in images, >= 1; 256 in the paper.
+        milestones: fractions of the run after which the rate drops, ascending in (0, 1]: 30, 60 and 80 of 90 epochs; ()
+            for none.
+        factor: of each drop, in (0, 1].
+
+    Returns:
+        The schedule; it raises ValueError for a negative step.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    _check("gradual_warmup", total_steps, warmup_steps, 0.0)
+    for name, value in (("batch_size", batch_size), ("base_batch", base_batch)):
+        if value < 1:
+            raise ValueError(f"gradual_warmup: {name} must be >= 1, got {value!r}")
+    if list(milestones) != sorted(set(milestones)) or not all(0 < one <= 1 for one in milestones):
+        raise ValueError(f"gradual_warmup: milestones must be ascending in (0, 1], got {milestones!r}")
+    if not 0 < factor <= 1:
+        raise ValueError(f"gradual_warmup: factor must be in (0, 1], got {factor!r}")
+    ratio = min(1.0, base_batch / batch_size)
+
+    def schedule(k: int) -> float:
+        if k < warmup_steps:
+            return ratio + (1 - ratio) * k / warmup_steps
+        return factor ** sum(k >= one * total_steps for one in milestones)
+
+    return _within("gradual_warmup", total_steps, False, schedule)
+
+
 def polynomial(total_steps: int, power: float = 1.0, final: float = 1e-3, strict: bool = False) -> Schedule:
     """Polynomial decay without warm-up ("NOWA" in the paper): (1 - final) (1 - k/K)^power + final.
 
@@ -126,6 +172,7 @@ def batch_scale(rule: Literal["none", "sqrt", "linear"], batch_size: int, base_b
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "warmup_cosine": warmup_cosine,
+    "gradual_warmup": gradual_warmup,
     "polynomial": polynomial,
     "released_warmup_cosine": released_warmup_cosine,
 }

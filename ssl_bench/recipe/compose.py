@@ -115,6 +115,7 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"augment.blur_sigma must be low <= high, in pixels, got {recipe.augment.blur_sigma}")
     _check_model(recipe)
     _check_averaging(recipe)
+    _check_micro_batches(recipe)
     registry.resolve("dataset", recipe.data.name)
     for name in recipe.eval.protocols if recipe.track == "pretrain" else ():
         if not getattr(registry.resolve("evaluator", name), "tabulated", True):
@@ -156,6 +157,25 @@ def _check_averaging(recipe: Recipe) -> None:
         raise ValueError(f"schedule must be constant with {name}, got {recipe.schedule.target}")
     if average.kind != "none":
         raise ValueError(f"averaging.kind must be none with {name}, got {average.kind}")
+
+
+def _check_micro_batches(recipe: Recipe) -> None:
+    """What an optimizer that measures micro-batch gradients can be given (`ssl_bench.optim.clars`)."""
+    target = recipe.optimizer.target
+    if not target or not hasattr(registry.resolve("optimizer", target), "micro_gradients"):
+        return
+    if recipe.precision == "fp16":
+        raise ValueError(f"precision must be fp32 or bf16 with optimizer={target}, which scales no gradients, got fp16")
+    fresh = "micro_batch" in recipe.optimizer.options
+    if fresh and recipe.track == "pretrain":
+        raise ValueError(
+            f"optimizer must be clars_chunks in pretraining, got {target}: of its micro-batches the loss is another"
+        )
+    if not fresh and recipe.chunk_size in (None, recipe.batch_size):
+        raise ValueError(
+            f"chunk_size must be below batch_size with optimizer={target}, whose micro-batches are the chunks, "
+            f"got {recipe.chunk_size}"
+        )
 
 
 def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> Tree:

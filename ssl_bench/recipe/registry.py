@@ -22,8 +22,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ssl_bench.runtime.suggestion import nearest
 
 # Arguments that the suite itself passes: the network, the parameters (in groups: a recipe's param_groups says how those
-# of ndim <= 1 are treated), and the length of the run.
-PROVIDED = frozenset({"self", "backbone", "feature_dim", "params", "decay_1d", "adapt_1d", "total_steps"})
+# of ndim <= 1 are treated), the length of the run and its batch size.
+PROVIDED = frozenset({"self", "backbone", "feature_dim", "params", "decay_1d", "adapt_1d", "total_steps", "batch_size"})
 
 
 @dataclass(frozen=True)

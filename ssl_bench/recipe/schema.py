@@ -45,6 +45,8 @@ ADDED: dict[str, Any] = {
     "model.patch_size": None,
     "model.pretrained": False,
     "model.checkpoint_sha256": None,
+    "param_groups.freeze": [],
+    "param_groups.freeze_epochs": 0.0,
     "averaging.kind": "none",
     "averaging.decay": 0.999,
     "averaging.start_fraction": 0.0,
@@ -155,6 +157,10 @@ class GroupOptions:
     adapt_1d: bool = key(False, "apply layer-wise adaptation to parameters with ndim <= 1; false = plain momentum")
     lr_1d: NonNegative | None = key(None, "learning rate of parameters with ndim <= 1; null = the same as the others")
     exclude: list[str] = key([], "names or glob patterns of other parameters to treat like ndim <= 1; [] = none")
+    freeze: list[str] = key(
+        [], "names or glob patterns of parameters held still for the first freeze_epochs, such as [head.*]; [] = none"
+    )
+    freeze_epochs: NonNegative = key(0.0, "epochs before the parameters of freeze are trained; 0 = from the start")
 
 
 @dataclass

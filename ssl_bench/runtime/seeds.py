@@ -12,6 +12,7 @@ ONLINE = 4
 LAYERS = 5
 PROJECTOR = 6
 ANALYSIS = 7
+MICRO = 40  # micro-batches that an optimizer measures
 _MORE_VIEWS = 1 << 16  # the third view and those after it
 
 _MASK = (1 << 62) - 1  # torch takes 63 bits; one is left free for callers that count up from a seed

@@ -32,7 +32,7 @@ from ssl_bench.models import backbone as backbones
 from ssl_bench.models.backbone import create_backbone, load_backbone, seeded
 from ssl_bench.models.pretrained import load_published, load_weights
 from ssl_bench.optim.averaging import WeightAverage, has_evaluation_point
-from ssl_bench.optim.groups import build_groups
+from ssl_bench.optim.groups import build_groups, hold_frozen
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.recipe import registry, weights
@@ -46,6 +46,7 @@ from ssl_bench.training.evaluation_point import evaluation_point
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
+from ssl_bench.training.micro_gradients import MicroBatches
 from ssl_bench.training.plan import Plan, Rhythm
 from ssl_bench.training.processes import Processes, contents, processes
 from ssl_bench.training.session import Session
@@ -68,6 +69,11 @@ def session(recipe: Recipe) -> Session:
     check_images(recipe, recipe.data.size)
     if recipe.model.checkpoint or recipe.model.pretrained:
         backbone(recipe)  # weights that do not fit are found before the folder is made and data is read
+    if where.world_size > 1 and hasattr(registry.resolve("optimizer", recipe.optimizer.target), "micro_gradients"):
+        name = recipe.optimizer.target
+        raise ValueError(
+            f"optimizer={name} must run on one process, whose micro-batches it takes, got {where.world_size}"
+        )
     obstacle = _graph_obstacle(recipe, where)
     if recipe.cuda_graphs and obstacle:
         raise ValueError(f"cuda_graphs must be null or false, got true: {obstacle}")
@@ -312,18 +318,22 @@ def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.
         adapt_1d=groups.adapt_1d,
         lr_1d=None if groups.lr_1d is None else groups.lr_1d * scale,
         exclude=tuple(groups.exclude),
+        freeze=tuple(groups.freeze),
+        freeze_steps=round(groups.freeze_epochs * plan.steps_per_epoch),
     )
     made = registry.resolve("optimizer", recipe.optimizer.target)(params, **options)
     for group in made.param_groups:
         group["initial_lr"] = group["lr"]
+    hold_frozen(made)
     average = recipe.averaging
     if average.kind != "none":
         WeightAverage(made, average.kind, average.decay, round(average.start_fraction * plan.total))
     if has_evaluation_point(made):
         made.train()
     make = registry.resolve("schedule", recipe.schedule.target)
-    length = {"total_steps": plan.total} if "total_steps" in inspect.signature(make).parameters else {}
-    return made, make(**length, **plan.schedule)
+    known = {"total_steps": plan.total, "batch_size": recipe.batch_size}
+    passed = {name: value for name, value in known.items() if name in inspect.signature(make).parameters}
+    return made, make(**passed, **plan.schedule)
 
 
 def _rhythm(recipe: Recipe, plan: Plan, where: Processes) -> Rhythm:
@@ -352,6 +362,8 @@ def trainer(
     if where.world_size > 1 and recipe.sync_batch_norm:
         synchronize_batch_norm(task)  # in place: a method is no batch norm itself
     made, schedule = optimizer(recipe, task, plan)
+    if hasattr(made, "micro_gradients"):
+        made.micro_gradients = MicroBatches.of(plan.optimizer, task, batches, where)
     gradient: Callable[..., dict[str, Tensor]] = compute_gradient
     if _graphs_steps(recipe, where):
         gradient = GraphedGradient(compute_gradient, task, partial(_without_graphs, recipe, where))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ssl_bench.optim import LARS, OPTIMIZERS, build_groups, check_cover
+from ssl_bench.optim.groups import hold_frozen
 
 
 def net():
@@ -87,6 +88,8 @@ def test_every_optimizer_takes_the_groups_as_they_are():
         module = net()
         groups = build_groups(module, lr=0.25, weight_decay=0.1, lr_1d=0.5, adapt_1d=True)
         optimizer = make(groups, lr=1.0, **({"name": "lion"} if name == "timm" else {}))
+        if name.startswith("clars"):
+            optimizer.micro_gradients = lambda _step, read: read()
         check_cover(module, optimizer.param_groups)
         assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.1), (0.5, 0.0)]
         module(torch.randn(2, 3, 3, 3)).sum().backward()
@@ -104,3 +107,41 @@ def test_lars_groups_of_a_module_are_those_of_its_parameters():
     for a, b in zip(built, plain, strict=True):
         assert (a["adapt"], a["weight_decay"]) == (b["adapt"], b["weight_decay"])
         assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
+
+
+@pytest.mark.parametrize("make", [LARS, torch.optim.AdamW])
+def test_frozen_layers_do_not_move_and_then_train_as_if_they_had_just_begun(make):
+    torch.manual_seed(0)
+    module = net()
+    groups = build_groups(module, lr=0.1, weight_decay=0.1, freeze=["3.*"], freeze_steps=3)
+    assert {n for g in groups if "frozen_steps" in g for n in g["param_names"]} == {"3.weight", "3.bias"}
+    optimizer = make(groups, lr=0.1)
+    hold_frozen(optimizer)
+    fresh = make(build_groups(module[3], lr=0.1, weight_decay=0.1), lr=0.1)
+    start = [p.detach().clone() for p in module.parameters()]
+    x = torch.randn(4, 3, 3, 3)
+    for step in range(5):
+        if step == 4:  # resumed from a checkpoint
+            saved = optimizer.state_dict()
+            optimizer = make(build_groups(module, lr=0.1, weight_decay=0.1, freeze=["3.*"], freeze_steps=3), lr=0.1)
+            optimizer.load_state_dict(saved)
+            hold_frozen(optimizer)
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        before = [p.detach().clone() for p in module[3].parameters()]
+        if step >= 3:  # what an optimizer that starts now makes of the same gradients
+            fresh.step()
+            expected = [p.detach().clone() for p in module[3].parameters()]
+            for p, old in zip(module[3].parameters(), before, strict=True):
+                p.data.copy_(old)
+        optimizer.step()
+        for i, p in enumerate(module[3].parameters()):
+            torch.testing.assert_close(p.detach(), expected[i] if step >= 3 else start[4 + i])
+        assert not torch.equal(module[0].weight, start[0])
+
+
+def test_nothing_is_frozen_for_no_steps():
+    groups = build_groups(net(), lr=0.1, weight_decay=0.1, freeze=["3.*"])
+    assert not any("frozen_steps" in group for group in groups)
+    with pytest.raises(ValueError, match="a pattern must match a parameter name"):
+        build_groups(net(), lr=0.1, weight_decay=0.1, freeze=["head.*"], freeze_steps=3)

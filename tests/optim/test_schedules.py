@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from ssl_bench.optim import SCHEDULES, batch_scale, constant, polynomial, released_warmup_cosine, warmup_cosine
+from ssl_bench.optim import (
+    SCHEDULES,
+    batch_scale,
+    constant,
+    gradual_warmup,
+    polynomial,
+    released_warmup_cosine,
+    warmup_cosine,
+)
 
 
 def test_constant():
@@ -102,8 +110,40 @@ def test_every_schedule_is_pure():
         "warmup_cosine": SCHEDULES["warmup_cosine"](30, 5),
         "polynomial": SCHEDULES["polynomial"](30),
         "released_warmup_cosine": SCHEDULES["released_warmup_cosine"](30, 5, 10),
+        "gradual_warmup": SCHEDULES["gradual_warmup"](30, 512, 5),
     }
     assert made.keys() == SCHEDULES.keys()
     for schedule in made.values():
         forward = [schedule(k) for k in range(31)]
         assert [schedule(k) for k in reversed(range(31))] == forward[::-1]
+
+
+def test_gradual_warmup_is_goyals():
+    """8192 images: 0.1 per 256 at the first step, 3.2 after 5 epochs, then tenths at 30, 60 and 80 of 90 epochs."""
+    per_epoch, batch = 10, 8192
+    schedule = gradual_warmup(90 * per_epoch, batch, 5 * per_epoch)
+    peak = 0.1 * batch_scale("linear", batch, 256)
+    for k in range(90 * per_epoch + 1):
+        if k < 5 * per_epoch:
+            expected = 0.1 + (3.2 - 0.1) * k / (5 * per_epoch)
+        else:
+            expected = 3.2 * 0.1 ** sum(k >= epoch * per_epoch for epoch in (30, 60, 80))
+        assert peak * schedule(k) == pytest.approx(expected, rel=1e-12)
+    assert gradual_warmup(10, 128, 5)(0) == 1.0  # a batch below the base needs no warm-up
+    assert gradual_warmup(10, 512, 0, milestones=())(9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"base_batch": 0}, "base_batch must be >= 1, got 0"),
+        ({"milestones": (0.5, 0.4)}, r"milestones must be ascending in \(0, 1\], got \(0.5, 0.4\)"),
+        ({"milestones": (0.5, 1.5)}, r"milestones must be ascending in \(0, 1\]"),
+        ({"factor": 0.0}, r"factor must be in \(0, 1\], got 0"),
+        ({"warmup_steps": 11}, r"warmup_steps must be in \[0, total_steps=10\], got 11"),
+    ],
+)
+def test_gradual_warmup_refuses(keywords, message):
+    with pytest.raises(ValueError, match=f"^gradual_warmup: {message}"):
+        gradual_warmup(**({"total_steps": 10, "batch_size": 512, "warmup_steps": 2} | keywords))
