@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.runtime import seeds
-from ssl_bench.training.gradient import full_batch
-from ssl_bench.training.session import Processes
+from ssl_bench.training.gradient import compute_gradient
+from ssl_bench.training.processes import Processes
 
 
 class MicroBatches:
@@ -32,15 +32,13 @@ class MicroBatches:
             size = options["micro_batch"]
             batches = Pipeline(
                 batches.source,
-                batches.augmentations,
-                batches.streams,
+                batches.views,
                 seed=seeds.derive_seed(batches.seed, seeds.MICRO),
                 batch_size=size * options["micro_batches"],
                 chunk_size=size,
                 rank=where.rank,
                 world_size=where.world_size,
                 device=batches.device,
-                with_labels=batches.with_labels,
             )
         return cls(module, batches, where.accelerator.autocast)
 
@@ -51,7 +49,9 @@ class MicroBatches:
         for batch in self.batches.batches(step, step + 1):
             for chunk in range(self.batches.n_chunks):
                 self.module.zero_grad(set_to_none=True)
-                full_batch(self.module, _only(batch.views(chunk)), 1, torch.Tensor.backward, autocast=self.autocast)
+                compute_gradient(
+                    self.module, _only(batch.views(chunk)), 1, torch.Tensor.backward, lambda _chunk: self.autocast()
+                )
                 found.append(read())
         self.module.zero_grad(set_to_none=True)
         with torch.no_grad():

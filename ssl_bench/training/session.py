@@ -131,7 +131,7 @@ class Session:
                 no gradient where there are several processes.
         """
         if self.processes.main:
-            rehearse_saving(trainer.module.backbone, trainer.state_dict())  # type: ignore[arg-type]
+            rehearse_saving(trainer.module.get_submodule(trainer.module.evaluated), trainer.state_dict())
         step = self._restore(trainer)
         self._run.write_provenance(provenance, step=step)
         if self._tracker is not None:

@@ -158,6 +158,8 @@ def test_fair_gives_1d_tensors_the_lr_of_the_rule_that_moves_them(track: str) ->
         assert found.lr_1d == (lr_1d if lr_1d < 0.01 or track == "pretrain" else 0.1), name
         assert (found.decay_1d, found.adapt_1d) == (False, False)
     assert compose(track, ["optimizer=timm", "optimizer.name=lion", "optimizer.lr=1"]).param_groups.lr_1d is None
+
+
 def test_the_keys_own_type_decides_whether_a_ranges_values_are_whole(tmp_path: Path) -> None:
     space = {
         "optimizer.lr": {"low": 1, "high": 8},

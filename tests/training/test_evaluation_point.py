@@ -9,30 +9,15 @@ import torch
 from accelerate import Accelerator
 from commands import TINY
 from safetensors.torch import load_file
-from torch import nn
+from small_classifier import SmallClassifier, small_batches
 
 from ssl_bench import classify
-from ssl_bench.augment.views import Normalize
-from ssl_bench.data.pipeline import Pipeline
-from ssl_bench.data.sources import ResidentSource
 from ssl_bench.optim import Telemetry, WeightAverage, sgd
 from ssl_bench.recipe.compose import compose
 from ssl_bench.training.evaluation_point import evaluation_point
-from ssl_bench.training.gradient import full_batch
+from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.plan import Rhythm
-
-
-class Task(nn.Module):
-    """A small classifier with batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5))
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images and labels to the loss."""
-        return {"loss": nn.functional.cross_entropy(self.net(x), y)}
 
 
 class Silent:
@@ -68,19 +53,15 @@ EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
 
 def trainer(make, every, measure, snapshots=()):
-    torch.manual_seed(0)
-    source = ResidentSource(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), torch.arange(64) % 5)
-    views = [Normalize(mean=(0.5,) * 3, std=(0.25,) * 3)]
-    where = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    batches = Pipeline(source, views, (1,), seed=0, batch_size=16, chunk_size=None, with_labels=True, **where)
-    accelerator, task = Accelerator(cpu=True), Task()
+    batches = small_batches(batch_size=16)
+    accelerator, task = Accelerator(cpu=True), SmallClassifier()
     optimizer = make(task.parameters())
     optimizer.train()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     model, wrapped = accelerator.prepare(task, optimizer)
     built = Trainer(
-        model=model, optimizer=wrapped, schedule=lambda _k: 1.0, gradient=full_batch, pipeline=batches,
+        model=model, optimizer=wrapped, schedule=lambda _k: 1.0, gradient=compute_gradient, pipeline=batches,
         rhythm=Rhythm(12, 4, 0, 0, frozenset(snapshots)), accelerator=accelerator, io=Silent(),
         telemetry=Telemetry(optimizer, every=0), hooks=[Hook(every, lambda step: measure(built, step))],
         evaluation_point=evaluation_point(optimizer, task, batches, accelerator.autocast),
@@ -178,7 +159,7 @@ def test_a_run_saves_and_evaluates_its_average_and_says_so(tmp_path):
     assert last["metrics"]["top1"] == lines[1][-1]["test_top1"]
     head = json.loads((tmp_path / "mean" / "run.json").read_text())
     assert head["recipe"]["averaging"] == {"kind": "mean", "decay": 0.999, "start_fraction": 0.5}
-    assert head["evaluated"].startswith("the optimizer's evaluation point")
+    assert head["evaluated_weights"].startswith("the optimizer's evaluation point")
 
 
 @pytest.mark.parametrize(

@@ -7,41 +7,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import TINY, TINY_PRETRAIN
+from small_classifier import SmallClassifier, small_batches
 from torch import nn
 
 from ssl_bench import classify, pretrain
-from ssl_bench.augment.views import Normalize
-from ssl_bench.data.pipeline import Pipeline
-from ssl_bench.data.sources import ResidentSource
 from ssl_bench.recipe.compose import compose
 from ssl_bench.training.micro_gradients import MicroBatches
-from ssl_bench.training.session import Processes
-
-
-class Task(nn.Module):
-    """A small classifier with batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5))
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images and labels to the loss."""
-        return {"loss": nn.functional.cross_entropy(self.net(x), y)}
-
-
-def batches(**sizes):
-    torch.manual_seed(0)
-    source = ResidentSource(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), torch.arange(64) % 5)
-    views = [Normalize(mean=(0.5,) * 3, std=(0.25,) * 3)]
-    where = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    return Pipeline(source, views, (1,), seed=3, with_labels=True, **sizes, **where)
+from ssl_bench.training.processes import Processes
 
 
 @pytest.mark.parametrize("options", [{"micro_batch": 8, "micro_batches": 4}, {}])
 def test_the_mean_over_micro_batches_and_nothing_else_changes(options):
-    task = Task()
-    run = batches(batch_size=32, chunk_size=16)
+    task = SmallClassifier()
+    run = small_batches(seed=3, batch_size=32, chunk_size=16)
     micro = MicroBatches.of(options, task, run, Processes(Accelerator(cpu=True)))
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     weight = task.net[4].weight
