@@ -1,4 +1,4 @@
-"""What every method must pass beside its own formula: steps in chunks, replayed or in another order are the same.
+"""What every method must pass beside its own formula: steps in chunks, replayed, resumed or reordered are the same.
 
 In float64, on a small smooth network without batch norm (which sees a chunk, not the batch).
 """
@@ -68,7 +68,12 @@ def _batch(method: Method, step: int, order: Tensor) -> tuple[Tensor, ...]:
 
 
 def train(
-    make: Build, n_chunks: int = 1, *, shuffled: bool = False, recorder: TapeRecorder | None = None
+    make: Build,
+    n_chunks: int = 1,
+    *,
+    shuffled: bool = False,
+    recorder: TapeRecorder | None = None,
+    resumed_at: int | None = None,
 ) -> list[Result]:
     """Each step's terms, gradients and buffers, over some steps of SGD."""
     method = make()
@@ -78,6 +83,11 @@ def train(
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1, momentum=0.9)
     results = []
     for step in range(STEPS):
+        if step == resumed_at:
+            method, before, momenta = make(), method.state_dict(), optimizer.state_dict()
+            method.load_state_dict(before)
+            optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1, momentum=0.9)
+            optimizer.load_state_dict(momenta)
         order = torch.randperm(N, generator=torch.Generator().manual_seed(step)) if shuffled else torch.arange(N)
         inputs = [x.chunk(n_chunks) for x in _batch(method, step, order)]
         with torch.no_grad():
@@ -97,7 +107,7 @@ def _refuse(reason: str) -> None:
 
 
 def assert_contract(make: Build) -> None:
-    """Training in 2 and 3 chunks, with the rows in another order, and replayed, is training whole."""
+    """Training in 2 and 3 chunks, with the rows in another order, replayed, and resumed, is training whole."""
     whole = train(make)
     for other in (train(make, 2), train(make, 3), train(make, shuffled=True)):
         for step, (result, expected) in enumerate(zip(other, whole, strict=True)):
@@ -107,11 +117,11 @@ def assert_contract(make: Build) -> None:
                     result[name], value, rtol=1e-9, atol=max(1e-9 * largest, 1e-12), msg=f"{name} at step {step}"
                 )
     recorder = TapeRecorder()
-    replayed = train(make, recorder=recorder)
+    for other in (train(make, recorder=recorder), train(make, resumed_at=4)):
+        for result, expected in zip(other, whole, strict=True):
+            for name, value in expected.items():
+                assert torch.equal(result[name], value), name
     assert recorder.replays > 1
-    for result, expected in zip(replayed, whole, strict=True):
-        for name, value in expected.items():
-            assert torch.equal(result[name], value), name
 
 
 def assert_follows(method: Method, momentum: Callable[[float], float]) -> None:
