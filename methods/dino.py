@@ -30,17 +30,19 @@ class Prototypes(nn.Linear):
 class DINO(Method):
     """Makes every crop's distribution over prototypes that of a teacher, centred and sharpened, on a large crop.
 
-    Evaluated is the teacher's backbone, as in the paper. Defaults are the paper's for ViT-S/16, crops and freeze the
-    official code's (commit 7064315); the weight decay's schedule is not DINO's but the recipe's.
+    Evaluated is the teacher's backbone, as in the paper. Defaults are the paper's for ViT-S/16; crops and freeze
+    are the official code's (commit 7064315).
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).
         feature_dim: the number of features, > 0.
-        projector: widths of the head's Linear layers, each > 0, with GELU between them and no batch norm; the last is
-            the bottleneck, which is normalised. Paper: 2048-2048-256.
+        projector: widths of the head's Linear layers, each > 0, with GELU between them; the last is the bottleneck,
+            which is normalised. Paper: 2048-2048-256.
+        batch_norm: put batch norm in front of each GELU, an option of the official code. Paper: no; ``method=dino``
+            does, for convolutional networks.
         prototypes: K, > 0. Paper: 65536; ``method=dino`` takes 4096 for small data, solo-learn's value for CIFAR.
         student_temp: divides the student's scores, > 0. Paper: 0.1.
-        teacher_temp: divides the teacher's, > 0; smaller is sharper. Paper: 0.07.
+        teacher_temp: divides the teacher's, > 0; smaller is sharper. Paper: 0.07; ``method=dino`` takes 0.04.
         warmup_teacher_temp: what that grows from, linearly, > 0. Paper: 0.04.
         warmup: share of the run that it grows for, in [0, 1]; 0 = none. Paper: 30 of 300 epochs.
         momentum: the teacher's at the start, in [0, 1]; a cosine takes it to 1. Paper: 0.996.
@@ -66,6 +68,7 @@ class DINO(Method):
         feature_dim: int,
         *,
         projector: tuple[int, ...] = (2048, 2048, 256),
+        batch_norm: bool = False,
         prototypes: int = 65536,
         student_temp: float = 0.1,
         teacher_temp: float = 0.07,
@@ -89,7 +92,7 @@ class DINO(Method):
                 raise ValueError(f"dino: {name} must be in [0, 1], got {value}")
         if not projector or min(projector) < 1:
             raise ValueError(f"dino: projector must be one or more widths > 0, got {tuple(projector)}")
-        head = nn.Sequential(_bottleneck(feature_dim, projector), Prototypes(projector[-1], prototypes))
+        head = nn.Sequential(_bottleneck(feature_dim, projector, batch_norm), Prototypes(projector[-1], prototypes))
         super().__init__(backbone, feature_dim, head)
         self.views = multi_crop(
             "dino", backbone, global_scale=global_scale, local_scale=local_scale, local_crops=local_crops,
@@ -143,11 +146,13 @@ class DINO(Method):
         return {"loss": loss, "entropy": torch.special.entr(targets).sum(2).mean()}
 
 
-def _bottleneck(feature_dim: int, widths: tuple[int, ...]) -> nn.Sequential:
+def _bottleneck(feature_dim: int, widths: tuple[int, ...], batch_norm: bool) -> nn.Sequential:
     """Linear layers with GELU between them, initialised as in the official code."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((feature_dim, *widths)):
-        layers += [nn.Linear(inputs, outputs), nn.GELU()]
-        nn.init.trunc_normal_(layers[-2].weight, std=0.02)  # type: ignore[arg-type]
-        nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
-    return nn.Sequential(*layers[:-1])
+        if layers:
+            layers += [nn.BatchNorm1d(inputs), nn.GELU()] if batch_norm else [nn.GELU()]
+        layers.append(linear := nn.Linear(inputs, outputs))
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+    return nn.Sequential(*layers)

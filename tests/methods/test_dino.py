@@ -76,6 +76,12 @@ def test_the_head_is_the_official_one():
     torch.testing.assert_close(ours.projector(x), theirs(x), rtol=1e-10, atol=1e-12)
 
 
+def test_batch_norm_stands_in_front_of_each_gelu_if_asked_for():
+    kinds = [type(layer).__name__ for layer in dino(batch_norm=True).projector[0]]
+    assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
+    assert [kind for kind in kinds if kind != "BatchNorm1d"] == [type(layer).__name__ for layer in dino().projector[0]]
+
+
 def test_temperature_teacher_and_freeze_follow_the_run():
     method = dino(momentum=0.9, warmup=0.4, frozen=0.2)
     for p in method.projector.parameters():
