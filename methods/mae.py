@@ -15,7 +15,8 @@ class MAE(Method):
     """Predicts the pixels of masked patches from the others; the encoder sees only these, a small decoder all.
 
     The backbone is one of timm's ``vit_*``. Its learned positions stay learned (the paper's are fixed), and what it has
-    behind its last common norm (a pooling's own norm or attention) is not used and not trained.
+    behind its last common norm (a pooling's own norm or attention) is not used and not trained. No loss asks for a good
+    class token: the average of the patches is the better feature (timm's ``global_pool="avg"``).
 
     Args:
         backbone: a vision transformer with a position for each patch, for images of the data's size.
