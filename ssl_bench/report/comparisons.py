@@ -158,6 +158,16 @@ def ranks(contenders: Sequence[Arm], family: Sequence[Comparison]) -> dict[str, 
     return {name: (1 + ahead[name], len(names) - behind[name]) for name in names}
 
 
+def best_arms(contenders: Sequence[Arm]) -> list[Arm]:
+    """The arm of each optimizer with the highest mean, in the tables' order; without optimizers that have none."""
+    best: dict[str, Arm] = {}
+    for arm in contenders:
+        other = best.get(arm.optimizer)
+        if arm.top1 is not None and (other is None or arm.top1 > (other.top1 or 0.0)):
+            best[arm.optimizer] = arm
+    return list(best.values())
+
+
 def by_optimizer(contenders: Sequence[Arm]) -> dict[str, list[float]]:
     """All trials of each optimizer in a setting: every variant at every learning rate."""
     trials: dict[str, list[float]] = defaultdict(list)

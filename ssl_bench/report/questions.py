@@ -19,7 +19,7 @@ from ssl_bench.report.aggregate import Cell, Collection, Result, Setting
 from ssl_bench.report.analysis import read_analysis
 from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.claims.sharpness import noise_scale
-from ssl_bench.report.comparisons import WITHIN, Arm, arms
+from ssl_bench.report.comparisons import WITHIN, Arm, arms, best_arms
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.inference import pooled
 from ssl_bench.report.scope import planned
@@ -351,15 +351,11 @@ def _shared_scores(collection: Collection) -> Iterator[tuple[Setting, dict[str, 
     """By setting the scores of each optimizer's best arm; settings that lack one of the optimizers are left out."""
     found: dict[Setting, dict[str, list[float]]] = {}
     for setting, contenders in arms(collection).items():
-        best: dict[str, Arm] = {}
-        for arm in contenders:
-            if arm.top1 is not None and arm.top1 > (best[arm.optimizer].top1 or 0.0 if arm.optimizer in best else -1.0):
-                best[arm.optimizer] = arm
         found[setting] = {}
-        for name, arm in best.items():
+        for arm in best_arms(contenders):
             cell = arm.best or next(cell for cell in arm.cells if cell.failed)
             room = 100 - cell.chance
-            found[setting][name] = (
+            found[setting][arm.optimizer] = (
                 [(top1 - cell.chance) / room for top1 in cell.top1(arm.protocol).values()] if room else []
             )
     # An optimizer that few settings have would leave few settings to compare by: it needs more than half of them.

@@ -10,7 +10,8 @@ from synthetic_runs import LAYERS, analysis_of, write_run
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 from ssl_bench.report.curves import load_curves, short_names, thin
-from ssl_bench.report.figures.drawing import legend_below, save, style
+from ssl_bench.report.figures import plates as plates_module
+from ssl_bench.report.figures.drawing import legend_below, looks_of, save, style
 from ssl_bench.report.figures.plates import demo_figure, write_figures
 from ssl_bench.report.tables import name_of
 
@@ -75,10 +76,11 @@ def test_demo_figure_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_every_group_has_its_figure(collection: Collection, tmp_path: Path) -> None:
     plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path)
     assert [plate.name for plate in plates] == [
+        "best-accuracy",
+        "profiles",
         "accuracy-classification-cifar10-512",
         "learning-rate-classification-cifar10",
         "learning-rate-barlow_twins-cifar10",
-        "profiles",
         "phi",
         "layers-classification-cifar10-512-LARS",
         "layers-classification-cifar10-512-TVLARS",
@@ -94,10 +96,83 @@ def test_every_group_has_its_figure(collection: Collection, tmp_path: Path) -> N
 
 def test_lambda_has_a_figure_where_it_varies(tmp_path: Path) -> None:
     for decay in (1e-5, 1e-2):
-        write_run(tmp_path / f"{decay}", optimizer="tvlars", decay=decay, telemetry=False, steps=10)
+        for batch_size in (1024, 16384):
+            for lr in (1.0, 2.0):
+                name = tmp_path / f"{decay}-{batch_size}-{lr}"
+                settings = {"decay": decay, "batch_size": batch_size, "lr": lr, "steps": 20}
+                write_run(name, optimizer="tvlars", telemetry=False, **settings)  # type: ignore[arg-type]
     collection = gather(*find_runs(tmp_path))
     plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
-    assert "lambda-classification-cifar10" in [plate.name for plate in plates]
+    names = [plate.name for plate in plates if plate.name.startswith("lambda")]
+    assert names == [
+        "lambda-classification-cifar10",
+        "lambda-by-batch-size-classification-cifar10",
+        "lambda-curves-0.01-classification-cifar10",
+        "lambda-curves-1e-05-classification-cifar10",
+    ]
+    matrix = (tmp_path / "figures" / f"{names[1]}.svg").read_text()
+    for text in (
+        "B = 1024, λ = 0.01",
+        "B = 1024, λ = 1e-05",
+        "B = 16384, λ = 0.01",
+        "B = 16384, λ = 1e-05",
+        "lr 1",
+        "lr 2",
+    ):
+        assert text in matrix
+    assert "B = 16384" in (tmp_path / "figures" / f"{names[2]}.svg").read_text()
+
+
+def test_with_and_without_a_warmup_are_side_by_side_at_each_rate(tmp_path: Path) -> None:
+    for lr in (1.0, 2.0, 3.0):
+        write_run(tmp_path / f"wa{lr}", lr=lr, telemetry=False)
+        if lr < 3:
+            schedule = {"target": "polynomial", "power": 1.0}
+            write_run(tmp_path / f"nowa{lr}", lr=lr, telemetry=False, schedule=schedule)
+    collection = gather(*find_runs(tmp_path))
+    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
+    assert "warmup-classification-cifar10-512" in [plate.name for plate in plates]
+    svg = (tmp_path / "figures" / "warmup-classification-cifar10-512.svg").read_text()
+    for text in ("lr 1", "lr 2", "schedule=warmup_cosine", "schedule=polynomial"):
+        assert text in svg
+    assert "lr 3" not in svg  # it ran with a warm-up alone
+
+
+def test_no_two_arms_of_a_plate_look_alike_and_an_optimizer_keeps_its_colour() -> None:
+    arms = [("LARS", f"LARS ({variant})") for variant in range(30)] + [
+        (f"opt{index}", f"opt{index}") for index in range(9)
+    ]
+    looks = looks_of(arms)
+    assert len(set(looks.values())) == len(arms)
+    assert {looks[f"LARS ({variant})"].color for variant in range(30)} == {looks["LARS (0)"].color}
+    assert looks_of(arms[:1])["LARS (0)"] == looks["LARS (0)"]
+    assert len(set(looks_of(("LARS", str(variant)) for variant in range(280)).values())) == 280
+
+
+def test_a_legend_has_every_curve_and_makes_room_for_itself(tmp_path: Path) -> None:
+    names = [f"LARS (optimizer.decay={index})" for index in range(40)]
+    looks = looks_of(("LARS", name) for name in names)
+    with style():
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axis = figure.subplots()
+        legend_below(figure, looks=looks, shown=names)
+        save(figure, tmp_path / "figure.png")
+    assert len(figure.legends[0].get_texts()) == 40
+    assert axis.get_window_extent().height > 1.5 * figure.dpi  # the panel keeps its height
+
+
+def test_of_a_large_study_the_first_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plates_module, "MANY_RUNS", 1)
+    monkeypatch.setattr(plates_module, "FEW_FIGURES", 2)
+    for seed in range(2):
+        write_run(tmp_path / f"{seed}", seed=seed, telemetry=False)
+    collection = gather(*find_runs(tmp_path))
+
+    def drawn(choice: plates_module.Choice) -> int:
+        return len(write_figures(collection, lambda result: load_curves(result.record), tmp_path / "f", choice=choice))
+
+    assert (drawn("none"), drawn("auto")) == (0, 2)
+    assert drawn("all") > 2
 
 
 def test_an_analysis_has_its_figures(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_bench.report.curves import Curves, Quantity, thin
+from ssl_bench.report.tables import on_one_line
 
 # Points of a curve: enough for every visible bend, few enough for the SVG of a long run.
 POINTS = 600
@@ -47,8 +48,11 @@ _STYLE: dict[Any, Any] = {
 
 # Distinct in grey and to the colour-blind (Okabe and Ito 2008, without the yellow, which is too pale on paper).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+LINES = ("-", "--", "-.", ":")
 
 CHARACTER = 0.075  # width of a legend's letter in inches, rounded up
+LINE = 0.17  # height of a legend's line in inches
 
 # First layer dark, last layer light; the palest part, too pale on paper, is left out.
 DEPTH = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
@@ -118,24 +122,65 @@ def note(axis: Any, text: str) -> None:
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#777777")
 
 
-def legend_below(figure: Figure, axis: Any = None, *, colors: Mapping[str, str] | None = None) -> None:
-    """A legend below all panels: as many columns as fit, long names wrapped.
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn, the same on every figure of a report."""
+
+    color: str
+    marker: str
+    line: str
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Arguments of ``plot``."""
+        return {"color": self.color, "marker": self.marker, "linestyle": self.line, "markersize": 4}
+
+
+def looks_of(arms: Iterable[tuple[str, str]]) -> dict[str, Look]:
+    """A look for each arm: the colour is its optimizer's, marker and line tell its variants apart.
+
+    No two of up to 280 are alike.
+
+    Args:
+        arms: (optimizer, the arm's name), in the order of the report.
+    """
+    named = list(dict.fromkeys(arms))
+    place = {optimizer: index for index, optimizer in enumerate(dict.fromkeys(optimizer for optimizer, _ in named))}
+    looks: dict[str, Look] = {}
+    for optimizer, name in named:
+        lap, first = divmod(place[optimizer], len(PALETTE))
+        colors = PALETTE[first:] + PALETTE[:first]  # the optimizer's own, the others where it has too many variants
+        lines = LINES[lap % len(LINES) :] + LINES[: lap % len(LINES)]
+        every = [Look(color, marker, line) for color in colors for line in lines for marker in MARKERS]
+        looks[name] = next((look for look in every if look not in looks.values()), every[0])
+    return looks
+
+
+def plain(text: object) -> str:
+    """Text of a record for a figure: without what matplotlib would read as mathematics, or XML not hold."""
+    return on_one_line(str(text)).replace("$", r"\$")
+
+
+def legend_below(
+    figure: Figure, axis: Any = None, *, looks: Mapping[str, Look] | None = None, shown: Iterable[str] = ()
+) -> None:
+    """A legend below all panels, which it makes higher: as many columns as fit, long names wrapped, all names there.
 
     Args:
         figure: gets the legend.
         axis: its lines are the entries.
-        colors: by name, in place of an axis's lines; each entry is a line with a dot.
+        looks: by name, in place of an axis's lines.
+        shown: the names among them.
     """
     entries = axis.get_legend_handles_labels()[0] if axis is not None else []
-    for name, color in (colors or {}).items():
-        entries.append(Line2D([], [], color=color, marker="o", markersize=4, label=name))
+    for name in dict.fromkeys(shown):
+        entries.append(Line2D([], [], label=plain(name), **(looks or {})[name].style))
+    if not entries:
+        return
     room = int((figure.get_figwidth() - 0.6) / CHARACTER)
     labels = [textwrap.fill(str(entry.get_label()), max(20, room)) for entry in entries]
     longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
-    columns = max(1, min(3, len(entries), (room + 6) // (longest + 6)))
-    figure.legend(entries, labels, loc="outside lower center", ncols=1 if len(entries) > 6 else columns)
-
-
-def colors_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour of the palette for each name."""
-    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+    columns = max(1, min(4, len(entries), (room + 6) // (longest + 6)))
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + max(0.0, lines - 2) * LINE)  # or the panels would shrink to nothing
+    figure.legend(entries, labels, loc="outside lower center", ncols=columns)

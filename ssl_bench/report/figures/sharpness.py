@@ -19,7 +19,7 @@ from ssl_bench.report.analysis import (
     read_analysis,
 )
 from ssl_bench.report.curves import rounded
-from ssl_bench.report.figures.drawing import Plate, colors_of, depth_colors, legend_below, note
+from ssl_bench.report.figures.drawing import Plate, depth_colors, legend_below, looks_of, note, plain
 from ssl_bench.report.tables import name_of, number
 
 Chart = dict[str, Any]  # {"title", "x": the axis's label, "log": both axes logarithmic, "series": [...]}
@@ -48,7 +48,7 @@ def sharpness_figures(collection: Collection) -> Iterator[tuple[Plate, Figure]]:
 def _sharpness_figure(setting: Setting, runs: Sequence[Analyzed]) -> tuple[Plate, Figure]:
     """One row for each measure, one column for each learning rate, one line for each run in its optimizer's colour."""
     rates = sorted({run.cell.lr for run in runs})
-    colors = colors_of(dict.fromkeys(run.cell.arm for run in runs))
+    looks = looks_of((run.cell.optimizer, run.cell.arm) for run in runs)
     figure = Figure(figsize=(max(5.0, 2.6 * len(rates) + 1.2), 8.4), layout="constrained")
     axes = figure.subplots(len(MEASURES), len(rates), sharex=True, sharey="row", squeeze=False)
     for row, measure in zip(axes, MEASURES, strict=True):
@@ -59,8 +59,8 @@ def _sharpness_figure(setting: Setting, runs: Sequence[Analyzed]) -> tuple[Plate
             if points:
                 x, y, errors = zip(*points, strict=True)
                 bars = None if None in errors else errors
-                style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "capsize": 2.5, "elinewidth": 0.9}
-                row[rates.index(run.cell.lr)].errorbar(x, y, bars, color=colors[run.cell.arm], **style)
+                style = looks[run.cell.arm].style | {"capsize": 2.5, "elinewidth": 0.9}
+                row[rates.index(run.cell.lr)].errorbar(x, y, bars, **style)
                 values += y
         if not values:
             note(row[0], "not measured")
@@ -72,7 +72,7 @@ def _sharpness_figure(setting: Setting, runs: Sequence[Analyzed]) -> tuple[Plate
         axis.set_title(f"lr {number(rate)}")
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
-    legend_below(figure, colors=colors)
+    legend_below(figure, looks=looks, shown=[run.cell.arm for run in runs])
     caption = (
         f"At the kept weights of each run, on one fixed augmented batch ({measured_how(runs)}). Bars: the eigenvalue's "
         "residual and the trace's standard error; SAM has none. The second row is blind to the scale of weights before "
@@ -96,7 +96,7 @@ def _noise_figure(setting: Setting, curves: Sequence[NoiseCurve]) -> tuple[Plate
     axes[0, 0].set(xscale="log", yscale="log")  # of all panels, which share their axes
     for axis, arm in zip(axes[0], arms, strict=True):
         optimizer, _, variant = arm.partition(" (")
-        axis.set_title(optimizer + (f"\n{textwrap.fill(f'({variant}', 34)}" if variant else ""))
+        axis.set_title(plain(optimizer) + (f"\n{textwrap.fill(plain(f'({variant}'), 34)}" if variant else ""))
     for axis in axes[-1]:
         axis.set_xlabel("batch size B (images)")
         axis.xaxis.set_major_locator(FixedLocator(sizes))
