@@ -1,8 +1,18 @@
 """The commands ``ssl-bench report``, ``ssl-bench leaderboard`` and ``ssl-bench export``."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+
+class Figures(StrEnum):
+    """How many figures a report draws."""
+
+    auto = "auto"
+    all = "all"
+    none = "none"
+
 
 Runs = Annotated[str, typer.Argument(help="Folder of runs, at any depth.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -22,6 +32,9 @@ def report(
         typer.Option(help="Only the runs of this study (a name or a YAML file); lists missing ones."),
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.")] = "report",
+    figures: Annotated[
+        Figures, typer.Option(help="all, none, or auto: all of them, or of more than 200 runs the first eight.")
+    ] = Figures.auto,
     debug: Debug = False,
 ) -> None:
     """Write the report of a folder of runs.
@@ -33,7 +46,7 @@ def report(
     def write() -> int:
         from ssl_bench.report.build import write_report
 
-        print(write_report(runs, output, study=study))
+        print(write_report(runs, output, study=study, figures=figures.value))
         return 0
 
     raise typer.Exit(guarded(write, debug=debug))

@@ -40,8 +40,8 @@ class _Part(BaseModel):
 
 
 class _Plan(_Part):
-    total_steps: Number = Field(default=None, gt=0)
-    steps_per_epoch: Number = Field(default=None, gt=0)
+    total_steps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    steps_per_epoch: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     optimizer: dict[str, Any] = {}
     schedule: dict[str, Any] = {}
 
@@ -257,13 +257,26 @@ def _last_row(path: Path) -> dict[str, Any]:
     return next((row for line in reversed(lines[-3:]) if (row := _row(line)) is not None), {})
 
 
+def plain_json(path: Path) -> Any:
+    """A JSON file's contents, if any reader can hold them: not too deep, no huge integers, no half characters.
+
+    Raises:
+        RecordError: damaged, in one line.
+        OSError: it cannot be read.
+    """
+    try:
+        return _plain(json.loads(path.read_bytes()), path)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{path}: damaged: {one_line(error)}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file of this format version."""
     try:
-        value = _plain(json.loads(path.read_bytes()), path)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, RecordError):
-            raise
+        value = plain_json(path)
+    except OSError as error:
         raise RecordError(f"{path}: damaged: {one_line(error)}") from error
     if not isinstance(value, dict) or "format" not in value:
         raise RecordError(f"{path}: not written by ssl_bench: it has no 'format'")

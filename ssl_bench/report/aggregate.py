@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, Field, StrictStr, ValidationError
+
 from ssl_bench.recipe.schema import IRRELEVANT, flatten, is_its_path, without_additions
 from ssl_bench.records.reader import RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize, t_interval, test_set_error
@@ -169,8 +171,9 @@ class Cell:
         return summarize(list(self.top1(protocol).values()))
 
     def interval(self, protocol: str) -> tuple[float, float] | None:
-        """Student's 95% interval of that mean: what other seeds could give; None below two seeds."""
-        return t_interval(list(self.top1(protocol).values()))
+        """Student's 95% interval of that mean, within 0 and 100: what other seeds could give; None below two seeds."""
+        ends = t_interval(list(self.top1(protocol).values()))
+        return None if ends is None else (max(0.0, ends[0]), min(100.0, ends[1]))
 
     def test_error(self, protocol: str) -> float | None:
         """Half the 95% interval over other test images, in points; None where nothing finished or none are counted."""
@@ -232,11 +235,14 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
     groups: dict[str, dict[int, Result]] = defaultdict(dict)
     for record in sorted(records, key=lambda record: record.results is None):  # of two copies keep the one that ended
         try:
+            _Recipe.model_validate(record.recipe)
             result = _result(record)
             key = _cell(cell_key(record.recipe), [result]).key
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{record.folder}: its record is not a benchmark run's: {type(error).__name__} {error}"
-            left_out.append(Skipped(record.folder, " ".join(reason.split())))
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            why = f"recipe.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first else repr(error)
+            reason = f"{record.folder}: its record is not a benchmark run's: {why}"
+            left_out.append(Skipped(record.folder, on_one_line(reason)))
             continue
         runs = groups[key]
         if result.seed in runs:
@@ -254,6 +260,30 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
     cells = [replace(cell, chance=chance.get(cell.dataset, 0.0)) for cell in cells]
     left_out.sort(key=lambda entry: entry.folder)
     return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(left_out))
+
+
+class _Named(BaseModel):
+    name: StrictStr
+
+
+class _Target(BaseModel):
+    target: StrictStr | None = None
+
+
+class _Optimizer(BaseModel):
+    target: StrictStr
+
+
+class _Recipe(BaseModel):
+    """What the report needs of a recipe; the other keys are kept as they are."""
+
+    seed: int
+    track: StrictStr
+    batch_size: int = Field(ge=1)
+    data: _Named
+    optimizer: _Optimizer
+    method: _Target | None = None
+    schedule: _Target | None = None
 
 
 def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
@@ -312,8 +342,6 @@ def _cell(key: str, results: list[Result]) -> Cell:
         data = f"{data}:{str(recipe['data'].get('path')).rstrip('/').rsplit('/', 1)[-1]}"
     problem = "classification" if recipe["track"] == "classify" else str(lookup(recipe, "method.target")).split(":")[-1]
     lr, batch_size = lookup(recipe, "optimizer.lr"), recipe["batch_size"]
-    if not is_number(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
     return Cell(
         key=key,
         problem=one_line(problem),

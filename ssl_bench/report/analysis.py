@@ -1,6 +1,5 @@
 """What `ssl-bench analyze` measured of a run: its ``analysis.json``, and its numbers with their uncertainty."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ssl_bench.records.reader import plain_json
 from ssl_bench.report.aggregate import Cell, Collection, Result
+from ssl_bench.report.curves import LARGEST
 from ssl_bench.report.scope import planned
 from ssl_bench.report.tables import is_number
 
@@ -132,7 +133,7 @@ class NoiseCurve:
 def read_analysis(folder: Path) -> Analysis | None:
     """A run's analysis; None where there is none, or nothing usable in it."""
     try:
-        found = json.loads((folder / "analysis.json").read_text())
+        found = plain_json(folder / "analysis.json")
     except (OSError, ValueError):
         return None
     if not isinstance(found, dict):
@@ -204,7 +205,7 @@ def _rows(found: object, keys: Sequence[str]) -> tuple[Row, ...]:
     rows = []
     for entry in found if isinstance(found, list) else ():
         items = entry.items() if isinstance(entry, dict) else ()
-        row = {name: value for name, value in items if is_number(value) and math.isfinite(value)}
+        row = {name: value for name, value in items if is_number(value) and -LARGEST < value < LARGEST}
         if set(keys) < row.keys():
             rows.append(row)
     return tuple(sorted(rows, key=lambda row: [row[key] for key in keys]))

@@ -1,23 +1,33 @@
 """``ssl-bench report`` and ``ssl-bench leaderboard``: a folder of runs in, tables, figures, claims and a page out."""
 
+import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
+from typing import TypeVar
 
-from ssl_bench.records.reader import find_runs
+import numpy as np
+
+import ssl_bench
+from ssl_bench.records.reader import Skipped, find_runs
+from ssl_bench.records.storage import one_line
 from ssl_bench.report import comparisons, questions, results
 from ssl_bench.report.aggregate import Collection, Result, gather
+from ssl_bench.report.answer import answer
 from ssl_bench.report.claims import ERRATA, check_claims
-from ssl_bench.report.claims.evidence import Claim, Load
+from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.claims.ratio import phi_table
 from ssl_bench.report.curves import Curves, load_curves
 from ssl_bench.report.figures.drawing import Plate
-from ssl_bench.report.figures.plates import write_figures
-from ssl_bench.report.page import counts, write_page
+from ssl_bench.report.figures.plates import Choice, is_cut, write_figures
+from ssl_bench.report.page import Contents, counts, write_page
 from ssl_bench.report.scope import coverage, members, scope
-from ssl_bench.report.tables import Table
+from ssl_bench.report.tables import Table, markdown, on_one_line
 from ssl_bench.study.grid import Study, load_study
 
 # Runs whose layers are in memory at a time: those of a whole study do not fit.
@@ -27,24 +37,35 @@ _KEPT_RUNS = 48
 _NOT_IN_TERMINAL = frozenset({"protocol", "test set ±", "untrained"})
 
 
-def caching_loader() -> Load:
-    """A function that reads runs' curves and keeps the last few.
+class Loader:
+    """Loads runs' curves and keeps the last few; a damaged file costs a run its layers or its curves, not its numbers.
 
-    A damaged telemetry file costs a run its layers, not its numbers; one warning says so.
+    Attributes:
+        problems: the runs that are shown without some of their curves, with the reason.
     """
-    warned: set[Path] = set()
 
-    @lru_cache(maxsize=_KEPT_RUNS)
-    def load(result: Result) -> Curves:
+    def __init__(self) -> None:
+        self.problems: list[Skipped] = []
+        self._load = lru_cache(maxsize=_KEPT_RUNS)(self._read)
+
+    def __call__(self, result: Result) -> Curves:
+        return self._load(result)
+
+    def _read(self, result: Result) -> Curves:
         try:
             return load_curves(result.record)
-        except ValueError as error:
-            if result.record.folder not in warned:
-                warned.add(result.record.folder)
-                print(f"warning: {error}; the report shows this run without its layers", file=sys.stderr)
+        except Exception as error:  # whatever a file of somebody else's makes a reader do
+            self._warn(result, f"{one_line(error)}; the report shows this run without its layers")
+        try:
             return load_curves(result.record, telemetry=False)
+        except Exception as error:
+            self._warn(result, f"{one_line(error)}; the report shows this run without its curves")
+            return Curves({}, (), np.empty(0, dtype=int), {})
 
-    return load
+    def _warn(self, result: Result, reason: str) -> None:
+        if all(problem.reason != reason for problem in self.problems):
+            self.problems.append(Skipped(result.record.folder, reason))
+            print(f"warning: {on_one_line(reason)}", file=sys.stderr)
 
 
 def read_collection(runs: str | Path, *, study: Study | None = None) -> Collection:
@@ -101,7 +122,7 @@ def all_tables(collection: Collection, load: Load, *, study: Study | None) -> li
     return [table.pruned() for table in tables if table.rows]
 
 
-def write_report(runs: str | Path, output: str | Path, *, study: str | None = None) -> Path:
+def write_report(runs: str | Path, output: str | Path, *, study: str | None = None, figures: Choice = "auto") -> Path:
     """Writes tables, figures, claims and the web page of a folder of runs.
 
     Args:
@@ -109,6 +130,7 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
         output: folder of the report; files of an earlier report there are replaced.
         study: only the runs of this study (a shipped one's name, or a YAML file's path), and what is missing of it;
             None = all runs.
+        figures: which are drawn, see ``figures.plates.write_figures``.
 
     Returns:
         the web page's path.
@@ -117,13 +139,75 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
         ValueError: nothing to report on, or no such study; one line.
         OSError: the report cannot be written.
     """
-    root, folder = Path(runs), Path(output)
     grid = None if study is None else load_study(study)
-    collection = read_collection(root, study=grid)
+    collection = read_collection(runs, study=grid)
 
-    load = caching_loader()
-    tables = all_tables(collection, load, study=grid)
+    def write(found: Collection) -> Path:
+        return _write(found, Path(runs), Path(output), grid, figures)
+
+    return _with_sound_runs(collection, write, lambda found: _probe(found, Path(runs)))
+
+
+Made = TypeVar("Made")
+
+
+def _with_sound_runs(
+    collection: Collection, make: Callable[[Collection], Made], probe: Callable[[Collection], object]
+) -> Made:
+    """Makes something of all runs; where one of them makes it fail, without that one, which is listed as skipped.
+
+    The schema at the border keeps out what it knows of. What it does not is found by trying every run alone, which
+    only a failure costs.
+    """
+    try:
+        return make(collection)
+    except OSError:
+        raise  # the disk's fault, and no run's
+    except Exception:
+        sound, left_out = [], list(collection.skipped)
+        for result in collection.results:
+            folder = result.record.folder
+            try:
+                probe(gather([result.record]))
+                sound.append(result.record)
+            except Exception as error:
+                left_out.append(Skipped(folder, f"{folder}: the report fails on it: {one_line(error)}"))
+        if len(left_out) == len(collection.skipped):
+            raise  # a fault of the report's own
+        rest = gather(sound, left_out)
+        if not rest.cells:
+            raise ValueError(f"no run to report on; skipped: {left_out[0].reason}") from None
+        return make(rest)
+
+
+def _probe(collection: Collection, root: Path) -> None:
+    """All of a report but its files and figures."""
+    load = Loader()
+    contents = report_of(collection, load, None, root)
+    for table in [*contents.tables, *(claim.table for claim in contents.claims)]:
+        table.markdown(), table.latex(), table.csv()
+    with tempfile.TemporaryDirectory() as folder:
+        write_page(contents, Path(folder) / "index.html")
+
+
+def report_of(collection: Collection, load: Load, study: Study | None, root: Path) -> Contents:
+    """What a report says, before its figures."""
     claims = check_claims(collection, load)
+    if not results.matched(collection):
+        claims = [claim for claim in claims if claim.verdict != "not measured"]  # these runs are not the paper's
+    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, ssl_bench {ssl_bench.__version__}"
+    header = [("Made", made), ("Runs", root.name or str(root))]
+    header += [("Study", study.name)] if study else []
+    header.append(
+        ("Command", shlex.join(["ssl-bench", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]))
+    )
+    tables = all_tables(collection, load, study=study)
+    return Contents(collection, answer(collection), header, tables, claims, (), (), load, root)
+
+
+def _write(collection: Collection, root: Path, folder: Path, study: Study | None, figures: Choice) -> Path:
+    load = Loader()
+    contents = report_of(collection, load, study, root)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     if (folder / "report.md").exists():
         # An earlier report's table or figure that the new one does not have would look like its own.
@@ -131,53 +215,85 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
             for path in (folder / part).glob("*"):
                 if path.suffix in suffixes:
                     path.unlink()
-    for table in [*tables, *(claim.table for claim in claims if claim.table.rows)]:
+    for table in [*contents.tables, *(claim.table for claim in contents.claims if claim.table.rows)]:
         table.write(folder / "tables")
-    plates = write_figures(collection, load, folder / "figures")
-    (folder / "report.md").write_text(_markdown(collection, tables, claims, plates, root), encoding="utf-8")
-    return write_page(collection, tables, claims, load, folder / "index.html", root=root)
+    plates, undrawn = write_figures(collection, load, folder / "figures", choice=figures)
+    if is_cut(collection, figures):
+        print(f"{len(plates)} figures drawn of this many runs; --figures all draws all", file=sys.stderr)
+    for result in collection.results:
+        load(result)  # so that what is damaged is known before it is listed
+    skipped = [entry.reason for entry in (*collection.skipped, *load.problems, *undrawn)]
+    named = [on_one_line(reason.replace(f"{root}/", "").replace(f"{folder}/", "")) for reason in skipped]
+    contents = replace(contents, plates=plates, skipped=named)
+    (folder / "report.md").write_text(_markdown(contents), encoding="utf-8")
+    return write_page(contents, folder / "index.html")
 
 
 def print_leaderboard(runs: str | Path) -> None:
     """Prints the leaderboard and each problem's results in the terminal."""
     from rich.console import Console
     from rich.table import Table as Rich
+    from rich.text import Text
+
+    def of(found: Collection) -> list[Table]:
+        accuracies = (results.results_table(found, problem) for problem in found.problems)
+        return [table.pruned() for table in (comparisons.leaderboard(found), *accuracies)]
 
     collection = read_collection(runs)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    accuracies = (results.results_table(collection, problem) for problem in collection.problems)
-    for table in (comparisons.leaderboard(collection), *accuracies):
+    tables, collection = _with_sound_runs(collection, lambda found: (of(found), found), of)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console.print(answer(collection) + "\n")
+    seen = set[str]()
+    for table in tables:
         shown = [name not in _NOT_IN_TERMINAL for name in table.columns]
-        rich = Rich(title=table.title, title_justify="left")
+        rich = Rich(title=Text(table.title), title_justify="left")
         for name, right in compress(zip(table.columns, table.numeric(), strict=True), shown):
             rich.add_column(name, justify="right" if right else "left")
         for row in table.rows:
-            rich.add_row(*compress(row, shown))
+            rich.add_row(*(Text(on_one_line(cell)) for cell in compress(row, shown)))
         console.print(rich)
         for note in table.notes:
-            console.print(note)
+            if note not in seen:
+                console.print(note)
+        seen |= set(table.notes)
         console.print()
     console.print(counts(collection))
     for entry in collection.skipped:
-        console.print(f"skipped: {entry.reason}", markup=False)
+        console.print(f"skipped: {on_one_line(entry.reason)}")
 
 
-def _markdown(
-    collection: Collection, tables: Sequence[Table], claims: Sequence[Claim], plates: Sequence[Plate], root: Path
-) -> str:
+def _markdown(contents: Contents) -> str:
     """The whole report as one Markdown file beside its figures."""
-    scoped = "\n".join(f"- {text}" for text in scope(collection))
-    parts = [f"# ssl_bench report\n\n{counts(collection)}.\n\n{scoped}\n\nTables as CSV and LaTeX are in `tables/`.\n"]
-    parts += [table.markdown() for table in tables]
-    parts.append("## Claims of the paper, checked\n")
-    for claim in claims:
+    collection, seen = contents.collection, set[str]()
+
+    def once(table: Table) -> str:
+        notes = tuple(note for note in table.notes if note not in seen)
+        seen.update(notes)
+        return replace(table, notes=notes).markdown()
+
+    made = "; ".join(f"{label}: {markdown(text)}" for label, text in contents.header)
+    scoped = "\n".join(f"- {markdown(text)}" for text in scope(collection))
+    parts = [f"# ssl_bench report\n\n**{markdown(contents.answer)}**\n\n{counts(collection)}.\n\n{scoped}\n\n{made}\n"]
+    parts.append("Tables as CSV and LaTeX are in `tables/`.\n")
+    figures = [f"### {markdown(p.title)}\n\n![]({_linked(p)})\n\n{markdown(p.caption)}\n" for p in contents.plates]
+    parts += figures[:1]
+    parts += [once(table) for table in contents.tables]
+    if contents.claims:
+        parts.append("## Claims of the paper, checked\n")
+    for claim in contents.claims:
         heading = f"### ({claim.letter}) {claim.title}: {claim.verdict}"
-        parts.append(f"{heading}\n\nThe paper: {claim.says}\n\nEstimated: {claim.rule}\n\n{claim.finding}\n")
+        said = (f"The paper: {claim.says}", f"Estimated: {claim.rule}", claim.finding)
+        parts.append("\n\n".join([heading, *map(markdown, said)]) + "\n")
         if claim.table.rows:
             parts.append(f"Evidence: [tables/{claim.table.name}.md](tables/{claim.table.name}.md)\n")
-    parts.append("## Errata of the paper\n\n" + "\n".join(f"- {text}" for text in ERRATA) + "\n")
-    parts.append("## Figures\n")
-    parts += [f"### {p.title}\n\n![{p.title}](figures/{p.name}.svg)\n\n{p.caption}\n" for p in plates]
-    reasons = [f"- {entry.reason.replace(f'{root}/', '')}" for entry in collection.skipped]
-    parts.append("## Skipped folders\n\n" + ("\n".join(reasons) or "None.") + "\n")
+    if contents.claims:
+        parts.append("## Errata of the paper\n\n" + "\n".join(f"- {markdown(text)}" for text in ERRATA) + "\n")
+    parts += ["## Figures\n", *figures[1:]]
+    parts.append(
+        "## Skipped\n\n" + ("\n".join(f"- {markdown(text)}" for text in contents.skipped) or "Nothing.") + "\n"
+    )
     return "\n".join(parts)
+
+
+def _linked(plate: Plate) -> str:
+    return f"figures/{plate.name}.svg"

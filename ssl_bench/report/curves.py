@@ -1,16 +1,21 @@
 """A run's record as curves: the metrics by step, and each layer's statistics as (step, layer) matrices."""
 
+import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from ssl_bench.records.reader import RunRecord, read_run
+from ssl_bench.records.reader import METRICS, RunRecord, iterate_metrics, read_run
 from ssl_bench.records.telemetry import read_telemetry
-from ssl_bench.report.tables import is_number
+from ssl_bench.report.tables import is_number, on_one_line
 
 Array = np.ndarray
+
+LARGEST = 1e30  # a plot has no place for larger numbers
 
 
 @dataclass(frozen=True)
@@ -100,28 +105,50 @@ def load_curves(run: RunRecord | str | Path, *, telemetry: bool = True) -> Curve
     Raises:
         ValueError: no run there, or a damaged file; one line.
     """
-    record = run if isinstance(run, RunRecord) else read_run(run)
-    names = dict.fromkeys(name for row in record.metrics for name, value in row.items() if is_number(value))
-    metrics = {
-        name: np.array([row[name] if is_number(row.get(name)) else np.nan for row in record.metrics], dtype=float)
-        for name in names
-    }
-    table = read_telemetry(record.folder) if telemetry else None
+    folder = run.folder if isinstance(run, RunRecord) else read_run(run, metrics=False).folder
+    metrics = _metrics(folder)
+    table = read_telemetry(folder) if telemetry else None
     if table is None or not {"step", "layer"} <= set(table.column_names):
         return Curves(metrics, (), np.empty(0, dtype=int), {})
+    for name, kind in {"step": pa.types.is_integer, "layer": _is_text}.items():
+        if not kind(table[name].type) or table[name].null_count:
+            raise ValueError(f"telemetry: {folder} is damaged: its column {name!r} is {table[name].type} or has gaps")
     # From the long table (one row for each step and layer) to one matrix for each quantity.
     steps, row = np.unique(table["step"].to_numpy(), return_inverse=True)
-    layer_of_row = table["layer"].to_pylist()
-    layers = tuple(dict.fromkeys(layer_of_row))  # in order of first appearance
-    position = {name: index for index, name in enumerate(layers)}
-    column = np.array([position[name] for name in layer_of_row])
+    layers_of_rows = table["layer"].combine_chunks().dictionary_encode()
+    layers = tuple(layers_of_rows.dictionary.to_pylist())  # in order of first appearance
+    column = layers_of_rows.indices.to_numpy()
     matrices = {}
     for quantity in QUANTITIES:
         if quantity.column in table.column_names:
+            values = table[quantity.column].cast(pa.float64()).to_numpy()
             matrix = np.full((len(steps), len(layers)), np.nan, dtype=np.float32)
-            matrix[row, column] = table[quantity.column].to_numpy()
+            matrix[row, column] = np.where(np.abs(values) < LARGEST, values, np.nan)
             matrices[quantity.column] = matrix
     return Curves(metrics, layers, steps, matrices)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _metrics(folder: Path) -> dict[str, Array]:
+    """The numbers of metrics.jsonl by name; NaN where a line has none, or one that no plot has a place for."""
+    columns: dict[str, array[float]] = {}
+    count = 0
+    for row in iterate_metrics(folder):
+        for name, value in row.items():
+            if is_number(value):
+                column = columns.setdefault(name, array("d"))
+                column.extend([math.nan] * (count - len(column)))
+                column.append(value if -LARGEST < value < LARGEST else math.nan)
+        count += 1
+    for column in columns.values():
+        column.extend([math.nan] * (count - len(column)))
+    metrics = {on_one_line(name): np.frombuffer(column) for name, column in columns.items()}
+    if count and (np.diff(metrics["step"]) < 0).any():
+        raise ValueError(f"{folder / METRICS}: damaged: its steps do not ascend")
+    return metrics
 
 
 def thin(length: int, points: int) -> Array:

@@ -12,7 +12,7 @@ from synthetic_runs import write_run
 from typer.testing import CliRunner
 
 from ssl_bench.cli.report import register
-from ssl_bench.report.build import all_tables, caching_loader, read_collection, write_report
+from ssl_bench.report.build import Loader, all_tables, read_collection, write_report
 from ssl_bench.report.scope import coverage
 from ssl_bench.study.grid import load_study
 
@@ -103,7 +103,7 @@ def test_a_study_selects_its_runs_and_names_what_is_missing(tmp_path: Path) -> N
     assert "optimizer.lr=0.01" in table.rows[1][1]
     assert len(table.records) == 4
     assert "4 runs: 2 no run, 1 finished, 1 diverged" in table.notes[0]
-    assert table in all_tables(collection, caching_loader(), study=study)
+    assert table in all_tables(collection, Loader(), study=study)
 
 
 def test_a_study_without_runs_or_of_no_name_is_one_line(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from synthetic_runs import analysis_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
-from ssl_bench.report.build import all_tables, caching_loader
-from ssl_bench.report.claims import check_claims
+from ssl_bench.report.answer import answer as answer_of
+from ssl_bench.report.build import Loader, report_of
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.page import images_per_step, write_page
 
@@ -28,10 +28,8 @@ WATCH = "<script>window.problems = []; addEventListener('error', (event) => prob
 @pytest.fixture(scope="module")
 def page(collection: Collection, study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The study's page."""
-    load = caching_loader()
     path = tmp_path_factory.mktemp("page") / "index.html"
-    tables = all_tables(collection, load, study=None)
-    return write_page(collection, tables, check_claims(collection, load), load, path, root=study)
+    return write_page(report_of(collection, Loader(), None, study), path)
 
 
 def embedded(page: Path) -> dict[str, Any]:
@@ -83,12 +81,13 @@ def test_the_page_holds_what_the_tables_say(page: Path, collection: Collection) 
     assert run["images_per_step"] == 512
     assert run["layers"]["weight_norm"]["low"][0] == 8
     assert run["layers"]["weight_norm"]["high"][0] == 16
-    assert run["provenance"]["code"]["commit"] == "0123abc"
+    assert data["shared"][run["provenance"]["code"]]["commit"] == "0123abc"
     assert lars["runs_table"]["rows"][0][-1] == "clf/lars-1-0"
     assert lars["recipe"]["optimizer"]["eta"] == 1e-3
     lost = next(cell for cell in data["cells"].values() if cell["title"].startswith("LAMB") and "lr 3" in cell["title"])
     assert lost["runs_table"]["rows"][0][1] == "diverged at step 15, first in backbone.conv1.weight"
-    assert len(data["skipped"]) == 2
+    fields = sum(len(run["provenance"]) for cell in data["cells"].values() for run in cell["runs"])
+    assert len(data["shared"]) < fields / 4  # what runs have in common is there once
 
 
 def test_samples_are_counted_as_the_run_counted_them() -> None:
@@ -103,10 +102,7 @@ def test_a_record_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     bad = "</script><img src=x onerror=alert(1)>"
     write_run(tmp_path / "runs" / "a", optimizer="lars", telemetry=False, note=bad)
     collection = gather(*find_runs(tmp_path / "runs"))
-    load = caching_loader()
-    path = write_page(
-        collection, all_tables(collection, load, study=None), [], load, tmp_path / "p.html", root=tmp_path
-    )
+    path = write_page(report_of(collection, Loader(), None, tmp_path), tmp_path / "p.html")
     assert bad not in path.read_text()
     assert embedded(path)["cells"][collection.cells[0].key]["recipe"]["optimizer"]["note"] == bad
 
@@ -145,6 +141,73 @@ def test_it_sorts_and_filters(page: Path, tmp_path: Path) -> None:
     assert answer["count"] == "3 of 11 rows"
     assert answer["chosen"] == ["LAMB"] * 3
     assert {"leaderboard", "table1", "comparisons", "claims", "errata", "skipped"} <= set(answer["sections"])
+
+
+def test_the_first_screen_answers(page: Path, collection: Collection) -> None:
+    data = embedded(page)
+    assert data["answer"] == answer_of(collection)
+    assert [chart["title"] for chart in data["overview"]] == ["classification, cifar10", "barlow_twins, cifar10"]
+    lines = {line["name"]: line for line in data["overview"][0]["series"]}
+    assert list(lines) == ["LARS", "LAMB", "TVLARS"]
+    assert (lines["LARS"]["x"], lines["LARS"]["y"], lines["LARS"]["lost"]) == ([512], [80.0], [False])
+    assert lines["LARS"]["low"][0] == pytest.approx(80 - 4.30265 * 0.5 / 3**0.5, abs=1e-3)
+    assert lines["LAMB"]["lost"] == [True]  # at lr 3
+    assert data["looks"]["LARS"] == data["looks"]["LARS"] | {"color": 0, "dash": ""}
+    labels = dict(data["header"])
+    assert labels["Made"].endswith("ssl_bench 0.1.0")
+    assert labels["Runs"].startswith("study")
+
+
+def test_a_footnote_stands_once_and_empty_columns_nowhere(page: Path) -> None:
+    tables = embedded(page)["tables"]
+    notes = [note for table in tables for note in table["notes"]]
+    assert len(notes) == len(set(notes))
+    for table in tables:
+        for index in range(len(table["columns"])):
+            assert {row[index] for row in table["rows"]} - {"", "–"}, (table["title"], table["columns"][index])
+
+
+def test_claims_and_errata_stand_where_the_runs_are_the_papers(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", batch_size=96, telemetry=False)
+    contents = report_of(gather(*find_runs(tmp_path / "runs")), Loader(), None, tmp_path)
+    data = embedded(write_page(contents, tmp_path / "p.html"))
+    assert (data["claims"], data["errata"]) == ([], [])
+
+
+@browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_no_table_is_cut_off(page: Path, tmp_path: Path, width: int) -> None:
+    script = """
+    document.querySelectorAll('details').forEach((node) => { node.open = true; });
+    const tables = [...document.querySelectorAll('.scroll')];
+    answer = tables.filter((node) => node.scrollWidth > node.clientWidth).map((node) => node.getAttribute('aria-label'));
+    answer.push(tables.length);
+    """
+    frame = (
+        f'<body style="margin:0"><iframe style="width:{width}px;height:800px;border:0" srcdoc="{{}}"></iframe></body>'
+    )
+    *cut, count = ask(page, script, tmp_path, wrap=frame)
+    assert cut == []
+    assert count > 8
+
+
+@browser
+def test_two_cells_are_laid_over_each_other(page: Path, tmp_path: Path) -> None:
+    script = """
+    document.querySelector('#leaderboard tbody button').click();
+    const dialog = document.getElementById('cell');
+    const count = () => dialog.querySelector('svg[role=img]').querySelectorAll('polyline').length;
+    const alone = count();
+    const beside = dialog.querySelector('#beside');
+    const other = [...beside.options].find((one) => one.textContent.startsWith('TVLARS: classification'));
+    beside.value = other.value;
+    beside.dispatchEvent(new Event('change'));
+    const names = [...dialog.querySelectorAll('.legend li')].map((one) => one.textContent);
+    answer = {alone, both: count(), names, title: other.textContent};
+    """
+    answer = ask(page, script, tmp_path)
+    assert (answer["alone"], answer["both"]) == (3, 6)
+    assert answer["names"] == ["LARS: classification, cifar10, batch size 512, lr 3", answer["title"]]
 
 
 @browser
@@ -228,9 +291,7 @@ def analyzed_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nowa = {"target": "polynomial", "power": 1.0}
     write_run(folder / "nowa", telemetry=False, schedule=nowa, analysis=analysis_of((5, 10), (20, 20)))
     write_run(folder / "plain", telemetry=False, lr=2.0)
-    collection, load = gather(*find_runs(folder)), caching_loader()
-    tables, claims = all_tables(collection, load, study=None), check_claims(collection, load)
-    return write_page(collection, tables, claims, load, folder / "index.html", root=folder)
+    return write_page(report_of(gather(*find_runs(folder)), Loader(), None, folder), folder / "index.html")
 
 
 def test_the_page_holds_the_analyses(analyzed_page: Path) -> None:

@@ -48,15 +48,18 @@ def best_by_batch_size(grouped: Grouped) -> Iterator[tuple[Plate, Figure]]:
         for arms in settings:
             for arm in arms:
                 lines[arm.optimizer].append(arm)
-        for name, arms in lines.items():
+        for place, (name, arms) in enumerate(lines.items()):
             arms.sort(key=lambda arm: arm.setting.batch_size)
-            x, y = [arm.setting.batch_size for arm in arms], [arm.top1 or 0.0 for arm in arms]
+            aside = 1.03 ** (place - (len(lines) - 1) / 2)  # so that no bar hides another
+            x, y = [aside * arm.setting.batch_size for arm in arms], [arm.top1 or 0.0 for arm in arms]
             ends = [arm.best.interval(arm.protocol) if arm.best else None for arm in arms]
             bars = [[max(0.0, m - e[0]) if e else 0.0 for m, e in zip(y, ends, strict=True)]]
             bars += [[max(0.0, e[1] - m) if e else 0.0 for m, e in zip(y, ends, strict=True)]]
             axis.errorbar(x, y, bars, capsize=3, elinewidth=0.9, **looks[name].style)
             lost = [
-                (a.setting.batch_size, a.top1 or 0.0) for a in arms if any(r.lost for c in a.cells for r in c.results)
+                (at, value)
+                for at, value, arm in zip(x, y, arms, strict=True)
+                if any(run.lost for cell in arm.cells for run in cell.results)
             ]
             axis.plot(*(zip(*lost, strict=True) if lost else ((), ())), "x", color="black", markersize=8, zorder=5)
     legend_below(figure, looks=looks, shown=(arm.optimizer for arms in grouped.values() for arm in arms))

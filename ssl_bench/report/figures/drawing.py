@@ -151,7 +151,9 @@ def looks_of(arms: Iterable[tuple[str, str]]) -> dict[str, Look]:
         lap, first = divmod(place[optimizer], len(PALETTE))
         colors = PALETTE[first:] + PALETTE[:first]  # the optimizer's own, the others where it has too many variants
         lines = LINES[lap % len(LINES) :] + LINES[: lap % len(LINES)]
-        every = [Look(color, marker, line) for color in colors for line in lines for marker in MARKERS]
+        start = place[optimizer] % len(MARKERS)
+        markers = MARKERS[start:] + MARKERS[:start]
+        every = [Look(color, marker, line) for color in colors for line in lines for marker in markers]
         looks[name] = next((look for look in every if look not in looks.values()), every[0])
     return looks
 

@@ -1,12 +1,14 @@
 """Which figures a report has, and how they are written; and the demo's figure."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from matplotlib.figure import Figure
 
-from ssl_bench.records.reader import RunRecord
+from ssl_bench.records.reader import RunRecord, Skipped
+from ssl_bench.records.storage import one_line
 from ssl_bench.report import comparisons
 from ssl_bench.report.aggregate import Collection
 from ssl_bench.report.claims.evidence import Load
@@ -32,7 +34,9 @@ Choice = Literal["auto", "all", "none"]
 MANY_RUNS, FEW_FIGURES = 200, 8
 
 
-def write_figures(collection: Collection, load: Load, folder: Path, *, choice: Choice = "auto") -> list[Plate]:
+def write_figures(
+    collection: Collection, load: Load, folder: Path, *, choice: Choice = "auto"
+) -> tuple[list[Plate], list[Skipped]]:
     """Writes the figures for which the runs have data, as SVG and PNG.
 
     Args:
@@ -40,18 +44,29 @@ def write_figures(collection: Collection, load: Load, folder: Path, *, choice: C
         load: a run's curves.
         folder: where the files go.
         choice: "all", "none", or "auto": all of them, or of a study of more than ``MANY_RUNS`` runs the first few.
+
+    Returns:
+        the figures, and what could not be drawn, each with the reason.
     """
     plates: list[Plate] = []
+    problems: list[Skipped] = []
     most = 0 if choice == "none" else FEW_FIGURES if is_cut(collection, choice) else None
     with style():
-        for plate, figure in _figures(collection, load):
+        for kind in _figures(collection, load):
             if most is not None and len(plates) >= most:
                 break
-            save(figure, folder / f"{plate.name}.png")
-            figure.set_layout_engine("none")  # the layout is done; computing it again would take as long as drawing
-            save(figure, folder / f"{plate.name}.svg")
-            plates.append(plate)
-    return plates
+            try:
+                for plate, figure in kind():
+                    save(figure, folder / f"{plate.name}.png")
+                    figure.set_layout_engine("none")  # the layout is done; another would take as long as drawing
+                    save(figure, folder / f"{plate.name}.svg")
+                    plates.append(plate)
+            except OSError:
+                raise  # the disk's fault
+            except Exception as error:
+                name = kind.func.__name__.replace("_", " ")
+                problems.append(Skipped(folder, f"a figure of the kind {name!r} could not be drawn: {one_line(error)}"))
+    return plates, problems
 
 
 def is_cut(collection: Collection, choice: Choice) -> bool:
@@ -59,24 +74,24 @@ def is_cut(collection: Collection, choice: Choice) -> bool:
     return choice == "auto" and len(collection.results) > MANY_RUNS
 
 
-def _figures(collection: Collection, load: Load) -> Iterator[tuple[Plate, Figure]]:
+def _figures(collection: Collection, load: Load) -> Iterator[partial[Iterator[tuple[Plate, Figure]]]]:
     grouped = comparisons.arms(collection)
     looks = looks_of((arm.optimizer, arm.name) for arms in grouped.values() for arm in arms)
-    yield from accuracy.best_by_batch_size(grouped)
-    yield from accuracy.profiles(collection, accuracy.optimizer_looks(collection))
+    yield partial(accuracy.best_by_batch_size, grouped)
+    yield partial(accuracy.profiles, collection, accuracy.optimizer_looks(collection))
     for setting, arms in grouped.items():
-        yield from accuracy.along_training(setting, arms, looks, load)
+        yield partial(accuracy.along_training, setting, arms, looks, load)
     for problem, dataset in dict.fromkeys(setting[:2] for setting in grouped):
         here = {setting: arms for setting, arms in grouped.items() if setting[:2] == (problem, dataset)}
-        yield from accuracy.learning_rates(problem, dataset, here, looks)
-        yield from decay.decay(problem, dataset, here, load)
+        yield partial(accuracy.learning_rates, problem, dataset, here, looks)
+        yield partial(decay.decay, problem, dataset, here, load)
     for setting, arms in grouped.items():
-        yield from accuracy.with_and_without_warmup(setting, arms, looks, load)
-    yield from decay.phi(collection, load)
-    yield from sharpness_figures(collection)
+        yield partial(accuracy.with_and_without_warmup, setting, arms, looks, load)
+    yield partial(decay.phi, collection, load)
+    yield partial(sharpness_figures, collection)
     for setting, arms in grouped.items():
         for arm in arms:
-            yield from layers(setting, arm, load)
+            yield partial(layers, setting, arm, load)
 
 
 def demo_figure(runs: Mapping[str, RunRecord | str | Path], path: str | Path) -> Path:
