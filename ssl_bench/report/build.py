@@ -172,11 +172,9 @@ def _with_sound_runs(
                 sound.append(result.record)
             except Exception as error:
                 left_out.append(Skipped(folder, f"{folder}: the report fails on it: {one_line(error)}"))
-        if len(left_out) == len(collection.skipped):
+        if not sound or len(left_out) == len(collection.skipped):
             raise  # a fault of the report's own
         rest = gather(sound, left_out)
-        if not rest.cells:
-            raise ValueError(f"no run to report on; skipped: {left_out[0].reason}") from None
         return make(rest)
 
 

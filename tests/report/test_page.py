@@ -180,7 +180,8 @@ def test_no_table_is_cut_off(page: Path, tmp_path: Path, width: int) -> None:
     script = """
     document.querySelectorAll('details').forEach((node) => { node.open = true; });
     const tables = [...document.querySelectorAll('.scroll')];
-    answer = tables.filter((node) => node.scrollWidth > node.clientWidth).map((node) => node.getAttribute('aria-label'));
+    const cut = tables.filter((node) => node.scrollWidth > node.clientWidth);
+    answer = cut.map((node) => node.getAttribute('aria-label'));
     answer.push(tables.length);
     """
     frame = (
