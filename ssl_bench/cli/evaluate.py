@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_bench.recipe.compose import build, compose, override
+from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten, is_its_path
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import RUN, RecordError, RunRecord, read_run
@@ -45,6 +46,7 @@ def main(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = False) ->
             f"{run_dir} must hold backbone.safetensors to be evaluated, got a run that is {record.status}"
         )
     recipe = recorded(record, overrides, MAY_CHANGE, without=("method", "optimizer", "schedule"), trust=trust)
+    recipe = with_content(recipe)
     where = training.processes(recipe)
     evaluation = training.evaluation(recipe, training.dataset(recipe, where), where)
     trained = training.trained_backbone(recipe, weights).to(where.device)

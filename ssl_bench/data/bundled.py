@@ -23,14 +23,14 @@ class TorchvisionSet:
         class_name: the class in torchvision.datasets.
         folder: what it creates below its root.
         labels: the attribute that holds the labels.
-        train, test: the keywords that select a split.
+        train, test: the keywords that select a split; None where there is no test split.
     """
 
     class_name: str
     folder: str
     labels: str
     train: Mapping[str, Any]
-    test: Mapping[str, Any]
+    test: Mapping[str, Any] | None
 
 
 _BY_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
@@ -39,8 +39,9 @@ TORCHVISION = {
     "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", "targets", **_BY_FLAG),
     "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", "targets", **_BY_FLAG),
     "fashion_mnist": TorchvisionSet("FashionMNIST", "FashionMNIST/raw", "targets", **_BY_FLAG),
-    # Without the 100,000 unlabelled images: every evaluator needs the labels of the train split.
     "stl10": TorchvisionSet("STL10", "stl10_binary", "labels", {"split": "train"}, {"split": "test"}),
+    # The 100,000 images without labels; `eval.data=stl10` evaluates on the labelled ones.
+    "stl10_unlabeled": TorchvisionSet("STL10", "stl10_binary", "labels", {"split": "unlabeled"}, None),
 }
 
 
@@ -69,7 +70,8 @@ def _read_torchvision(name: str, root: Path, download: bool) -> RawDataset:
     source = TORCHVISION[name]
     create: Callable[..., Any] = getattr(torchvision.datasets, source.class_name)
     try:
-        train, test = (create(str(root), download=download, **split) for split in (source.train, source.test))
+        splits = [split for split in (source.train, source.test) if split is not None]
+        train, *tests = (create(str(root), download=download, **split) for split in splits)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise OSError(
@@ -77,11 +79,11 @@ def _read_torchvision(name: str, root: Path, download: bool) -> RawDataset:
             "network, give data.path= a folder of Hugging Face parquet files or torchvision's own files"
         ) from error
     classes = getattr(train, "classes", None)
-    return RawDataset(
-        _array_split(train.data, getattr(train, source.labels), f"{name} train"),
-        _array_split(test.data, getattr(test, source.labels), f"{name} test"),
-        tuple(classes) if classes else None,
+    read, *rest = (
+        _array_split(part.data, getattr(part, source.labels), f"{name} {split}")
+        for split, part in zip(("train", "test"), (train, *tests), strict=False)
     )
+    return RawDataset(read, rest[0] if rest else None, tuple(classes) if classes else None)
 
 
 def _array_split(images: Any, labels: Any, where: str) -> RawSplit:

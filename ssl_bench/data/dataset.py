@@ -1,15 +1,12 @@
 """Data sets: one uint8 tensor per split, decoded once, cached on disk, resident on the device or streamed."""
 
-import hashlib
-import json
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,16 +14,18 @@ from filelock import FileLock
 from torch import Tensor
 
 from ssl_bench.data.bundled import TORCHVISION, locate_digits, locate_torchvision
-from ssl_bench.data.cache import CacheUnusable, CacheWriter, MappedImages, default_cache_dir, ensure, read_meta
-from ssl_bench.data.decode import Shape, decode_blocks, image_shape
-from ssl_bench.data.folders import locate_folder, locate_tiny_imagenet
-from ssl_bench.data.parquet import locate_hub, locate_parquet
+from ssl_bench.data.cache import MappedImages, default_cache_dir
+from ssl_bench.data.content import content_digest
+from ssl_bench.data.decoded import cached_labels, decode_to_memory, open_decoded
+from ssl_bench.data.folders import TEST_NAMES, locate_folder, locate_tiny_imagenet
+from ssl_bench.data.parquet import is_saved, locate_hub, locate_parquet, locate_saved
 from ssl_bench.data.raw import Located, RawDataset
 from ssl_bench.data.sources import RESIDENT_FRACTION, Part, ResidentSource, Source, StreamingSource
+from ssl_bench.runtime.distributed import rank
 from ssl_bench.runtime.memory import available_memory
 from ssl_bench.runtime.suggestion import nearest
 
-__all__ = ["DATASETS", "Dataset", "Source", "hold_out", "holdout_indices", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Source", "data_content", "hold_out", "holdout_indices", "load_dataset"]
 
 Locate = Callable[[Path | None], Located]  # finds a data set, given data.path
 
@@ -37,6 +36,7 @@ DATASETS: dict[str, int | None] = {
     "cifar10": 10,
     "cifar100": 100,
     "stl10": 10,
+    "stl10_unlabeled": None,
     "fashion_mnist": 10,
     "tiny_imagenet": None,
     "hf": None,
@@ -51,7 +51,7 @@ CLASS_NAMES = {
 }
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_CACHE_FORMAT = 1  # part of every cache key: raise it when decoding, the images' order or the files' layout changes
+NO_LABELS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ class Dataset:
 
     Args:
         name: as given to `load_dataset`.
-        train, test: the splits.
-        classes: the class names, in label order.
+        train, test: the splits; test is empty where there is none.
+        classes: the names of the classes that the train split has, in label order; none without labels.
         mean, std: per channel over all pixels of the train split, in [0, 1].
+        digest: 16 hex digits, equal if and only if all images and labels are.
+        content: 16 hex digits of the files, see `ssl_bench.data.content`; "" for a data set without files.
     """
 
     name: str
@@ -71,17 +73,12 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    digest: str = ""
+    content: str = ""
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set, with both splits' images for use on a device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
-
-
-class _Decoded(NamedTuple):
-    splits: dict[str, StreamingSource]
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def load_dataset(
@@ -94,6 +91,9 @@ def load_dataset(
     workers: int = 2,
     cache_dir: str | Path | None = None,
     hf_config: str | None = None,
+    content: str | None = None,
+    labels: bool = True,
+    test: bool = True,
     download: bool = True,
 ) -> Dataset:
     """Loads a data set; the first time it is decoded and cached on disk, afterwards it opens in milliseconds.
@@ -104,15 +104,17 @@ def load_dataset(
         path: where the data is; a foreign data set decides what it means. For a named set a folder of Hugging Face
             parquet files (train-*.parquet and test-, val-, valid- or validation-*.parquet), or what torchvision keeps,
             or Tiny ImageNet's archive unpacked; None downloads what torchvision can download. For "folder" the folder
-            with train/ and test/; for "hf" a hub id or a folder. "digits" takes none.
+            with train/ and test/, or of images; for "hf" a hub id or a folder. "digits" takes none.
         size: pixels of the square images, > 0: the shorter side is resized to it (antialiased) and the centre kept.
             None keeps the images' own size, which must then be the same for all.
         resident: True keeps each split as one tensor, memory-mapped until `Source.to` moves it; False streams batches
-            from disk with a DataLoader; "auto" streams a data set larger than half of the free memory.
-        workers: reading processes of a streaming loader, >= 0.
+            from disk; "auto" streams a data set larger than half of the free memory.
+        workers: reading threads of a streamed split, >= 0.
         cache_dir: where decoded data sets (and downloads) are kept; None is $SSL_BENCH_CACHE, else ~/.cache/ssl_bench.
             Safe under several processes: one decodes, the others wait.
-        hf_config: the hub data set's configuration, for "hf" only; None is its only one.
+        hf_config: the data set's configuration, for "hf" only; None is its only one.
+        content: what `data_content` gave for this data set; None accepts any.
+        labels, test: whether the train images must have labels, and there must be a test split.
         download: False refuses to download.
 
     Raises:
@@ -120,8 +122,66 @@ def load_dataset(
             half-decoded is left in the cache.
         FileNotFoundError: the path, a split or a file is missing.
         OSError: a download failed, or a set larger than memory cannot be cached.
+        Stopped: a signal asked this process to stop; what is decoded already stays.
     """
     _check_arguments(name, locate, path, size, resident, workers, hf_config)
+    directory, located = _found(name, locate, path, cache_dir, hf_config, download)
+    read = partial(_read, name, located, labels, test)
+    if located.files:
+        decoded = open_decoded(name, size, directory, located.files, read)
+    else:
+        decoded = decode_to_memory(name, read(), size)
+    meta = decoded.meta
+    _check_needs(name, bool(meta.classes), "test" in meta.counts, labels, test, meta.notes)
+    found = content_digest(located.files, [each.numpy() for each in decoded.labels.values()]) if located.files else ""
+    if content is not None and content != found:
+        raise ValueError(f"data.content must be {content}, as in the run's recipe, got {found} at {path or 'no path'}")
+    if rank() == 0:
+        for note in meta.notes:
+            log.warning("data %s: %s", name, note)
+    keep = decoded.n_bytes <= RESIDENT_FRACTION * available_memory() if resident == "auto" else resident
+    sources: dict[str, Source] = {"test": ResidentSource(torch.empty((0, *meta.shape), dtype=torch.uint8), NO_LABELS)}
+    for split, images in decoded.images.items():
+        streaming = StreamingSource(images, decoded.labels[split], workers=workers)
+        tensor = images.tensor() if isinstance(images, MappedImages) else images
+        otherwise = streaming if resident == "auto" else None
+        sources[split] = ResidentSource(tensor, decoded.labels[split], otherwise) if keep else streaming
+    return Dataset(
+        name, sources["train"], sources["test"], tuple(meta.classes), meta.mean, meta.std, meta.digest(), found
+    )
+
+
+def data_content(
+    name: str,
+    *,
+    locate: Locate | None = None,
+    path: str | Path | None = None,
+    size: int | None = None,
+    cache_dir: str | Path | None = None,
+    hf_config: str | None = None,
+) -> str | None:
+    """16 hex digits that say which data lies at a path, wherever that is; None for a data set without files.
+
+    Args:
+        name, locate, path, size, cache_dir, hf_config: as for `load_dataset`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_dataset`, before any image is read.
+    """
+    _check_arguments(name, locate, path, size, "auto", 0, hf_config)
+    directory, located = _found(name, locate, path, cache_dir, hf_config, download=True)
+    if not located.files:
+        return None
+    labels = cached_labels(name, size, directory, located.files)
+    if labels is None:
+        labels = [part.labels for part in _read(name, located, labels=False, test=False).splits.values()]
+    return content_digest(located.files, labels)
+
+
+def _found(
+    name: str, locate: Locate | None, path: Any, cache_dir: Any, hf_config: str | None, download: bool
+) -> tuple[Path, Located]:
+    """The cache's folder, and the data set's files."""
     directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     if locate is None:
         located = _locate(name, path, directory, hf_config, download)
@@ -129,20 +189,7 @@ def load_dataset(
         located = locate(None if path is None else Path(path).expanduser().resolve())
         if not isinstance(located, Located):
             raise ValueError(f"data {name}: its function must return a Located, got {type(located).__name__}")
-    if located.files:
-        decoded = _open(name, size, directory, located)
-    else:
-        raw = _read(name, located)
-        decoded = _decode_to_memory(name, raw, size, image_shape(raw.train, size))
-    n_bytes = sum(math.prod(part.images.shape) for part in decoded.splits.values())
-    keep = n_bytes <= RESIDENT_FRACTION * available_memory() if resident == "auto" else resident
-    sources: dict[str, Source] = {}
-    for split, part in decoded.splits.items():
-        streaming = replace(part, workers=workers)
-        images = part.images.tensor() if isinstance(part.images, MappedImages) else part.images
-        otherwise = streaming if resident == "auto" else None
-        sources[split] = ResidentSource(images, part.labels, otherwise) if keep else streaming
-    return Dataset(name, sources["train"], sources["test"], decoded.classes, decoded.mean, decoded.std)
+    return directory, located
 
 
 def _check_arguments(
@@ -182,7 +229,9 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
         raise FileNotFoundError(f"data {name}: path must be a directory, got {str(path)!r}")
     if name == "folder":
         return locate_folder(folder)
-    if found := locate_parquet(folder):
+    if is_saved(folder):
+        return locate_saved(folder)
+    if found := locate_parquet(folder, hf_config):
         return found
     if name == "hf":
         return locate_hub(str(folder), hf_config)
@@ -208,118 +257,69 @@ def _download(name: str, root: Path, download: bool) -> Located:
     return found
 
 
-def _read(name: str, located: Located) -> RawDataset:
-    """Reads and checks everything but the images."""
+def _read(name: str, located: Located, labels: bool, test: bool) -> RawDataset:
+    """Reads and checks everything but the images; `labels` and `test` say what must be there."""
     raw = located.read()
     for split, part in raw.splits.items():
         if len(part) == 0:
             raise ValueError(f"data {name}: the {split} split is empty")
-    n_classes, classes = DATASETS.get(name), raw.classes
+    if not raw.train.labelled:
+        raw = RawDataset(raw.train, None, (), raw.notes)
+    _check_needs(name, raw.train.labelled, raw.test is not None, labels, test, raw.notes)
+    return _present(name, raw) if raw.train.labelled else raw
+
+
+def _check_needs(name: str, has_labels: bool, has_test: bool, labels: bool, test: bool, notes: Sequence[str]) -> None:
+    """Refuses a data set without what the run needs, before any image is read."""
+    instead = "give eval=none, or eval.data= a data set to evaluate on"
+    if labels and not has_labels:
+        reason = f" ({'; '.join(notes)})" if notes else ""
+        raise ValueError(f"data {name}: the train images must have labels to train or probe on{reason}; {instead}")
+    if test and not has_test:
+        raise FileNotFoundError(
+            f"data {name}: no test split beside train, which must be named {' or '.join(TEST_NAMES)} and have labels; "
+            f"{instead}, or data.holdout=0.1"
+        )
+
+
+def _present(name: str, raw: RawDataset) -> RawDataset:
+    """Numbers the classes that the train split has from 0 on, so that chance is counted over them.
+
+    Raises:
+        ValueError: a label out of range, or a test image of a class that the train split lacks.
+    """
+    n_classes, classes, train = DATASETS.get(name), raw.classes, raw.train.labels
     if n_classes is not None and classes is not None and len(classes) != n_classes:
         raise ValueError(f"data {name}: the files must name {n_classes} classes, got {len(classes)}")
-    if classes is None:
+    if classes is None and n_classes is not None:
         known = CLASS_NAMES.get(name, "").split()
-        n_classes = n_classes or int(raw.train.labels.max()) + 1
         classes = tuple(known) if known else tuple(str(label) for label in range(n_classes))
+    highest = len(classes) - 1 if classes is not None else max(int(part.labels.max()) for part in raw.splits.values())
     for split, part in raw.splits.items():
-        wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
+        wrong = np.flatnonzero((part.labels < 0) | (part.labels > highest))
         if len(wrong):
             raise ValueError(
-                f"data {name}: {part.describe(int(wrong[0]))}: labels of the {split} split must be 0 to "
-                f"{len(classes) - 1}, got {part.labels[wrong[0]]}"
+                f"data {name}: {part.describe(int(wrong[0]))}: labels of the {split} split must be 0 to {highest}, "
+                f"got {part.labels[wrong[0]]}"
             )
-    return RawDataset(raw.train, raw.test, classes)
-
-
-class _PixelStatistics:
-    """Exact mean and standard deviation per channel, from a histogram of the 256 pixel values."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.counts = np.zeros((3, 256), dtype=np.int64)
-
-    def add(self, block: np.ndarray) -> np.ndarray:
-        for channel in range(3):
-            self.counts[channel] += np.bincount(block[:, channel].ravel(), minlength=256)
-        return block
-
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        values, total = np.arange(256) / 255, self.counts.sum(axis=1)
-        mean = self.counts @ values / total
-        variance = (self.counts * (values - mean[:, None]) ** 2).sum(axis=1) / total
-        if not variance.all():
-            raise ValueError(f"{self.where}: all pixels of the train split are equal in channel {variance.argmin()}")
-        return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
-
-
-def _decode_to_memory(name: str, raw: RawDataset, size: int | None, shape: Shape) -> _Decoded:
-    statistics, splits = _PixelStatistics(f"data {name}"), {}
-    for split, part in raw.splits.items():
-        images, start = torch.empty((len(part), *shape), dtype=torch.uint8), 0
-        for block in decode_blocks(part, size, shape):
-            images[start : start + len(block)] = torch.from_numpy(statistics.add(block) if split == "train" else block)
-            start += len(block)
-        splits[split] = StreamingSource(images, torch.from_numpy(part.labels))
-    return _Decoded(splits, raw.classes or (), *statistics.mean_std())
-
-
-def _decode_to_disk(writer: CacheWriter, name: str, raw: RawDataset, size: int | None, shape: Shape) -> None:
-    statistics = _PixelStatistics(f"data {name}")
-    for split, part in raw.splits.items():
-        blocks = decode_blocks(part, size, shape)
-        writer.write_blocks(f"{split}.images", map(statistics.add, blocks) if split == "train" else blocks)
-        writer.write_blocks(f"{split}.labels", [part.labels])
-    mean, std = statistics.mean_std()
-    counts = {split: len(part) for split, part in raw.splits.items()}
-    writer.write_meta({"shape": shape, "counts": counts, "classes": raw.classes, "mean": mean, "std": std})
-
-
-def _open_cached(folder: Path) -> _Decoded:
-    meta = read_meta(folder)
-    if meta is None:
-        raise OSError(f"{folder}: the cached data set vanished while it was opened")
+    present = np.unique(train)
+    names = tuple(str(label) if classes is None else classes[label] for label in present.tolist())
+    if len(present) == highest + 1:
+        return replace(raw, classes=names)
     splits = {}
-    for split, count in meta["counts"].items():
-        channels, height, width = meta["shape"]
-        labels = torch.from_numpy(np.fromfile(folder / f"{split}.labels", dtype=np.int64))
-        splits[split] = StreamingSource(
-            MappedImages(folder / f"{split}.images", (count, channels, height, width)), labels
-        )
-    return _Decoded(splits, tuple(meta["classes"]), tuple(meta["mean"]), tuple(meta["std"]))
-
-
-def _open(name: str, size: int | None, directory: Path, located: Located) -> _Decoded:
-    """The data set from the cache, decoded into it first if needed; decoded into memory if the cache is unusable."""
-    identity: Sequence[Any] = (_CACHE_FORMAT, size, located.files)
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    key = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{digest}"
-
-    @cache
-    def prepare() -> tuple[RawDataset, Shape]:
-        raw = _read(name, located)
-        return raw, image_shape(raw.train, size)
-
-    def n_bytes() -> int:
-        raw, shape = prepare()
-        return len(raw) * math.prod(shape)
-
-    def build(writer: CacheWriter) -> None:
-        raw, shape = prepare()
-        log.info("data %s: decoding %d images into %s, once", name, len(raw), directory)
-        _decode_to_disk(writer, name, raw, size, shape)
-
-    try:
-        return _open_cached(ensure(directory, key, n_bytes, build))
-    except CacheUnusable as error:
-        needed, free = n_bytes(), available_memory()
-        if needed > RESIDENT_FRACTION * free:
-            raise OSError(
-                f"data {name}: {needed / 2**30:.2f} GiB decoded fit neither into memory ({free / 2**30:.2f} GiB free) "
-                f"nor into the cache ({error}); set SSL_BENCH_CACHE to a disk with room, or a smaller size"
-            ) from error
-        log.warning("data %s: not cached on disk (%s), decoding it into memory each time", name, error)
-        raw, shape = prepare()
-        return _decode_to_memory(name, raw, size, shape)
+    for split, part in raw.splits.items():
+        places = np.searchsorted(present, part.labels).clip(max=len(present) - 1)
+        wrong = np.flatnonzero(present[places] != part.labels)
+        if len(wrong):
+            label = int(part.labels[wrong[0]])
+            raise ValueError(
+                f"data {name}: {part.describe(int(wrong[0]))}: class must be one that the train split has, got "
+                f"{label if classes is None else classes[label]!r}"
+            )
+        splits[split] = replace(part, labels=places)
+    first = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    note = f"{len(names)} of {highest + 1} classes have images, which are numbered 0 to {len(names) - 1} ({first})"
+    return RawDataset(splits["train"], splits.get("test"), names, (*raw.notes, note))
 
 
 def holdout_indices(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

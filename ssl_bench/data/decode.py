@@ -5,6 +5,7 @@ images: Pillow holds the GIL for most of a 32x32 JPEG, and two threads were meas
 """
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ssl_bench.data.raw import RawImage, RawSplit
+from ssl_bench.runtime.interrupt import stop_if_requested
 
 Shape = tuple[int, int, int]  # (3, H, W)
 
@@ -21,9 +23,28 @@ _BLOCK_BYTES = 16 * 2**20
 _THREADS_FROM_PIXELS = 128 * 128
 
 
+# What Pillow turns into RGB value by value. Its other modes of 16 and 32 bits it would clip at 255, which makes a
+# 12-bit microscope's image white.
+_EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, 8 bits a channel.
+
+    Raises:
+        ValueError: a mode whose values have no defined range.
+    """
     if image.mode == "RGB":
         return image
+    # Grey of 16 bits: the high byte, as Pillow itself reads RGB of 16 bits. PNG and PGM hold no wider numbers, though
+    # Pillow may open them as "I", of 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
+    elif image.mode not in _EIGHT_BITS:
+        raise ValueError(f"mode {image.mode} has no defined range of values; convert it to 8 or 16 bits a channel")
     if image.mode == "P" and "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -33,7 +54,9 @@ def decode(raw: RawImage, size: int | None) -> np.ndarray:
     """Decodes one image to RGB.
 
     Args:
-        raw: the image; grey, palette and CMYK ones are converted, transparency is dropped.
+        raw: the image; grey, palette and CMYK ones are converted, 16 bits become the high 8, transparency is dropped,
+            and of several frames the first counts. An orientation tag (EXIF) is not applied: the pixels are taken as
+            they are stored, as by torchvision's `ImageFolder` and timm.
         size: pixels; the shorter side is resized to it (antialiased bilinear) and the centre square kept. None leaves
             the image as it is.
 
@@ -41,7 +64,7 @@ def decode(raw: RawImage, size: int | None) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        OSError, ValueError, SyntaxError: what Pillow raises on a damaged image.
+        OSError, ValueError, SyntaxError, TypeError: what Pillow raises on a damaged image, or pixels of a wrong type.
     """
     if isinstance(raw, np.ndarray):
         image = Image.fromarray(raw)
@@ -63,7 +86,7 @@ def _decode_named(split: RawSplit, index: int, raw: RawImage, size: int | None) 
         return decode(raw, size)
     except FileNotFoundError:
         raise FileNotFoundError(f"{split.describe(index)}: no such image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{split.describe(index)}: the image cannot be decoded ({reason})") from error
 
@@ -74,13 +97,19 @@ def image_shape(split: RawSplit, size: int | None) -> Shape:
     return (3, height, width)
 
 
-def decode_blocks(split: RawSplit, size: int | None, shape: Shape) -> Iterator[np.ndarray]:
+def block_images(shape: Shape) -> int:
+    """How many images make a block."""
+    return max(1, _BLOCK_BYTES // math.prod(shape))
+
+
+def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 0) -> Iterator[np.ndarray]:
     """Decodes a split in order, some megabytes at a time.
 
     Args:
         split: the images.
         size: see `decode`.
         shape: (3, H, W), which every image must have.
+        first: the block to start with.
 
     Yields:
         (n, 3, H, W) uint8.
@@ -88,14 +117,16 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape) -> Iterator[n
     Raises:
         ValueError: names the first image that cannot be decoded or that has another shape.
         FileNotFoundError: names the image file that is gone.
+        Stopped: a signal asked this process to stop.
     """
     _, height, width = shape
-    block_images = max(1, _BLOCK_BYTES // (3 * height * width))
-    images = split.images()
+    length = block_images(shape)
+    images = islice(split.images(), first * length, None)
     threads = (os.cpu_count() or 1) if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(split), block_images):
-            raws = list(islice(images, block_images))
+        for start in range(first * length, len(split), length):
+            stop_if_requested("decoding")
+            raws = list(islice(images, length))
             block = np.empty((len(raws), *shape), dtype=np.uint8)
 
             def fill(offset: int, raws: list = raws, block: np.ndarray = block, start: int = start) -> None:

@@ -23,13 +23,15 @@ import numpy as np
 RawImage = bytes | Path | np.ndarray  # an encoded image, its file, or pixels (H, W) or (H, W, 3) uint8
 Files = tuple[tuple[str, int, int], ...]  # (path, bytes, modification time in ns) of each
 
+UNLABELLED = -1  # the label of every image of a split that has none
+
 
 @dataclass(frozen=True)
 class RawSplit:
     """One split of a data set.
 
     Args:
-        labels: (N,) int64 class indices.
+        labels: (N,) int64 class indices; all -1 in a split without labels.
         images: starts a new pass over the N images in order.
         describe: names image i for an error message (its file and row, or its path).
     """
@@ -41,22 +43,35 @@ class RawSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether any image has a label."""
+        return len(self) == 0 or bool((self.labels != UNLABELLED).any())
+
 
 @dataclass(frozen=True)
 class RawDataset:
-    """Both splits; `classes` is None where the files do not name them."""
+    """The splits.
+
+    Args:
+        train: what is trained on.
+        test: what is measured on; None where there is none.
+        classes: the class names in label order; None where the files do not name them.
+        notes: what a user should know of how the files were read, a line each.
+    """
 
     train: RawSplit
-    test: RawSplit
+    test: RawSplit | None
     classes: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> dict[str, RawSplit]:
-        """Both splits by name."""
-        return {"train": self.train, "test": self.test}
+        """The splits there are, by name."""
+        return {"train": self.train} | ({} if self.test is None else {"test": self.test})
 
     def __len__(self) -> int:
-        return len(self.train) + len(self.test)
+        return sum(map(len, self.splits.values()))
 
 
 @dataclass(frozen=True)

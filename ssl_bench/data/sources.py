@@ -1,20 +1,22 @@
 """The images of one split: resident as one tensor, or streamed from disk. Same interface, same bytes."""
 
-import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_bench.data.cache import MappedImages
 from ssl_bench.data.decode import Shape
 
 # The share of the free memory that "auto" gives to a data set; activations, gradients and the optimizer need the rest.
 RESIDENT_FRACTION = 0.5
+
+BATCHES_AHEAD = 2  # of each reading thread, as a DataLoader's prefetch_factor
 
 CPU = torch.device("cpu")
 
@@ -44,15 +46,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class StreamingSource:
-    """Images that the workers of a DataLoader read batch by batch, ahead of their use.
+    """Images that threads read batch by batch, ahead of their use.
 
-    Several `batches` may run at a time (an evaluation in the middle of training): each takes a loader of its own.
-    Loaders keep their workers and are reused, because starting workers takes longer than a small evaluation.
+    Threads and not processes: decoded rows are only copied, for which numpy lets go of the interpreter's lock, and
+    threads need no /dev/shm (64 MB in a container), no signals of their own, and cannot be killed one by one.
 
     Args:
         images: the images, in a raw file or in main memory.
         labels: (N,) int64, CPU.
-        workers: reading processes of each loader, >= 0; 0 reads in this process.
+        workers: reading threads of each pass, >= 0; 0 reads when a batch is needed.
         device: where batches go; to a GPU from pinned memory, without waiting.
     """
 
@@ -60,7 +62,6 @@ class StreamingSource:
     labels: Tensor
     workers: int = 2
     device: torch.device = CPU
-    _idle: list["_Loader"] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def image_shape(self) -> Shape:
@@ -70,55 +71,37 @@ class StreamingSource:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "StreamingSource":
-        return replace(self, device=torch.device(device), _idle=[])
+        return replace(self, device=torch.device(device))
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
         pinned = self.device.type == "cuda"
-        loader = self._idle.pop() if self._idle else _Loader(self.images, self.workers, pinned)
+        for batch in self._read_ahead(indices) if self.workers else map(self._read, indices):
+            yield batch.to(self.device, non_blocking=pinned)
+
+    def _read_ahead(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        ahead: deque[Future[Tensor]] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ssl_bench-reader")
         try:
-            for batch in loader.run(indices):
-                yield batch.to(self.device, non_blocking=pinned)
+            for batch in indices:
+                ahead.append(pool.submit(self._read, batch))
+                if len(ahead) > BATCHES_AHEAD * self.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
         finally:
-            self._idle.append(loader)
+            pool.shutdown(cancel_futures=True)  # also when the pass is abandoned
 
-
-class _Rows(Dataset[Tensor]):
-    """A data set whose item is a whole batch: its index is an array of indices."""
-
-    def __init__(self, images: MappedImages | Tensor) -> None:
-        self.images = images
-
-    def __getitem__(self, indices: np.ndarray) -> Tensor:
-        if isinstance(self.images, MappedImages):
-            return self.images.rows(indices)
-        return self.images[torch.from_numpy(indices)]
-
-
-class _Following(Sampler[np.ndarray]):
-    """A sampler whose batches are exchanged for each pass, so that its loader can keep its workers."""
-
-    indices: Iterable[Tensor] = ()
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (batch.numpy() for batch in self.indices)
-
-
-class _Loader:
-    def __init__(self, images: MappedImages | Tensor, workers: int, pinned: bool) -> None:
-        self._sampler = _Following()
-        self._loader = DataLoader(
-            _Rows(images),
-            batch_size=None,
-            sampler=self._sampler,
-            num_workers=min(workers, os.cpu_count() or 1),  # torch warns about more, which gain nothing
-            persistent_workers=workers > 0,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # else each pass draws its workers' seed from the global generator
-        )
-
-    def run(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-        self._sampler.indices = indices
-        return iter(self._loader)
+    def _read(self, indices: Tensor) -> Tensor:
+        """Copies of the images at (n,) indices, in pinned memory for a GPU."""
+        images = self.images.array() if isinstance(self.images, MappedImages) else self.images.numpy()
+        low, high = (int(indices.min()), int(indices.max())) if len(indices) else (0, 0)
+        if low < 0 or high >= len(images):
+            raise IndexError(f"indices must be 0 to {len(images) - 1}, got {low} to {high}")
+        shape = (len(indices), *images.shape[1:])
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        # "clip" changes nothing, as the indices were checked, but writes into `out` directly.
+        np.take(images, indices.numpy(), axis=0, out=batch.numpy(), mode="clip")
+        return batch
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ def run_command(track: str, run: "Callable[[Recipe], int]", argv: Sequence[str])
             try:
                 peers.follow_parent()
                 peers.adopt()
+                from ssl_bench.recipe.content import with_content
+
+                recipe = with_content(recipe)
                 return run(recipe)
             except Stopped:
                 if peers.rank() == 0:
@@ -95,7 +98,9 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
             traceback.print_exc()
         else:
             _say_once(text)
-    except Stopped:
+    except Stopped as stopped:
+        if str(stopped) and peers.rank() == 0:
+            print(f"{stopped}; the same command goes on from here", file=sys.stderr)
         code = REQUEUE_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,9 +8,11 @@ command line. ``group=choice`` picks ``configs/group/choice.yaml``, or code from
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -56,7 +58,8 @@ def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     given = dict(map(_split, overrides))
     tree = _from_files(track, {key: given.pop(key) for key in GROUPS if key in given})
-    values = {key: _value(key, text) for key, text in given.items()}
+    kinds = _kinds({**tree, **{key: text for key, text in given.items() if key.endswith(".target")}})
+    values = {key: _value(key, text, kinds.get(key)) for key, text in given.items()}
     for key in sorted(given):
         _check_key(key, tree)
         for twin in _twins(key):
@@ -117,6 +120,7 @@ def _cross_check(recipe: Recipe) -> None:
     _check_averaging(recipe)
     _check_micro_batches(recipe)
     registry.resolve("dataset", recipe.data.name)
+    _check_evaluation_data(recipe)
     for name in recipe.eval.protocols if recipe.track == "pretrain" else ():
         if not getattr(registry.resolve("evaluator", name), "tabulated", True):
             raise ValueError(
@@ -178,6 +182,19 @@ def _check_micro_batches(recipe: Recipe) -> None:
         )
 
 
+def _check_evaluation_data(recipe: Recipe) -> None:
+    options = recipe.eval
+    if recipe.data.hf_config is not None and recipe.data.name != "hf":
+        raise ValueError(f"data.hf_config must be null (it is for data=hf), got {recipe.data.hf_config!r}")
+    if options.data is not None:
+        if recipe.track == "classify":
+            raise ValueError(f"eval.data must be null on the track classify, got {options.data!r}")
+        registry.resolve("dataset", options.data)
+    for name in ("data_path", "data_size", "data_content") if options.data is None else ():
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"eval.{name} must be null without eval.data, got {value!r}")
+
+
 def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> Tree:
     """Sets some keys of a recorded recipe anew.
 
@@ -195,16 +212,17 @@ def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> T
         _check_key(key, plain)
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise ValueError(f"{key} is fixed by the run's record (may be set here: {', '.join(allowed)})")
-        plain = _with(plain, {key: _value(key, text)})
+        plain = _with(plain, {key: _value(key, text, _kinds(plain).get(key))})
     return plain
 
 
-def load_yaml(where: str, text: str) -> Any:
+def load_yaml(where: str, text: str, *, texts: bool = False) -> Any:
     """Parses YAML 1.2, in which ``off`` and ``no`` are text and ``1e-4`` is a number.
 
     Args:
         where: what the text is, for the error.
         text: the YAML.
+        texts: whether every scalar is text, as it is written.
 
     Raises:
         ValueError: one line that names the place; invalid YAML, a key that is given twice, or more than `YAML_CHARS`,
@@ -212,7 +230,7 @@ def load_yaml(where: str, text: str) -> Any:
     """
     if len(text) > YAML_CHARS:
         raise ValueError(f"{where}: YAML must have at most {YAML_CHARS} characters, got {len(text)}")
-    parser = YAML(typ="safe", pure=True)
+    parser = YAML(typ="base" if texts else "safe", pure=True)
     parser.Composer = _ShallowComposer
     try:
         content = parser.load(text)
@@ -300,15 +318,62 @@ def _split(override: str) -> tuple[str, str]:
     return key, value
 
 
+def _holds(annotation: Any) -> Literal["text", "texts"] | None:
+    """Whether a key's type is text, or a list of texts, so that 007, true and [1] are not read as YAML."""
+    if get_origin(annotation) is Annotated:
+        return _holds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = {_holds(each) for each in get_args(annotation) if each is not type(None)}
+        return kinds.pop() if len(kinds) == 1 else None
+    if get_origin(annotation) is Literal:
+        return "text" if all(isinstance(each, str) for each in get_args(annotation)) else None
+    if get_origin(annotation) in (list, tuple, Sequence):
+        inner = [each for each in get_args(annotation) if each is not Ellipsis]
+        return "texts" if inner and all(each is str for each in inner) else None
+    return "text" if annotation is str else None
+
+
 @cache
-def _value(key: str, text: str) -> Any:
-    """Reads a command line's value: numbers, true, false, null, lists and mappings as YAML, anything else as text."""
+def _own_kinds() -> dict[str, Literal["text", "texts"] | None]:
+    """For every key of a recipe but the plug-ins', whether it holds text."""
+    found: dict[str, Literal["text", "texts"] | None] = {}
+    for name, annotation in get_type_hints(Recipe, include_extras=True).items():
+        if is_dataclass(annotation) and annotation is not Plugin:
+            inner = get_type_hints(annotation, include_extras=True)
+            found |= {f"{name}.{each}": _holds(kind) for each, kind in inner.items()}
+        else:
+            found[name] = _holds(annotation)
+    return found
+
+
+def _kinds(tree: Tree) -> dict[str, Literal["text", "texts"] | None]:
+    """The same with the keys of the plug-ins that are chosen."""
+    found = dict(_own_kinds())
+    for kind in PLUGINS:
+        target = tree.get(f"{kind}.target") or (tree.get(kind) or {}).get("target")
+        if target:
+            known = registry.options(registry.resolve(kind, target))
+            found |= {f"{kind}.{name}": _holds(option.annotation) for name, option in known.items()}
+            found[f"{kind}.target"] = "text"
+    return found
+
+
+@cache
+def _value(key: str, text: str, holds: Literal["text", "texts"] | None = None) -> Any:
+    """Reads a command line's value: numbers, true, false, null, lists and mappings as YAML, anything else as text.
+
+    Args:
+        key: the key, for the error.
+        text: the value.
+        holds: what the key's type says: "text" is read as it is written (but null), "texts" as a list of such.
+    """
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
-    if not _YAML_VALUE.fullmatch(text):
+    if not _YAML_VALUE.fullmatch(text) or (holds == "text" and text.lower() != "null"):
         return text
     # YAML would take a glob pattern in a list, [*.bn*], for an alias.
-    return load_yaml(f"{key}={text}", re.sub(r"(?<=[\[,])\s*(\*[^\s,'\"\[\]]*)", r"'\1'", text))
+    quoted = re.sub(r"(?<=[\[,])\s*(\*[^\s,'\"\[\]]*)", r"'\1'", text)
+    return load_yaml(f"{key}={text}", quoted, texts=holds == "texts" and text.startswith("["))
 
 
 def _twins(key: str) -> list[str]:

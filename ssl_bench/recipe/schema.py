@@ -8,11 +8,14 @@ checked against their signatures by `ssl_bench.recipe.registry`.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
+
+from ssl_bench.runtime.paths import file_name
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -32,7 +35,11 @@ IRRELEVANT = frozenset(
 )
 
 # The data sets whose name alone says which images they hold.
-NAMED_DATA = frozenset({"cifar10", "cifar100", "stl10", "fashion_mnist", "tiny_imagenet", "digits"})
+NAMED_DATA = frozenset({"cifar10", "cifar100", "stl10", "stl10_unlabeled", "fashion_mnist", "tiny_imagenet", "digits"})
+
+# The keys that say where data lies, with that of the data set's name; and, by that, the one that says what lies there.
+PLACES = {"data.path": "data.name", "eval.data_path": "eval.data"}
+CONTENTS = {"data.name": "data.content", "eval.data": "eval.data_content"}
 
 # Keys added after the first records were written, each with the value that a recipe without it implies. At that value a
 # key is not part of the identity, so that older records keep theirs. Never remove one or change its value.
@@ -41,6 +48,12 @@ ADDED: dict[str, Any] = {
     "sync_batch_norm": True,
     "last_batch": "carry",
     "method.divisor": None,
+    "data.hf_config": None,
+    "data.content": None,
+    "eval.data": None,
+    "eval.data_path": None,
+    "eval.data_size": None,
+    "eval.data_content": None,
     "model.img_size": None,
     "model.patch_size": None,
     "model.pretrained": False,
@@ -72,13 +85,22 @@ class DataOptions:
     __pydantic_config__ = STRICT
     name: str = key(
         "cifar10",
-        "cifar10, cifar100, stl10, fashion_mnist, tiny_imagenet, digits, hf, folder, an installed entry point, or "
-        "package.module:function",
+        "cifar10, cifar100, stl10, stl10_unlabeled, fashion_mnist, tiny_imagenet, digits, hf, folder, an installed "
+        "entry point, or package.module:function",
     )
     path: str | None = key(
         None,
         "directory to read (for data=hf also a hub id): Hugging Face parquet files, the original archive, class "
-        "folders, or torchvision's root; null = download by torchvision into the cache",
+        "folders, images without labels, or torchvision's root; null = download into the cache",
+    )
+    hf_config: str | None = key(
+        None, "data=hf: which configuration of the data set; null = the only one, or the default that it names"
+    )
+    content: str | None = key(
+        None,
+        "16 hex digits of what lies at the path of data=hf, data=folder and others whose name does not say it: names, "
+        "sizes, label counts, samples. The run fills it in and is known by it, wherever the files are moved; given, it "
+        "must be right. null = whatever is there",
     )
     size: PositiveInt | None = key(
         None, "side of the square images in pixels; shorter side resized, then centre crop; null = as stored"
@@ -90,7 +112,7 @@ class DataOptions:
         "auto",
         "true = keep all images as uint8 on the device, false = stream them through workers, auto = whichever fits",
     )
-    workers: Count = key(2, "worker processes for streaming; 0 = read in the main process")
+    workers: Count = key(2, "threads that read ahead while streaming; 0 = read when needed")
     cache_dir: str | None = key(None, "directory of the decoded cache; null = $SSL_BENCH_CACHE or ~/.cache/ssl_bench")
 
 
@@ -218,6 +240,14 @@ class EvalOptions:
     protocols: list[str] = key(
         ["knn-v1", "linear-cached-v1"], "pretraining: evaluators at the end of the run; [] = none"
     )
+    data: str | None = key(
+        None, "pretraining: the data set to evaluate on, by the names of data.name; null = the one trained on"
+    )
+    data_path: str | None = key(None, "where eval.data is, as data.path; null = download into the cache")
+    data_size: PositiveInt | None = key(
+        None, "side of eval.data's images in pixels, as data.size; null = that of the images trained on"
+    )
+    data_content: str | None = key(None, "what lies at eval.data_path, as data.content; null = whatever is there")
     baseline: bool = key(True, "also evaluate the untrained model, by the same protocols; false = off")
     online_every_epochs: NonNegative = key(
         0.0, "pretraining: epochs between measurements of the online monitor, which are never results; 0 = off"
@@ -335,11 +365,12 @@ class Recipe:
         what = self.method.target.split(":")[-1] if self.track == "pretrain" else "clf"
         optimizer = self.optimizer.options.get("name") or self.optimizer.target.split(":")[-1]
         data = self.data.name.split(":")[-1]
-        return f"{data}-{what}-{optimizer}-b{self.batch_size}-s{self.seed}-{self.identity()}".lower()
+        parts = [data, what, str(optimizer), f"b{self.batch_size}", f"s{self.seed}", self.identity()]
+        return "-".join(map(file_name, parts)).lower()
 
     def folder(self) -> str:
         """The run's directory: ``run_dir``, or one named after the experiment under ``runs/``."""
-        return self.run_dir or f"runs/{self.name()}"
+        return os.path.expanduser(self.run_dir) if self.run_dir else f"runs/{self.name()}"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -362,11 +393,21 @@ def is_its_path(data_name: str) -> bool:
     return data_name not in NAMED_DATA
 
 
+def counts_by_path(flat: Mapping[str, Any], name: str = "data.name") -> bool:
+    """Whether a recipe's data is known by its path alone: the name does not say it, and its content is not known.
+
+    Args:
+        flat: the recipe's dotted keys; a record of an earlier version has no content.
+        name: the key of the data set's name, a value of `PLACES`.
+    """
+    return is_its_path(str(flat.get(name))) and flat.get(CONTENTS[name]) is None
+
+
 def _relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of a nested recipe that can change its result, with their values."""
     flat = without_additions(flatten(recipe))
-    path = is_its_path(str(flat.get("data.name")))
-    return {key: value for key, value in flat.items() if key not in IRRELEVANT and (path or key != "data.path")}
+    places = {path for path, name in PLACES.items() if not counts_by_path(flat, name)}
+    return {key: value for key, value in flat.items() if key not in IRRELEVANT | places}
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

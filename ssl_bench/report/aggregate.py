@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, StrictStr, ValidationError
 
-from ssl_bench.recipe.schema import IRRELEVANT, flatten, is_its_path, without_additions
+from ssl_bench.recipe.schema import IRRELEVANT, PLACES, counts_by_path, flatten, is_its_path, without_additions
 from ssl_bench.records.reader import RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize, t_interval, test_set_error
 from ssl_bench.report.protocols import MONITORS, among_ours, ordered
@@ -295,7 +295,7 @@ def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
     """
     relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
     relevant = {name: value for name, value in relevant.items() if name not in less}
-    if is_its_path(str(lookup(recipe, "data.name"))):  # elsewhere the path only says where the same files lie
+    if counts_by_path(flatten(recipe)):  # elsewhere the path only says where the same files lie
         relevant["data.path"] = lookup(recipe, "data.path")
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -387,7 +387,7 @@ def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     flat = without_additions(flatten(dict(recipe)))
-    return {name: value for name, value in flat.items() if name not in IRRELEVANT | _AXES | _OBSERVING}
+    return {name: value for name, value in flat.items() if name not in IRRELEVANT | _AXES | _OBSERVING | PLACES.keys()}
 
 
 def _varying(recipes: Sequence[Mapping[str, Any]]) -> set[str]:

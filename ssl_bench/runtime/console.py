@@ -24,6 +24,52 @@ class Ticker:
             say(f"  {what}: {done}/{total}")
 
 
+class Tally:
+    """Shows how much of something long is done, with nothing else to say: ``with Tally(...) as done: done(3)``.
+
+    Args:
+        title: what is being done.
+        total: all of it; None where nobody knows.
+        unit: what is counted; "bytes" are shown as MiB.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str):
+        self.title, self.total, self.unit = title, total, unit
+        self._bar: Any = None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4)
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, amount="")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, done: int) -> None:
+        """Takes how much is done by now."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, amount=self._amount(done))
+        elif time.monotonic() - self._said > LINE_EVERY:
+            self._said = time.monotonic()
+            say(f"{self.title}: {self._amount(done)}")
+
+    def _amount(self, done: int) -> str:
+        counts = [count for count in (done, self.total) if count is not None]
+        if self.unit == "bytes":
+            return "/".join(f"{count / 2**20:.1f}" for count in counts) + " MiB"
+        return "/".join(map(str, counts)) + f" {self.unit}"
+
+
 class Progress:
     """Shows a run's progress; call it after every step.
 

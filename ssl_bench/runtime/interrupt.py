@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:  # a launcher, which only starts runs, needs the signals but not torch
     import torch
@@ -31,7 +31,10 @@ _SECOND_CTRL_C_AFTER = 2.0  # seconds
 
 
 class Stopped(BaseException):
-    """A signal asked to stop where nothing has to be finished first; the exit code is ``REQUEUE_EXIT_CODE``."""
+    """A signal asked to stop where nothing has to be finished first, or what was being done can be continued.
+
+    The exit code is ``REQUEUE_EXIT_CODE``.
+    """
 
 
 class Interrupt:
@@ -55,7 +58,11 @@ class Interrupt:
                     with interrupt.saving():
                         checkpoints.save(...)
                     return REQUEUE_EXIT_CODE
+
+    What is long and knows no context (decoding, a download) asks `stop_if_requested`.
     """
+
+    _active: ClassVar["Interrupt | None"] = None
 
     def __init__(self, *, at_once: bool = False) -> None:
         self.signal_name: str | None = None  # of the first signal, e.g. "SIGTERM"
@@ -63,6 +70,7 @@ class Interrupt:
         self._first_at = 0.0
         self._saving = False
         self._previous: dict[int, signal._HANDLER] = {}
+        self._outer: Interrupt | None = None
 
     @property
     def requested(self) -> bool:
@@ -107,6 +115,7 @@ class Interrupt:
             for number in SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
+            self._outer, Interrupt._active = Interrupt._active, self
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,6 +123,8 @@ class Interrupt:
             # None: the handler was not installed from Python, and cannot be restored from it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+        if Interrupt._active is self:
+            Interrupt._active = self._outer
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (the signature of a handler)
         name = signal.Signals(number).name
@@ -184,6 +195,13 @@ def _maximum(values: list[float], device: "torch.device | str | None") -> list[f
     tensor = torch.tensor(values, device=device or "cpu")
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
+
+
+def stop_if_requested(what: str) -> None:
+    """Raises `Stopped` if a signal asked this process to stop, with what was being done in its message."""
+    active = Interrupt._active
+    if active is not None and active.requested:
+        raise Stopped(f"{what} stopped by {active.signal_name}")
 
 
 def _say(message: str) -> None:

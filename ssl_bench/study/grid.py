@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_bench.recipe.compose import CONFIGS, YAML_CHARS, compose, load_yaml, merge
+from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.runtime.suggestion import nearest
@@ -132,6 +133,7 @@ class _Expansion:
         self, study: str, user: Overrides, seeds: Sequence[int] | None, data_paths: dict[str, str], trust: bool
     ):
         self.study, self.user, self.data_paths, self.trust = study, user, data_paths, trust
+        self.contents: dict[str, str | None] = {}
         self.seeds = None if seeds is None else list(seeds)
         self.cells: list[Cell] = []
         self.open: list[Path] = []
@@ -189,7 +191,8 @@ class _Expansion:
                     raise ValueError(f"{where}: {key} is set for each cell by the launcher; leave it out")
             try:
                 recipe = compose(track, [f"{key}={value}" for key, value in overrides.items()])
-            except ValueError as error:
+                recipe = with_content(recipe, self.contents)
+            except (ValueError, OSError) as error:
                 raise ValueError(f"{where}: {_listing(varied) or 'its only cell'}: {error}") from None
             if "seed" in overrides:
                 self.cells.append(Cell(self.study, overrides, varied, recipe))

@@ -16,6 +16,7 @@ from typing import Any
 
 from ssl_bench.recipe import registry
 from ssl_bench.recipe.compose import compose, merge
+from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import read_results
 from ssl_bench.records.storage import atomic_json
@@ -115,6 +116,7 @@ class _Maker:
 
     def __init__(self, name: str, search: Search, user: Overrides, data_paths: dict[str, str], trust: bool = False):
         self.name, self.search, self.user, self.data_paths, self.trust = name, search, user, data_paths, trust
+        self.contents: dict[str, str | None] = {}
         for key in user:
             if key in ("data.holdout", "seed") or any(key in arm.space for arm in search.arms):
                 raise ValueError(f"search {name}: {key} is chosen by the search and cannot be overridden")
@@ -166,7 +168,8 @@ class _Maker:
             overrides = {"data.path": path, **overrides}
         try:
             recipe = compose(self.search.track, [f"{key}={value}" for key, value in overrides.items()])
-        except ValueError as error:
+            recipe = with_content(recipe, self.contents)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {arm.label}: {error}") from None
         return Cell(self.name, overrides, {**chosen, **held}, recipe)
 
@@ -242,6 +245,9 @@ def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, 
         resident=False,
         workers=0,
         cache_dir=data.cache_dir,
+        hf_config=data.hf_config,
+        content=data.content,
+        test=False,
     ).train
     indices = holdout_indices(train.labels, data.holdout)[1].tolist()
     holdout = {

@@ -36,7 +36,7 @@ from ssl_bench.optim.groups import build_groups, hold_frozen
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.recipe import registry, weights
-from ssl_bench.recipe.schema import Recipe, differences, flatten
+from ssl_bench.recipe.schema import Recipe, differences, flatten, is_its_path
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.console import say
@@ -116,8 +116,14 @@ def _graphs_steps(recipe: Recipe, where: Processes) -> bool:
 
 
 def dataset(recipe: Recipe, where: Processes) -> Dataset:
-    """The recipe's data set, on the device."""
-    options = recipe.data
+    """The recipe's data set, on the device.
+
+    Raises:
+        ValueError, OSError: in one line; among others, it lacks the labels or the test split that the run needs.
+    """
+    options, evaluation = recipe.data, recipe.eval
+    classify = recipe.track == "classify"
+    own = evaluation.data is None and bool(evaluation.protocols or evaluation.online_every_epochs)
     loaded = load_dataset(
         options.name,
         locate=registry.foreign("dataset", options.name),
@@ -126,11 +132,32 @@ def dataset(recipe: Recipe, where: Processes) -> Dataset:
         resident=options.resident,
         workers=options.workers,
         cache_dir=options.cache_dir,
+        hf_config=options.hf_config,
+        content=options.content,
+        labels=classify or own or options.holdout > 0,
+        test=(classify or own) and options.holdout == 0,
     )
     check_images(recipe, loaded.train.image_shape[-1])
     data = (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
     where.compare(contents(data) if where.world_size > 1 else {})
     return data
+
+
+def evaluation_dataset(recipe: Recipe, data: Dataset, where: Processes) -> Dataset:
+    """What the recipe's backbones are evaluated on, on the device: ``eval.data``, or what they are trained on."""
+    options = recipe.eval
+    if options.data is None or recipe.track == "classify":
+        return data
+    return load_dataset(
+        options.data,
+        locate=registry.foreign("dataset", options.data),
+        path=options.data_path,
+        size=options.data_size or data.train.image_shape[-1],
+        resident=recipe.data.resident,
+        workers=recipe.data.workers,
+        cache_dir=recipe.data.cache_dir,
+        content=options.data_content,
+    ).to(where.device)
 
 
 def _stats(recipe: Recipe, data: Dataset) -> dict[str, Any]:
@@ -424,12 +451,19 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
+def _label(data: Dataset) -> str:
+    """A data set's name in a protocol's; with its content where the name does not say what it is."""
+    return f"{data.name}-{data.content[:8]}" if is_its_path(data.name) else data.name
+
+
 def evaluation(recipe: Recipe, data: Dataset, where: Processes) -> Evaluation:
-    """How the recipe's models are evaluated."""
+    """How the recipe's models are evaluated; normalised by the statistics of what they were trained on."""
     stats, options = _stats(recipe, data), recipe.eval
+    on = evaluation_dataset(recipe, data, where)
     return Evaluation(
         processes=where,
-        dataset=data,
+        dataset=on,
+        elsewhere="" if on is data else _label(on),
         evaluators=[registry.resolve("evaluator", name) for name in options.protocols],
         transform=Normalize(**stats),
         augment=RandomResizedCropFlip(data.train.image_shape[-1], **stats),

@@ -33,6 +33,8 @@ class Evaluation:
         seed: of the probes.
         precision: of the network's passes.
         batch_size: images per pass, on each process.
+        elsewhere: the data set's name where it is not the one trained on; it becomes a part of the protocol's name, so
+            that no table mixes the two.
         own_statistics: whether each process has running statistics of its own, so that the first one's must be shared.
     """
 
@@ -44,6 +46,7 @@ class Evaluation:
     seed: int
     precision: Precision
     batch_size: int
+    elsewhere: str = ""
     own_statistics: bool = False
 
     def of_backbone(self, backbone: nn.Module) -> Results:
@@ -54,7 +57,9 @@ class Evaluation:
             number of test images; nothing on the others.
         """
         results = self._evaluate(backbone, self.evaluators, self.seed, Ticker(enabled=self.processes.main))
-        return [{**result, "seed": self.seed, "chance": 100 / len(self.dataset.classes)} for result in results]
+        about = {"seed": self.seed, "chance": 100 / max(1, len(self.dataset.classes))}
+        on = f"@{self.elsewhere}" if self.elsewhere else ""
+        return [{**result, "protocol": result["protocol"] + on, **about} for result in results]
 
     def online(self, backbone: nn.Module, seed: int) -> dict[str, float]:
         """A cheap look during pretraining, with randomness of its own; for the metrics, never for a table."""

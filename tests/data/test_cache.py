@@ -1,7 +1,6 @@
 """The cache of decoded images: whole or absent, written once, whatever the disk and other processes do."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,8 @@ import torch
 from made_data import encode, parquet_set, pixels, write_parquet
 
 from ssl_bench.data import cache as image_cache
-from ssl_bench.data import dataset as data_module
+from ssl_bench.data import decoded as decoded_module
+from ssl_bench.data.cache import read_meta
 from ssl_bench.data.dataset import Dataset, load_dataset
 
 
@@ -43,7 +43,7 @@ def refuse_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode_blocks(*_arguments: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(data_module, "decode_blocks", decode_blocks)
+    monkeypatch.setattr(decoded_module, "decode_blocks", decode_blocks)
 
 
 def test_reopening_decodes_nothing_and_gives_the_same(folder, cache, monkeypatch):
@@ -102,7 +102,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
     class Disk:
         def __init__(self, path: Path, *_arguments: object, **_options: object) -> None:
-            self.file, self.left = open(path, "wb", buffering=0), after  # noqa: SIM115
+            self.file, self.left = open(path, "wb+", buffering=0), after  # noqa: SIM115
+            self.seek, self.read, self.truncate = self.file.seek, self.file.read, self.file.truncate
 
         def __enter__(self) -> "Disk":
             return self
@@ -156,7 +157,7 @@ def test_too_little_room_is_said_before_decoding(folder, cache, caplog, monkeypa
     load_dataset("cifar10", path=folder, cache_dir=cache)
     assert "needs 0.00 GiB, 0.00 GiB are free" in caplog.text
     assert cached_sets(cache) == []
-    monkeypatch.setattr(data_module, "available_memory", lambda: 100)
+    monkeypatch.setattr(decoded_module, "available_memory", lambda: 100)
     refuse_decoding(monkeypatch)
     with pytest.raises(OSError, match=r"cifar10: .* GiB decoded fit neither into memory .* set SSL_BENCH_CACHE"):
         load_dataset("cifar10", path=folder, cache_dir=cache)
@@ -167,8 +168,8 @@ CHILD = """
 import hashlib, sys, time
 from pathlib import Path
 import torch
-from ssl_bench.data import dataset as data
-decoded, original, go = [], data.decode_blocks, Path(sys.argv[3])
+from ssl_bench.data import dataset as data, decoded as module
+decoded, original, go = [], module.decode_blocks, Path(sys.argv[3])
 
 def decode_blocks(*arguments):
     decoded.append(1)
@@ -176,7 +177,7 @@ def decode_blocks(*arguments):
     time.sleep(float(sys.argv[4]))
     return original(*arguments)
 
-data.decode_blocks = decode_blocks
+module.decode_blocks = decode_blocks
 print("ready", flush=True)
 while not go.exists():
     time.sleep(0.01)
@@ -217,4 +218,4 @@ def test_a_process_killed_while_decoding_leaves_no_lock_and_no_cached_set(folder
     data = load_dataset("cifar10", path=folder, cache_dir=cache)
     assert len(data.train) == 20
     (copy,) = cached_sets(cache)
-    assert json.loads((copy / "meta.json").read_text())["counts"] == {"train": 20, "test": 10}
+    assert read_meta(copy).counts == {"train": 20, "test": 10}

@@ -56,7 +56,11 @@ def test_a_missing_split_or_shard_is_named(tmp_path):
     (tmp_path / "test.parquet").rename(tmp_path / "train-00000-of-00002.parquet")
     refused(FileNotFoundError, r"train-00001-of-00002\.parquet: missing", path=tmp_path)
     (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
-    refused(FileNotFoundError, r"no test split beside train.*must be test-\*\.parquet or val-", path=tmp_path)
+    refused(
+        FileNotFoundError,
+        r"no test split beside train, which must be named test or val or .* give eval=none",
+        path=tmp_path,
+    )
 
 
 def test_a_truncated_or_damaged_parquet_file_is_named(tmp_path):
@@ -108,15 +112,17 @@ def test_a_label_out_of_range_is_named(tmp_path, labels, got):
     )
 
 
-@pytest.mark.parametrize(("labels", "got"), [(["cat", "dog"], "string, 0 rows"), ([1, None], "int64, 1 rows")])
-def test_labels_that_are_no_integers_are_refused(tmp_path, labels, got):
+@pytest.mark.parametrize(("labels", "got"), [([0.5, 1.0], "double, 0 rows"), ([1, None], "int64, 1 rows")])
+def test_labels_that_are_neither_integers_nor_names_are_refused(tmp_path, labels, got):
     one_parquet(tmp_path, [encode(image) for image in pixels(2)], labels)
-    refused(ValueError, f"column label must hold an integer in every row, got {got} empty", path=tmp_path)
+    refused(ValueError, f"column label must hold an integer or a name in every row, got {got} empty", path=tmp_path)
 
 
 def test_missing_columns_are_listed(tmp_path):
     one_parquet(tmp_path, [encode(image) for image in pixels(2)], columns=("picture", "label"))
-    refused(ValueError, "the image column must be image or img, got columns picture, label", path=tmp_path)
+    refused(
+        ValueError, "the image column must be image or img or .* or webp, got columns picture, label", path=tmp_path
+    )
 
 
 def test_a_shard_with_other_columns_is_named(tmp_path):
