@@ -205,6 +205,7 @@ class _Journal:
 
     def add(self, name: str, size: int, digest: str) -> None:
         """Adds a block that was written."""
+        self.blocks[name].append((size, digest))
         with self.path.open("a") as file:
             file.write(json.dumps([name, size, digest]) + "\n")
 

@@ -3,7 +3,7 @@
 import re
 from hashlib import blake2b
 
-_LONGEST = 80  # characters; a file system takes 255 bytes, and a folder's name is made of several
+_LONGEST = 60  # characters; a file system takes 255 bytes, and a run's name is made of several
 
 
 def file_name(text: str) -> str:
@@ -15,4 +15,4 @@ def file_name(text: str) -> str:
     if safe and len(safe) <= _LONGEST and len(safe) * 2 > len(text):
         return safe
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-    return f"{safe[:_LONGEST]}-{digest}".lstrip("-")
+    return f"{safe[: _LONGEST - 9]}-{digest}".lstrip("-")

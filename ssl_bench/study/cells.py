@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from ssl_bench.records.lock import is_claimed
 from ssl_bench.records.reader import RUN, RecordError, read_head, read_results
 from ssl_bench.records.storage import atomic_json
+from ssl_bench.runtime.paths import file_name
 from ssl_bench.study.claims import CellClaim, holder
 from ssl_bench.study.grid import Cell
 
@@ -60,7 +61,7 @@ class CellStore:
 
     def folder(self, cell: Cell) -> Path:
         """The run directory: the study's own, unless the run is already in another study's."""
-        own = self.runs / cell.study / cell.name
+        own = self.runs / file_name(cell.study) / cell.name
         if own.is_dir() or not self.runs.is_dir():
             return own
         others = (path / cell.name for path in sorted(self.runs.iterdir()) if not path.name.startswith("."))

@@ -21,6 +21,7 @@ from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import read_results
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.console import say
+from ssl_bench.runtime.paths import file_name
 from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell, Overrides, Study, as_overrides, split_override
 from ssl_bench.study.run import run_study
@@ -104,7 +105,7 @@ def tune_main(
     tuned = {
         label: Tuned(scores[label], best[label], [(cell, outcome(cell)) for cell in finals[label]]) for label in trials
     }
-    path = store.runs / name / "tune.json"
+    path = store.runs / file_name(name) / "tune.json"
     atomic_json(path, _record(name, search, tuned))
     _print(search, tuned)
     print(f"all trials and the held-out indices: {path}")

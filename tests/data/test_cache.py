@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import torch
 from made_data import encode, parquet_set, pixels, write_parquet
 
 from ssl_bench.data import cache as image_cache
+from ssl_bench.data import decode as decode_module
 from ssl_bench.data import decoded as decoded_module
 from ssl_bench.data.cache import read_meta
 from ssl_bench.data.dataset import Dataset, load_dataset
+from ssl_bench.runtime.interrupt import Interrupt, Stopped
 
 
 @pytest.fixture
@@ -163,6 +166,70 @@ def test_too_little_room_is_said_before_decoding(folder, cache, caplog, monkeypa
         load_dataset("cifar10", path=folder, cache_dir=cache)
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "3", '{"content": null, "digest": ""}', "{" * 5000, ""])
+def test_a_description_that_is_none_is_decoded_anew(folder, cache, content):
+    before = images(load_dataset("cifar10", path=folder, cache_dir=cache))
+    (copy,) = cached_sets(cache)
+    (copy / "meta.json").write_text(content)
+    assert torch.equal(images(load_dataset("cifar10", path=folder, cache_dir=cache)), before)
+
+
+def test_a_changed_description_is_decoded_anew(folder, cache):
+    before = load_dataset("cifar10", path=folder, cache_dir=cache)
+    (copy,) = cached_sets(cache)
+    text = (copy / "meta.json").read_text()
+    changed = text.replace(f'"std": [{before.std[0]}', '"std": [0.5')
+    assert changed != text
+    (copy / "meta.json").write_text(changed)
+    assert load_dataset("cifar10", path=folder, cache_dir=cache).std == before.std
+
+
+@pytest.mark.parametrize("name", ["train.images", "test.images", "train.labels", "test.labels"])
+def test_changed_bytes_are_refused(folder, cache, name):
+    load_dataset("cifar10", path=folder, cache_dir=cache)
+    (copy,) = cached_sets(cache)
+    with open(copy / name, "r+b") as file:
+        file.seek(8)
+        byte = file.read(1)
+        file.seek(8)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(
+        ValueError, match=rf"{name}: block 0 of 1 is not what was written .*ssl-bench data clear cifar10-"
+    ):
+        load_dataset("cifar10", path=folder, cache_dir=cache)
+
+
+def test_of_a_large_copy_some_blocks_are_looked_at_and_with_time_all(folder, cache, monkeypatch):
+    monkeypatch.setattr(decode_module, "_BLOCK_BYTES", 3 * 8 * 8)  # an image is a block
+    load_dataset("cifar10", path=folder, cache_dir=cache)
+    (copy,) = cached_sets(cache)
+    meta = read_meta(copy)
+    assert len(meta.files["train.images"].digests) == 20
+    whole = list(image_cache.damaged_blocks(copy, meta))
+    assert sum(size for _, _, size, _ in whole) == sum(file.size for file in meta.files.values())
+    seen = set()
+    for _ in range(200):
+        read = list(image_cache.damaged_blocks(copy, meta, limit=4 * 3 * 8 * 8 * 2))
+        assert sum(size for name, _, size, _ in read if name == "train.images") == 2 * 3 * 8 * 8
+        assert {name for name, *_ in read} == set(meta.files)
+        seen |= {(name, number) for name, number, *_ in read}
+    assert seen == {(name, number) for name, number, *_ in whole}
+
+
+def test_the_digest_says_whether_two_data_sets_are_equal(folder, tmp_path, cache):
+    one = load_dataset("cifar10", path=folder, cache_dir=cache)
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = load_dataset("cifar10", path=tmp_path / "moved", cache_dir=cache)
+    assert (moved.digest, moved.content) == (one.digest, one.content)
+    (tmp_path / "file").touch()
+    in_memory = load_dataset("cifar10", path=folder, cache_dir=tmp_path / "file" / "x")
+    assert in_memory.content == one.content
+    write_parquet(folder / "test-00000-of-00001.parquet", [encode(image) for image in pixels(10)], [0] * 10)
+    other = load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert other.digest != one.digest
+    assert other.content != one.content
+
+
 # Decodes slowly, so that the processes overlap; prints whether it decoded and what it got.
 CHILD = """
 import hashlib, sys, time
@@ -219,3 +286,85 @@ def test_a_process_killed_while_decoding_leaves_no_lock_and_no_cached_set(folder
     assert len(data.train) == 20
     (copy,) = cached_sets(cache)
     assert read_meta(copy).counts == {"train": 20, "test": 10}
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, blocks: int, stop: BaseException | None) -> list[int]:
+    """Makes an image a block, and has decoding stop after so many; returns the list of the blocks that it decodes."""
+    monkeypatch.setattr(decode_module, "_BLOCK_BYTES", 3 * 8 * 8)
+    decoded: list[int] = []
+
+    def decode_blocks(split, size, shape, first):
+        for number, block in enumerate(decode_module.decode_blocks(split, size, shape, first), first):
+            if stop is not None and len(decoded) == blocks:
+                raise stop
+            decoded.append(number)
+            yield block
+
+    monkeypatch.setattr(decoded_module, "decode_blocks", decode_blocks)
+    return decoded
+
+
+@pytest.mark.parametrize("stop", [Stopped("by SIGTERM"), KeyboardInterrupt()], ids=["signal", "ctrl-c"])
+@pytest.mark.parametrize("done", [7, 23])  # in the train and in the test split
+def test_decoding_goes_on_where_it_was_stopped(folder, cache, tmp_path, monkeypatch, stop, done):
+    expected = load_dataset("cifar10", path=folder, cache_dir=tmp_path / "other")
+    assert stopped_after(monkeypatch, done, stop) == []
+    with pytest.raises(type(stop)):
+        load_dataset("cifar10", path=folder, cache_dir=cache)
+    decoded = stopped_after(monkeypatch, 0, None)
+    data = load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert decoded == [*range(done, 20), *range(max(0, done - 20), 10)]
+    assert torch.equal(images(data), images(expected))
+    assert (data.mean, data.std) == (expected.mean, expected.std)
+    assert torch.equal(data.train.labels, expected.train.labels)
+
+
+@pytest.mark.parametrize("fault", ["changed byte", "cut off", "torn line", "another Pillow", "nonsense"])
+def test_what_was_left_damaged_is_decoded_again(folder, cache, tmp_path, monkeypatch, fault):
+    expected = load_dataset("cifar10", path=folder, cache_dir=tmp_path / "other")
+    stopped_after(monkeypatch, 7, Stopped())
+    with pytest.raises(Stopped):
+        load_dataset("cifar10", path=folder, cache_dir=cache)
+    (partial,) = cached_sets(cache)
+    journal = partial / "blocks.jsonl"
+    if fault == "changed byte":
+        data = bytearray((partial / "train.images").read_bytes())
+        data[3 * 8 * 8 * 4] ^= 1
+        (partial / "train.images").write_bytes(data)
+    elif fault == "cut off":
+        os.truncate(partial / "train.images", 3 * 8 * 8 * 4 + 5)
+    elif fault == "torn line":
+        journal.write_text(journal.read_text()[:-70])
+    elif fault == "another Pillow":
+        monkeypatch.setattr(decoded_module, "_WRITER", "pillow 0.1")
+    else:
+        journal.write_bytes(b"\0\xff nonsense")
+    decoded = stopped_after(monkeypatch, 0, None)
+    data = load_dataset("cifar10", path=folder, cache_dir=cache)
+    first = {"changed byte": 4, "cut off": 4, "torn line": decoded[0], "another Pillow": 0, "nonsense": 0}[fault]
+    assert decoded == [*range(first, 20), *range(10)]
+    assert torch.equal(images(data), images(expected))
+    assert data.std == expected.std
+
+
+def test_a_signal_stops_decoding_and_the_wait_for_another_process(folder, cache, monkeypatch):
+    monkeypatch.setattr(decode_module, "_BLOCK_BYTES", 3 * 8 * 8)
+    with Interrupt():
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Stopped, match="decoding stopped by SIGHUP"):
+            load_dataset("cifar10", path=folder, cache_dir=cache)
+        (partial,) = cached_sets(cache)
+        with (
+            image_cache.FileLock(cache / f"{partial.stem}.lock"),
+            pytest.raises(Stopped, match="waiting for another process's decoding stopped by SIGHUP"),
+        ):
+            load_dataset("cifar10", path=folder, cache_dir=cache)
+    assert len(load_dataset("cifar10", path=folder, cache_dir=cache).train) == 20
+
+
+def test_a_cache_folder_in_the_home_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SSL_BENCH_CACHE", "~/images")
+    load_dataset("cifar10", path=folder)
+    load_dataset("cifar10", path=folder, size=4, cache_dir="~/images")
+    assert len(cached_sets(tmp_path / "home" / "images")) == 2

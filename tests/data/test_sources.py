@@ -1,6 +1,7 @@
 """Resident and streaming sources: the same bytes in the same order, and the memory that decides between them."""
 
 import itertools
+import threading
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,23 @@ def test_streamed_batches_are_the_resident_ones(folder, workers):
             batches = list(source.batches(iter(indices)))
             assert len(batches) == len(indices)
             assert all(torch.equal(batch, images[index]) for batch, index in zip(batches, indices, strict=True))
+
+
+def test_reading_ahead_needs_no_processes_no_shared_memory_and_leaves_no_threads(folder):
+    """A container's /dev/shm holds 64 MB, less than a batch of 512 images at 224 pixels."""
+    source = load_dataset("cifar10", path=folder, resident=False, workers=2).train
+    before, threads = psutil.Process().children(), threading.active_count()
+    batches = source.batches(iter(some_indices(40) * 3))
+    first = next(batches)
+    assert psutil.Process().children() == before
+    assert not first.is_shared()
+    assert threads < threading.active_count() <= threads + 2
+    list(batches)
+    assert threading.active_count() == threads
+    abandoned = source.batches(torch.tensor([0]) for _ in itertools.count())
+    next(abandoned)
+    abandoned.close()
+    assert threading.active_count() == threads
 
 
 def test_a_set_in_memory_streams_too():

@@ -197,12 +197,38 @@ def test_the_released_code_is_composed_with_its_faults():
         "@x*",
         "${seed}",
         "",
+        "123",
+        "1e3",
+        "true",
+        "[1, 2]",
+        "{a: b}",
+        "C:\\temp\\1",
+        "\\\\server\\share",
     ],
 )
 def test_text_arrives_as_it_is_written(text):
     assert compose("pretrain", [f"run_dir={text}"]).run_dir == text
     if text:
         assert compose("pretrain", [f"run_dir='{text}'"]).run_dir == text
+
+
+def test_text_is_text_in_every_key_whose_type_is_text():
+    recipe = compose("pretrain", ["data=folder", "data.path=true", "data.cache_dir=007", "tracker=1", "run_dir=null"])
+    assert (recipe.data.path, recipe.data.cache_dir, recipe.tracker, recipe.run_dir) == ("true", "007", "1", None)
+    assert compose("pretrain", ["param_groups.exclude=[1e3, true, 010]"]).param_groups.exclude == ["1e3", "true", "010"]
+    optimizer = compose("pretrain", ["optimizer=timm", "optimizer.name=123", "optimizer.lr=1"]).optimizer
+    assert optimizer.options["name"] == "123"
+    assert compose("pretrain", ["data.resident=true"]).data.resident is True
+    with pytest.raises(ValueError, match=r"optimizer\.lr must be a valid number, got 'true'|optimizer\.lr"):
+        compose("pretrain", ["optimizer.lr=[1]"])
+    again = override(recipe.to_dict(), ["data.path=1"], ("data.path",))
+    assert again["data"]["path"] == "1"
+
+
+def test_a_home_directory_is_expanded_where_a_path_is_used(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = compose("pretrain", ["run_dir=~/runs/a"])
+    assert (recipe.run_dir, recipe.folder()) == ("~/runs/a", "/home/me/runs/a")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, SIGNALS, Interrupt
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, SIGNALS, Interrupt, Stopped, stop_if_requested
 
 # A stand-in for the loop: it works until it is asked to stop, "saves" for a moment and exits as a run does.
 CHILD = """
@@ -56,7 +56,9 @@ def test_the_requeue_code_is_ex_tempfail() -> None:
     assert REQUEUE_EXIT_CODE == os.EX_TEMPFAIL == 75
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_signal_finishes_the_step_and_later_ones_while_saving_change_nothing(first: signal.Signals) -> None:
     with child() as process:
         assert process.stdout is not None
@@ -114,6 +116,27 @@ def test_handlers_are_put_back_also_after_an_error() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_knows_no_context_can_ask_too() -> None:
+    stop_if_requested("reading")  # outside any context
+    with Interrupt():
+        stop_if_requested("reading")
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Stopped, match=r"^reading stopped by SIGHUP$"):
+            stop_if_requested("reading")
+    stop_if_requested("reading")
 
 
 def test_in_another_thread_it_is_a_flag_that_nobody_sets() -> None:
