@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ssl_bench.cli import report, study
+from ssl_bench.cli import data, report, study
+from ssl_bench.cli.paths import expanded
 
 app = typer.Typer(
     add_completion=False,
@@ -79,7 +80,10 @@ def _processes(words: Sequence[str]) -> tuple[list[str], int]:
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A finished run's folder; left out, the backbone is that of model.*.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="A finished run's folder; left out, the backbone is that of model.*.", callback=expanded),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, e.g. eval.protocols=[linear-aug-v1]")
     ] = None,
@@ -121,7 +125,7 @@ def check_method(
 
 @app.command()
 def analyze(
-    run: Annotated[str, typer.Argument(help="The folder of a run that had checkpoint.snapshots.")],
+    run: Annotated[str, typer.Argument(help="The folder of a run that had checkpoint.snapshots.", callback=expanded)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.path=FOLDER device=cpu")] = None,
     images: Annotated[int, typer.Option(help="Images of the fixed augmented batch.")] = 512,
     batch_norm: Annotated[str, typer.Option(help="train = by the batch, eval = by the running statistics.")] = "train",
@@ -165,7 +169,9 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 @app.command()
 def demo(
-    folder: Annotated[str, typer.Option("--output", "-o", help="Folder for the runs and the plot.")] = "runs/demo",
+    folder: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the runs and the plot.", callback=expanded)
+    ] = "runs/demo",
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=1)] = 40,
     debug: Debug = False,
 ) -> None:
@@ -179,6 +185,7 @@ def demo(
     raise typer.Exit(guarded(lambda: main(folder, steps), debug=debug))
 
 
+data.register(app)
 study.register(app)
 report.register(app)
 

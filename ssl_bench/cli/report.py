@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ssl_bench.cli.paths import expanded
+
 
 class Figures(StrEnum):
     """How many figures a report draws."""
@@ -14,7 +16,7 @@ class Figures(StrEnum):
     none = "none"
 
 
-Runs = Annotated[str, typer.Argument(help="Folder of runs, at any depth.")]
+Runs = Annotated[str, typer.Argument(help="Folder of runs, at any depth.", callback=expanded)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -31,7 +33,7 @@ def report(
         str | None,
         typer.Option(help="Only the runs of this study (a name or a YAML file); lists missing ones."),
     ] = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.")] = "report",
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.", callback=expanded)] = "report",
     figures: Annotated[
         Figures, typer.Option(help="all, none, or auto: all of them, or of more than 200 runs the first eight.")
     ] = Figures.auto,
@@ -67,7 +69,7 @@ def leaderboard(runs: Runs, debug: Debug = False) -> None:
 
 def export(
     runs: Runs,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the copies.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the copies.", callback=expanded)],
     debug: Debug = False,
 ) -> None:
     """Copy the runs' records, without weights.

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-Name = Annotated[str, typer.Argument(help="A shipped study's name, or the path of a YAML file.")]
+from ssl_bench.cli.paths import expanded
+
+Name = Annotated[str, typer.Argument(help="A shipped study's name, or the path of a YAML file.", callback=expanded)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for every cell.")]
-Runs = Annotated[str, typer.Option(help="Folder of all runs.")]
+Runs = Annotated[str, typer.Option(help="Folder of all runs.", callback=expanded)]
 Seeds = Annotated[str | None, typer.Option(help="Instead of the study's own, e.g. 0,1,2.")]
 DataPath = Annotated[
     list[str] | None, typer.Option(help="DATASET=FOLDER: where to read that data set; repeat for several data sets.")
@@ -107,7 +109,9 @@ def status(
 
 
 def tune(
-    name: Annotated[str, typer.Argument(help="A shipped search's name, or the path of a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(help="A shipped search's name, or the path of a YAML file.", callback=expanded)
+    ],
     overrides: Overrides = None,
     runs: Runs = "runs",
     data_path: DataPath = None,

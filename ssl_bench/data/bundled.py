@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from ssl_bench.data.download import DownloadError, RemoteFile, download
 from ssl_bench.data.folders import scan
 from ssl_bench.data.raw import Located, RawDataset, RawSplit
 
+_OFFLINE = (
+    "without a network, give data.path= a folder of Hugging Face parquet files or torchvision's own files; "
+    "ssl-bench data clear NAME --downloads removes what is damaged"
+)
 DIGITS_SIZE = 32
 DIGITS_TEST_EVERY = 5
 
@@ -23,6 +28,7 @@ class TorchvisionSet:
         class_name: the class in torchvision.datasets.
         folder: what it creates below its root.
         labels: the attribute that holds the labels.
+        archive_has_folder: whether the archives hold that folder, or only what lies in it.
         train, test: the keywords that select a split; None where there is no test split.
     """
 
@@ -31,6 +37,7 @@ class TorchvisionSet:
     labels: str
     train: Mapping[str, Any]
     test: Mapping[str, Any] | None
+    archive_has_folder: bool = True
 
 
 _BY_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
@@ -38,46 +45,59 @@ _BY_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
 TORCHVISION = {
     "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", "targets", **_BY_FLAG),
     "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", "targets", **_BY_FLAG),
-    "fashion_mnist": TorchvisionSet("FashionMNIST", "FashionMNIST/raw", "targets", **_BY_FLAG),
+    "fashion_mnist": TorchvisionSet(
+        "FashionMNIST", "FashionMNIST/raw", "targets", **_BY_FLAG, archive_has_folder=False
+    ),
     "stl10": TorchvisionSet("STL10", "stl10_binary", "labels", {"split": "train"}, {"split": "test"}),
     # The 100,000 images without labels; `eval.data=stl10` evaluates on the labelled ones.
     "stl10_unlabeled": TorchvisionSet("STL10", "stl10_binary", "labels", {"split": "unlabeled"}, None),
 }
 
 
-def locate_torchvision(name: str, root: Path, download: bool) -> Located | None:
+def locate_torchvision(name: str, root: Path, download_missing: bool) -> Located | None:
     """Finds a data set in the folder where torchvision's class of that name keeps it.
 
     Args:
         name: a key of TORCHVISION.
         root: torchvision's root folder.
-        download: whether to download what is missing; False returns None then.
+        download_missing: whether to download what is missing; False returns None then.
 
     Raises:
         OSError: the download failed, or `root` cannot be written.
     """
-    folder = root / TORCHVISION[name].folder
+    source = TORCHVISION[name]
+    folder = root / source.folder
     if not folder.is_dir():
-        if not download:
+        if not download_missing:
             return None
-        _read_torchvision(name, root, download=True)
-    return Located(tuple(sorted(scan(folder))), partial(_read_torchvision, name, root, download))
+        try:
+            download(_remote_files(name), root, source.folder, inside=source.archive_has_folder)
+        except DownloadError as error:
+            raise OSError(f"data {name}: the download failed ({error}); {_OFFLINE}") from error
+    return Located(tuple(sorted(scan(folder))), partial(_read_torchvision, name, root))
 
 
-def _read_torchvision(name: str, root: Path, download: bool) -> RawDataset:
+def _remote_files(name: str) -> list[RemoteFile]:
+    """Where torchvision's class gets a data set from."""
+    import torchvision.datasets
+
+    found: Any = getattr(torchvision.datasets, TORCHVISION[name].class_name)
+    if hasattr(found, "resources"):
+        return [RemoteFile([mirror + file for mirror in found.mirrors], file, md5) for file, md5 in found.resources]
+    return [RemoteFile([found.url], found.filename, found.tgz_md5)]
+
+
+def _read_torchvision(name: str, root: Path) -> RawDataset:
     import torchvision.datasets  # takes a second, and is not needed once a decoded copy is cached
 
     source = TORCHVISION[name]
     create: Callable[..., Any] = getattr(torchvision.datasets, source.class_name)
     try:
         splits = [split for split in (source.train, source.test) if split is not None]
-        train, *tests = (create(str(root), download=download, **split) for split in splits)
+        train, *tests = (create(str(root), **split) for split in splits)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise OSError(
-            f"data {name}: {root / source.folder} is missing, damaged or cannot be downloaded ({reason}); without a "
-            "network, give data.path= a folder of Hugging Face parquet files or torchvision's own files"
-        ) from error
+        raise OSError(f"data {name}: {root / source.folder} is not whole or damaged ({reason}); {_OFFLINE}") from error
     classes = getattr(train, "classes", None)
     read, *rest = (
         _array_split(part.data, getattr(part, source.labels), f"{name} {split}")

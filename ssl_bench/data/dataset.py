@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from ssl_bench.data.bundled import TORCHVISION, locate_digits, locate_torchvision
-from ssl_bench.data.cache import MappedImages, default_cache_dir
+from ssl_bench.data.cache import CacheUnusable, MappedImages, default_cache_dir, locked
 from ssl_bench.data.content import content_digest
 from ssl_bench.data.decoded import cached_labels, decode_to_memory, open_decoded
 from ssl_bench.data.folders import TEST_NAMES, locate_folder, locate_tiny_imagenet
@@ -42,6 +41,19 @@ DATASETS: dict[str, int | None] = {
     "hf": None,
     "folder": None,
     "digits": 10,
+}
+
+# Where each comes from, for `ssl-bench data list`.
+SOURCES = {
+    "cifar10": "50,000 and 10,000 images of 32 pixels, 10 classes; downloaded, or data.path",
+    "cifar100": "50,000 and 10,000 images of 32 pixels, 100 classes; downloaded, or data.path",
+    "stl10": "5,000 and 8,000 images of 96 pixels, 10 classes; downloaded, or data.path",
+    "stl10_unlabeled": "100,000 images of 96 pixels without labels; as stl10",
+    "fashion_mnist": "60,000 and 10,000 grey images of 28 pixels, 10 classes; downloaded, or data.path",
+    "tiny_imagenet": "100,000 and 10,000 images of 64 pixels, 200 classes; data.path",
+    "hf": "a Hugging Face hub id, or a folder of parquet files: data.path",
+    "folder": "class folders, or images without labels: data.path",
+    "digits": "1,442 and 355 handwritten digits of 32 pixels, 10 classes; embedded",
 }
 
 CLASS_NAMES = {
@@ -237,7 +249,7 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
         return locate_hub(str(folder), hf_config)
     if name == "tiny_imagenet":
         return locate_tiny_imagenet(folder)
-    if found := locate_torchvision(name, folder, download=False):
+    if found := locate_torchvision(name, folder, download_missing=False):
         return found
     expected = f"train-*.parquet or {TORCHVISION[name].folder}"
     raise FileNotFoundError(f"data {name}: path must hold {expected}, got {str(path)!r}")
@@ -245,9 +257,10 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
 
 def _download(name: str, root: Path, download: bool) -> Located:
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{name}.lock"):
+        with locked(root, TORCHVISION[name].class_name):
             found = locate_torchvision(name, root, download)
+    except CacheUnusable as error:
+        raise OSError(f"data {name}: {root} cannot be written ({error}); set SSL_BENCH_CACHE") from error
     except OSError as error:
         if error.errno is None:  # from the download, whose message says what to do
             raise

@@ -125,11 +125,11 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 
     threads = (os.cpu_count() or 1) if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
     with ThreadPoolExecutor(threads) as pool:
         for start in range(first * length, len(split), length):
-            stop_if_requested("decoding")
             raws = list(islice(images, length))
             block = np.empty((len(raws), *shape), dtype=np.uint8)
 
             def fill(offset: int, raws: list = raws, block: np.ndarray = block, start: int = start) -> None:
+                stop_if_requested("decoding")
                 pixels = _decode_named(split, start + offset, raws[offset], size)
                 if pixels.shape[:2] != (height, width):
                     got = f"{pixels.shape[1]}x{pixels.shape[0]}"

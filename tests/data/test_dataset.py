@@ -1,5 +1,6 @@
 """Loading data sets: every layout and every kind of image."""
 
+import gzip
 import pickle
 import shutil
 import struct
@@ -15,6 +16,7 @@ from made_data import encode, one_parquet, parquet_set, pixels, tiny_archive, wr
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
+from ssl_bench.data import download as download_module
 from ssl_bench.data.dataset import Dataset, load_dataset
 from ssl_bench.data.raw import Located, RawDataset, RawSplit
 from ssl_bench.data.sources import Source
@@ -233,6 +235,19 @@ def test_stl10_as_torchvision_keeps_it(tmp_path, monkeypatch):
     assert [data.classes[label] for label in data.train.labels] == ["name 9", "name 1", "name 0"]
 
 
+def test_stl10s_unlabeled_images_are_a_data_set_of_their_own(tmp_path, monkeypatch):
+    cls, images = torchvision.datasets.STL10, pixels(3, 96)
+    folder = tmp_path / cls.base_folder
+    unlabelled = checked(folder / "unlabeled_X.bin", images.transpose(0, 3, 2, 1).tobytes())
+    monkeypatch.setattr(cls, "train_list", [unlabelled] * 3)
+    monkeypatch.setattr(cls, "test_list", [])
+    data = load_dataset("stl10_unlabeled", path=tmp_path, labels=False, test=False)
+    np.testing.assert_array_equal(all_images(data.train), images)
+    assert (len(data.test), data.classes) == (0, ())
+    with pytest.raises(ValueError, match=r"stl10_unlabeled: the train images must have labels .*eval\.data="):
+        load_dataset("stl10_unlabeled", path=tmp_path)
+
+
 def make_fashion_mnist(root: Path) -> np.ndarray:
     images = pixels(5, 28)[..., 0]
     raw = root / "FashionMNIST" / "raw"
@@ -252,28 +267,26 @@ def test_fashion_mnist_becomes_three_equal_channels(tmp_path):
     assert [data.classes[label] for label in data.train.labels] == ["Sneaker", "T-shirt/top", "Ankle boot"]
 
 
-def test_without_a_path_torchvision_downloads_into_the_cache_folder(cache, monkeypatch):
-    cls = torchvision.datasets.FashionMNIST
-    downloads = []
-
-    def download(self) -> None:
-        if not self._check_exists():
-            downloads.append(self.root)
-            make_fashion_mnist(Path(self.root))
-
-    monkeypatch.setattr(cls, "download", download)
+def test_without_a_path_the_files_are_downloaded_into_the_cache_folder(cache, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    make_fashion_mnist(made)
+    resources = []
+    for path in sorted((made / "FashionMNIST" / "raw").iterdir()):
+        packed = gzip.compress(path.read_bytes())
+        (made / f"{path.name}.gz").write_bytes(packed)
+        resources.append((f"{path.name}.gz", md5(packed).hexdigest()))
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{made.as_uri()}/"])
     with pytest.raises(FileNotFoundError, match=r"fashion_mnist: not in .*download=False"):
         load_dataset("fashion_mnist", download=False)
     assert len(load_dataset("fashion_mnist").train) == 3
-    assert downloads == [str(cache / "downloads")]
+    assert sorted(path.name for path in (cache / "downloads").iterdir()) == ["FashionMNIST", "FashionMNIST.lock"]
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
-    def download(_self) -> None:
-        raise RuntimeError("Error downloading\nname resolution failed")
-
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", download)
-    with pytest.raises(OSError, match=r"fashion_mnist: .*name resolution failed.*give data\.path=") as caught:
+    monkeypatch.setattr(download_module, "WAIT", 0.0)
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(OSError, match=r"fashion_mnist: the download failed .*refused.*give data\.path=") as caught:
         load_dataset("fashion_mnist")
     assert "\n" not in str(caught.value)
 
