@@ -1,6 +1,7 @@
 """Linear probes on freshly augmented images, the backbone run at every step (`linear-aug-v1` and two reproductions)."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -192,6 +193,45 @@ def batch_features(
             passes = inputs.split(sizes) if separate else (inputs,)
             features = torch.cat([embed(probe.backbone, x, probe.precision) for x in passes if len(x)])
         yield gather_rows(features, counts, probe.device) if probe.world_size > 1 else features
+
+
+def augmented_spaces(probe: Probe, views: int) -> dict[str, Tensor]:
+    """What label-free measures of augmented train images look at; see `Probe.spaces`.
+
+    Args:
+        probe: with an augmentation, whose draws depend on the probe's seed alone.
+        views: of each image, >= 1.
+
+    Returns:
+        by "" the (views, N, D) features, by "_embeddings" the (views, N, E) embeddings if there are any.
+
+    Raises:
+        ValueError: no augmentation, or features that are not finite.
+    """
+    augment = probe.augment
+    if augment is None:
+        raise ValueError("augment must be a random resized crop with flip, got None")
+    generator, source = torch.Generator().manual_seed(probe.seed), probe.images("train")
+    batches = torch.arange(len(source)).split(probe.batch_size)
+
+    def view() -> Tensor:
+        # Drawn for all images at once, so that the batch size does not change which image gets which.
+        params, starts = augment.draw(len(source), generator), itertools.count(0, probe.batch_size)
+
+        def prepare(n: int) -> Prepared:
+            start = next(starts)
+            batch = {key: value[start : start + n] for key, value in params.items()}
+            return lambda images, part: augment(images, {key: value[part] for key, value in batch.items()})
+
+        return torch.cat(list(batch_features(probe, source, batches, prepare, probe.world_size, separate=False)))
+
+    with eval_mode(probe.backbone), torch.no_grad():
+        features = torch.stack([view() for _ in range(views)])
+    if not bool(features.isfinite().all()):
+        raise ValueError("features must be finite, got some that are not (the model has diverged)")
+    if probe.projector is None:
+        return {"": features}
+    return {"": features, "_embeddings": torch.stack([probe.project(one) for one in features])}
 
 
 LINEAR_AUG = AugmentedProbe("linear-aug-v1")

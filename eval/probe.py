@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ssl_bench.eval.features import ImageSource, Precision, Progress, Transform, extract_features
+from ssl_bench.eval.features import ImageSource, Precision, Progress, Transform, eval_mode, extract_features
 
 SUBSET_SEED = 20231115  # fixed: every epoch of every run looks at the same images
 
@@ -53,6 +53,7 @@ class Probe:
         precision: of the backbone's passes, "fp32" or "bf16"; what follows them is fp32.
         batch_size: images per pass of one process, >= 1; it changes no result except by rounding.
         augment: the training augmentation (random resized crop and flip) of evaluators that train on images.
+        projector: features (n, D) to embeddings (n, E), what the loss saw; None where there is none.
         rank: of this process.
         world_size: number of processes; above 1 needs an initialised process group.
         on_progress: called with (what is being done, done, total): "features" by batches, an evaluator by its epochs.
@@ -68,6 +69,7 @@ class Probe:
     precision: Precision = "fp32"
     batch_size: int = 512
     augment: Augment | None = None
+    projector: nn.Module | None = None
     rank: int = 0
     world_size: int = 1
     on_progress: Progress | None = None
@@ -144,22 +146,10 @@ class Probe:
         Raises:
             ValueError: on every process, if there are none or one is not finite (a diverged model has no accuracy).
         """
-        source = self.images(split)
-        key = split, len(source)
+        key = split, len(self.images(split))
         if key not in self.extracted:
             started = time.perf_counter()
-            features = extract_features(
-                self.backbone,
-                source,
-                self.transform,
-                batch_size=self.batch_size,
-                device=self.device,
-                precision=self.precision,
-                rank=self.rank,
-                world_size=self.world_size,
-                output_device=self.device,
-                on_progress=self.on_progress,
-            )
+            features = self.extract(split)
             if len(features) == 0:
                 raise ValueError(f"{split} features must be (N, D) with N >= 1, got {tuple(features.shape)}")
             bad = int((~torch.isfinite(features)).any(dim=1).sum())
@@ -169,6 +159,32 @@ class Probe:
             self.extracted[key] = features, time.perf_counter() - started
         self.used.add(key)
         return self.extracted[key][0]
+
+    def extract(self, split: Split) -> Tensor:
+        """The features of a split as they are, finite or not; by all processes together, and not kept."""
+        return extract_features(
+            self.backbone,
+            self.images(split),
+            self.transform,
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            rank=self.rank,
+            world_size=self.world_size,
+            output_device=self.device,
+            on_progress=self.on_progress,
+        )
+
+    def project(self, features: Tensor) -> Tensor:
+        """(n, E) float32 embeddings of (n, D) features: the projector's, in eval mode."""
+        assert self.projector is not None
+        with eval_mode(self.projector), torch.no_grad():
+            return torch.cat([self.projector(part).float() for part in features.split(self.batch_size)])
+
+    def spaces(self, split: Split) -> dict[str, Tensor]:
+        """What label-free measures look at: the features by "", the embeddings by "_embeddings" if there are any."""
+        features = self.features(split)
+        return {"": features} if self.projector is None else {"": features, "_embeddings": self.project(features)}
 
     def subset(self, *, train: int, test: int) -> "Probe":
         """A probe of at most so many train and test images, drawn once and for all: the same in every run."""

@@ -8,12 +8,18 @@ from typing import Any, Protocol, TypedDict
 
 from torch import nn
 
+from ssl_bench.eval.alignment_uniformity import AlignmentUniformity
+from ssl_bench.eval.alpha_req import AlphaReQ
 from ssl_bench.eval.features import Transform
+from ssl_bench.eval.few_shot import FewShot
+from ssl_bench.eval.finetune import Finetune
 from ssl_bench.eval.knn import KNN
+from ssl_bench.eval.lidar import LiDAR
 from ssl_bench.eval.linear import LinearCached
 from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, SINGLE_FAULTS
 from ssl_bench.eval.online import Online
 from ssl_bench.eval.probe import ImageDataset, Metrics, Probe
+from ssl_bench.eval.rankme import RankMe
 
 
 class Evaluator(Protocol):
@@ -41,7 +47,10 @@ class Evaluator(Protocol):
 
 
 _PROBES = (LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, *SINGLE_FAULTS)
-EVALUATORS: dict[str, Evaluator] = {each.name: each for each in (KNN(), LinearCached(), *_PROBES, Online())}
+_LABEL_FREE = (RankMe(), AlphaReQ(), LiDAR(), AlignmentUniformity())
+EVALUATORS: dict[str, Evaluator] = {
+    each.name: each for each in (KNN(), LinearCached(), *_PROBES, FewShot(), Finetune(), *_LABEL_FREE, Online())
+}
 
 
 def get_evaluator(name: str) -> Evaluator:

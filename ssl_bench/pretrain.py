@@ -34,13 +34,13 @@ def run(recipe: "Recipe") -> int:
         if outcome.status == "interrupted":
             return session.interrupted(outcome)
 
-        results = []
+        results, embeddings = [], None
         if outcome.status == "finished":
-            trained = method.get_submodule(method.evaluated)
-            session.save_backbone(trained)
-            untrained = (lambda: build.backbone(recipe)[0]) if recipe.eval.baseline else None
-            results = evaluation.trained_and_untrained(evaluation.of_backbone, trained, untrained)
-        return session.finish(outcome, results)
+            session.save_backbone(method.get_submodule(method.evaluated))
+            untrained = (lambda: build.method(recipe)) if recipe.eval.baseline else None
+            embeddings = evaluation.spread(method)
+            results = evaluation.trained_and_untrained(evaluation.of_method, method, untrained)
+        return session.finish(outcome, results, embeddings)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,10 @@ from ssl_bench.records.storage import one_line, restored
 
 FORMAT = 1  # of a run directory; another number is refused by name
 
-Ending = Literal["finished", "diverged", "collapsed"]
+Ending = Literal["finished", "diverged", "collapsed", "at chance"]
+
+# How a run can fail; its words in this order. Records of before there was "at chance" call that "collapsed" too.
+FAILURES = ("diverged", "collapsed", "at chance")
 
 RUN, METRICS, RESULTS, SESSIONS = "run.json", "metrics.jsonl", "results.json", "sessions.jsonl"
 
@@ -78,7 +81,8 @@ class RunRecord:
 
     Attributes:
         folder: the run directory.
-        status: "running" (a live process holds it), "interrupted", "finished", "diverged" or "collapsed".
+        status: "running" (a live process holds it), "interrupted", "finished", "diverged", "collapsed" (its
+            embeddings) or "at chance" (its accuracies).
         identity: the hash of what in the recipe can change the result.
         recipe: the resolved recipe, nested.
         provenance: all of run.json.

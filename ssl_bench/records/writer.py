@@ -230,7 +230,7 @@ class Run:
         """Writes ``results.json`` atomically; with it the run has ended.
 
         Args:
-            results: "status" (finished, diverged or collapsed), "evaluations" (a list of dicts that each name their
+            results: "status" (see `Ending`), "evaluations" (a list of dicts that each name their
                 "protocol") and whatever else came out.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, StrictStr, ValidationError
 
 from ssl_bench.recipe.schema import IRRELEVANT, PLACES, counts_by_path, flatten, is_its_path, without_additions
-from ssl_bench.records.reader import RunRecord, Skipped
+from ssl_bench.records.reader import FAILURES, RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize, t_interval, test_set_error
 from ssl_bench.report.protocols import MONITORS, among_ours, ordered
 from ssl_bench.report.tables import Value, is_number, on_one_line, one_line
@@ -32,7 +32,7 @@ _OBSERVING = frozenset(
 )
 # A run that ended like this has no accuracy of its own. It counts as chance, or an optimizer that loses seeds would
 # rank by those that it did not lose.
-LOST = frozenset({"diverged", "collapsed"})
+LOST = frozenset(FAILURES)
 _PLUGINS = ("method", "optimizer", "schedule")  # sections of a recipe whose options depend on their target
 
 
@@ -85,12 +85,12 @@ class Result:
 
     @property
     def status(self) -> str:
-        """finished, diverged, collapsed, running or interrupted."""
+        """finished, diverged, collapsed, at chance, running or interrupted."""
         return self.record.status
 
     @property
     def lost(self) -> bool:
-        """Whether it diverged or collapsed: its model is worth a guess."""
+        """Whether it diverged, collapsed or stayed at chance: its model is worth a guess."""
         return self.status in LOST
 
     def clock(self, name: str) -> float | None:
@@ -153,7 +153,7 @@ class Cell:
 
     @property
     def failed(self) -> bool:
-        """Whether every run diverged or collapsed."""
+        """Whether every run diverged, collapsed or stayed at chance."""
         return all(result.lost for result in self.results)
 
     def finished(self, protocol: str) -> dict[int, float]:
@@ -190,9 +190,9 @@ class Cell:
         summary, finished = self.summary(protocol), self.finished(protocol)
         if summary.mean is not None and finished:
             spread = f" ± {summary.sd:.2f}" if summary.sd is not None else ""
-            lost = [f"{self.statuses[word]} {word}" for word in ("diverged", "collapsed") if self.statuses[word]]
+            lost = [f"{self.statuses[word]} {word}" for word in FAILURES if self.statuses[word]]
             return f"{summary.mean:.2f}{spread} ({'; '.join([f'n = {summary.n}', *lost])})"
-        words = [word for word in ("diverged", "collapsed", "interrupted", "running") if self.statuses[word]]
+        words = [word for word in (*FAILURES, "interrupted", "running") if self.statuses[word]]
         if len(words) == 1:
             return f"{words[0]} (n = {self.statuses[words[0]]})"
         return ", ".join(f"{self.statuses[word]} {word}" for word in words) or f"not measured by {protocol}"

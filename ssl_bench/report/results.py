@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
+from ssl_bench.records.reader import FAILURES
 from ssl_bench.report.aggregate import Cell, Collection
 from ssl_bench.report.inference import COVERAGE, summarize
 from ssl_bench.report.protocols import beside_paper
@@ -216,7 +217,7 @@ def record_of(cell: Cell, protocol: str) -> dict[str, Value]:
         "finished_mean": summarize(list(cell.finished(protocol).values())).mean,
         "test_set_error": cell.test_error(protocol),
         "runs": len(cell.results),
-        **{word: cell.statuses[word] for word in ("finished", "diverged", "collapsed", "interrupted", "running")},
+        **{word: cell.statuses[word] for word in ("finished", *FAILURES, "interrupted", "running")},
         "untrained_mean": untrained.mean,
         "untrained_sd": untrained.sd,
         "chance": cell.chance,

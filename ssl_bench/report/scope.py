@@ -31,7 +31,7 @@ def members(records: Iterable[RunRecord], study: Study) -> list[RunRecord]:
 
 
 def coverage(collection: Collection, study: Study) -> Table:
-    """The runs that a study defines and that are not finished; one that diverged or collapsed is done, and listed."""
+    """The runs that a study defines and that are not finished; one that failed is done, and listed."""
     found = {(cell_key(run.record.recipe, less=RELAXED), run.seed): run.status for run in collection.results}
     table = Table("coverage", f"Study {study.name}: runs that are not finished", ("status", "run"))
     counts: Counter[str] = Counter()

@@ -15,7 +15,18 @@ Value = str | int | float | None
 SETTING = ("problem", "data set", "batch size")  # the first columns of most tables
 
 # Printed in place of a number.
-_WORDS = ("–", "diverged", "collapsed", "interrupted", "running", "not measured", "no run", "n = 1", "no pair")
+_WORDS = (
+    "–",
+    "diverged",
+    "collapsed",
+    "at chance",
+    "interrupted",
+    "running",
+    "not measured",
+    "no run",
+    "n = 1",
+    "no pair",
+)
 
 _LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

@@ -24,9 +24,9 @@ from ssl_bench.runtime.paths import file_name
 from ssl_bench.study.claims import CellClaim, holder
 from ssl_bench.study.grid import Cell
 
-Status = Literal["finished", "diverged", "collapsed", "failed", "running", "interrupted", "missing"]
+Status = Literal["finished", "diverged", "collapsed", "at chance", "failed", "running", "interrupted", "missing"]
 STATUSES: tuple[Status, ...] = get_args(Status)
-ENDED: frozenset[Status] = frozenset(("finished", "diverged", "collapsed"))
+ENDED: frozenset[Status] = frozenset(("finished", "diverged", "collapsed", "at chance"))
 LOG_LINES = 30  # of a failed run's output, kept with the error
 
 
@@ -35,7 +35,7 @@ class State:
     """The state of a cell.
 
     Attributes:
-        status: see `STATUSES`. An interrupted run has a record and no end; diverged and collapsed ones are done.
+        status: see `STATUSES`. An interrupted run has a record and no end; one that failed to learn is done.
         detail: the error of a failed one, the holder of a running one; else empty.
     """
 

@@ -18,7 +18,7 @@ from ssl_bench.recipe import registry
 from ssl_bench.recipe.compose import compose, merge
 from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.trust import refuse_untrusted
-from ssl_bench.records.reader import read_results
+from ssl_bench.records.reader import FAILURES, read_results
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.paths import file_name
@@ -274,12 +274,12 @@ def _print(search: Search, tuned: Mapping[str, Tuned]) -> None:
 
 
 def _summary(outcomes: Iterable[Outcome]) -> str:
-    """Mean and standard deviation of what finished, and the number of runs that diverged or collapsed."""
+    """Mean and standard deviation of what finished, and the number of runs that failed, by how."""
     outcomes = list(outcomes)
     values = [outcome.top1 for outcome in outcomes if outcome.status == "finished"]
     spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     parts = [f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"] if values else []
-    for status in ("diverged", "collapsed"):
+    for status in FAILURES:
         number = sum(outcome.status == status for outcome in outcomes)
         parts += [f"{number} {status}"] if number else []
     return ", ".join(parts)

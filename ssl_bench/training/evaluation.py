@@ -11,11 +11,16 @@ from torch import nn
 from ssl_bench.augment.views import Augmentation, Normalize
 from ssl_bench.data.dataset import Dataset
 from ssl_bench.eval import Evaluator, evaluate
+from ssl_bench.eval.collapse import spread
 from ssl_bench.eval.features import Precision, extract_features
+from ssl_bench.eval.probe import Probe
+from ssl_bench.methods.base import Method
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.runtime.console import Ticker
 from ssl_bench.training.out_of_memory import evaluating
 from ssl_bench.training.processes import Processes
+
+SPREAD_IMAGES = 2048  # enough to tell a collapse, and quick
 
 Results = list[dict[str, Any]]
 
@@ -49,14 +54,23 @@ class Evaluation:
     elsewhere: str = ""
     own_statistics: bool = False
 
-    def of_backbone(self, backbone: nn.Module) -> Results:
+    def of_method(self, method: Method) -> Results:
+        """Runs the evaluators on what the method says is evaluated, and the projector behind it; see `of_backbone`."""
+        return self.of_backbone(*_evaluated(method))
+
+    def of_backbone(self, backbone: nn.Module, projector: nn.Module | None = None) -> Results:
         """Runs the evaluators on a frozen backbone.
+
+        Args:
+            backbone: the bare module.
+            projector: from features to embeddings, where there is one.
 
         Returns:
             on the main process, for each protocol its name and version, metrics and chance (percent), seconds, and the
             number of test images; nothing on the others.
         """
-        results = self._evaluate(backbone, self.evaluators, self.seed, Ticker(enabled=self.processes.main))
+        progress = Ticker(enabled=self.processes.main)
+        results = self._evaluate(backbone, self.evaluators, self.seed, progress, projector)
         about = {"seed": self.seed, "chance": 100 / max(1, len(self.dataset.classes))}
         on = f"@{self.elsewhere}" if self.elsewhere else ""
         return [{**result, "protocol": result["protocol"] + on, **about} for result in results]
@@ -65,6 +79,25 @@ class Evaluation:
         """A cheap look during pretraining, with randomness of its own; for the metrics, never for a table."""
         results = self._evaluate(backbone, ["online"], seed)
         return {"online_top1": results[0]["metrics"]["top1"]} if results else {}
+
+    def spread(self, method: Method) -> dict[str, float] | None:
+        """How the embeddings of a fixed part of the train set are spread, on the main process; None on the others."""
+        network = nn.Sequential(*_evaluated(method))
+        if self.own_statistics:
+            share_statistics(network)
+        where = self.processes
+        probe = Probe(
+            network,
+            self.dataset,
+            self.transform,
+            device=where.device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            rank=where.rank,
+            world_size=where.world_size,
+        ).subset(train=SPREAD_IMAGES, test=0)
+        z = probe.extract("train")
+        return spread(z) if where.main else None
 
     def of_classifier(self, classifier: Classifier) -> Results:
         """Top-1, top-5 and cross entropy on the whole test set, every image once over all processes."""
@@ -110,10 +143,17 @@ class Evaluation:
         return results
 
     def _evaluate(
-        self, backbone: nn.Module, evaluators: Sequence[Evaluator | str], seed: int, on_progress: Any = None
+        self,
+        backbone: nn.Module,
+        evaluators: Sequence[Evaluator | str],
+        seed: int,
+        on_progress: Any = None,
+        projector: nn.Module | None = None,
     ) -> Results:
         if self.own_statistics:
-            share_statistics(backbone)
+            for part in (backbone, projector):
+                if part is not None:
+                    share_statistics(part)
         with evaluating(self.batch_size):
             return evaluate(  # type: ignore[return-value]
                 backbone,
@@ -125,6 +165,7 @@ class Evaluation:
                 precision=self.precision,
                 batch_size=self.batch_size,
                 augment=self.augment,
+                projector=projector,
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
                 on_progress=on_progress,
@@ -135,6 +176,12 @@ def share_statistics(model: nn.Module) -> None:
     """Gives every process the first one's running statistics, so that all measure their share of one model."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
+
+
+def _evaluated(method: Method) -> tuple[nn.Module, nn.Module]:
+    """The backbone that the method says is evaluated, and the projector of the same network (a teacher's its own)."""
+    owner = method.get_submodule(method.evaluated.rpartition(".")[0])
+    return method.get_submodule(method.evaluated), owner.get_submodule("projector")
 
 
 class _Logits(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ssl_bench.eval.collapse import collapsed
 from ssl_bench.models.backbone import backbone_bytes
 from ssl_bench.records.checkpoint import Checkpoints
 from ssl_bench.records.snapshots import Snapshots
@@ -209,18 +210,26 @@ class Session:
             with atomic_file(self.folder / BACKBONE) as file:
                 file.write(backbone_bytes(backbone))
 
-    def finish(self, outcome: Outcome, evaluations: list[dict[str, Any]]) -> int:
+    def finish(
+        self, outcome: Outcome, evaluations: list[dict[str, Any]], embeddings: dict[str, float] | None = None
+    ) -> int:
         """Writes the results, with which the run has ended; returns the exit code.
 
         Args:
             outcome: of the loop, "finished" or "diverged".
             evaluations: of the trained and the untrained model; none after a divergence.
+            embeddings: how those of the trained model are spread, by which it has collapsed or not; None where it was
+                not measured.
         """
         results: dict[str, Any] = {"status": outcome.status, "step": outcome.step, **outcome.details}
         if outcome.status == "finished":
             results["evaluations"] = evaluations
-            if _at_chance(evaluations):
+            if embeddings:
+                results["embeddings"] = embeddings
+            if embeddings and collapsed(embeddings):
                 results["status"] = "collapsed"
+            elif _at_chance(evaluations):
+                results["status"] = "at chance"
         with self._interrupt.saving():
             self._run.finish(results)
         if self.processes.main and not self._keep_last and self._checkpoints.folder.exists():
@@ -301,9 +310,12 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         where = f" (first in {results['layer']})" if results["layer"] else ""
         return [f"  loss or gradient not finite from step {results['step']} on{where}; not evaluated"]
     lines = []
+    width = max([18, *(len(entry["protocol"]) for entry in results.get("evaluations", []))])
     for entry in results.get("evaluations", []):
         metrics = entry["metrics"]
-        all_of_them = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "n_test")
+        counted = {"n_test", "n_images"}
+        all_of_them = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in counted)
         headline = f"top-1 {metrics['top1']:.2f}%" if "top1" in metrics else all_of_them
-        lines.append(f"  {entry['protocol']:<18} {entry['model']:<10} {headline} of {entry['n_test']}")
+        images = metrics.get("n_images", entry["n_test"])  # of the train set, where no test image was looked at
+        lines.append(f"  {entry['protocol']:<{width}} {entry['model']:<10} {headline} of {images}")
     return lines

@@ -25,7 +25,7 @@ def test_the_status_of_every_kind_of_run(tmp_path: Path) -> None:
         run.write_provenance({})
         assert read_run(tmp_path / "a").status == "running"
     assert read_run(tmp_path / "a").status == "interrupted"
-    for status in ("finished", "diverged", "collapsed"):
+    for status in ("finished", "diverged", "collapsed", "at chance"):
         record = read_run(ended(tmp_path / status, status))
         assert record.status == status
         assert record.recipe == jsonable(RECIPE)

@@ -203,6 +203,6 @@ def test_evaluations_of_the_same_protocol_and_seed_are_replaced_and_others_kept(
 def test_results_need_a_known_status(tmp_path: Path) -> None:
     with (
         open_run(tmp_path) as run,
-        pytest.raises(ValueError, match="status must be finished or diverged or collapsed, got 'done'"),
+        pytest.raises(ValueError, match="status must be finished or diverged or collapsed or at chance, got 'done'"),
     ):
         run.write_results({"status": "done"})

@@ -109,7 +109,7 @@ function renderTable(table) {
 
 function renderRow(table, texts, key, opens) {
   const cells = texts.map((text, column) => {
-    const state = /^(\d+ )?(diverged|collapsed)|^✗$|^behind$/.test(text) ? "bad" : /^(✓|ahead)$/.test(text) ? "good" : "";
+    const state = /^(\d+ )?(diverged|collapsed|at chance)|^✗$|^behind$/.test(text) ? "bad" : /^(✓|ahead)$/.test(text) ? "good" : "";
     const kind = [table.numeric[column] ? "num" : "", text.length > 18 ? "long" : text.length < 15 ? "short" : "", state];
     const name = {role: "cell", "data-label": table.columns[column]};
     return make("td", {...name, class: kind.filter(Boolean).join(" ") || null}, ...(text ? rich(text) : []));
