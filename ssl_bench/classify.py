@@ -30,7 +30,8 @@ def run(recipe: "Recipe") -> int:
 
         tests = Hook(plan.every(recipe.eval.test_every_epochs), test)
         trainer = build.trainer(recipe, plan, classifier, batches, [tests], session)
-        outcome = session.train(trainer, build.provenance(recipe, plan, trainer, where))
+        about = {**build.provenance(recipe, plan, trainer, where), "images": build.about_images(recipe, data)}
+        outcome = session.train(trainer, about)
         if outcome.status == "interrupted":
             return session.interrupted(outcome)
 

@@ -30,7 +30,8 @@ def run(recipe: "Recipe") -> int:
 
         online = Hook(plan.every(recipe.eval.online_every_epochs), watch)
         trainer = build.trainer(recipe, plan, method, batches, [online], session)
-        outcome = session.train(trainer, build.provenance(recipe, plan, trainer, where))
+        about = {**build.provenance(recipe, plan, trainer, where), "images": build.about_images(recipe, data)}
+        outcome = session.train(trainer, about)
         if outcome.status == "interrupted":
             return session.interrupted(outcome)
 

@@ -1,11 +1,14 @@
 """The commands ``ssl-bench report``, ``ssl-bench leaderboard`` and ``ssl-bench export``."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ssl_bench.cli.paths import expanded
+
+if TYPE_CHECKING:
+    from ssl_bench.records.reader import RunRecord
 
 
 class Figures(StrEnum):
@@ -69,19 +72,45 @@ def leaderboard(runs: Runs, debug: Debug = False) -> None:
 
 def export(
     runs: Runs,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the copies.", callback=expanded)],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder of the copies of the records.", callback=expanded)
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", help="Instead: folder for one run's backbone, as timm and the hub load it.", callback=expanded
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Copy the runs' records, without weights.
+    """Copy the runs' records, without weights; or a run's backbone.
 
-    Small enough to commit or to send, with local paths shortened; report and leaderboard read the copies like the runs.
+    The records are small enough to commit or to send, with local paths shortened; report and leaderboard read the
+    copies like the runs. With --to: weights, timm's configuration with this run's mean, std and size, and a model card.
     """
     from ssl_bench.recipe.command import guarded
 
     def copy() -> int:
+        if (output is None) == (to is None):
+            raise ValueError("export: give one of --output (records) and --to (a backbone)")
+        if to is not None:
+            from ssl_bench.records.publish import publish
+
+            print(publish(runs, to, _images_of))
+            return 0
         from ssl_bench.records.export import export_records
 
+        assert output is not None
         print(f"{len(export_records(runs, output))} records in {output}")
         return 0
 
     raise typer.Exit(guarded(copy, debug=debug))
+
+
+def _images_of(record: "RunRecord") -> dict[str, Any]:
+    """The images' mean, std and size from the data itself, for records of before they said it."""
+    from ssl_bench.recipe.compose import build
+    from ssl_bench.training import build as training
+
+    recipe = build(record.recipe["track"], record.recipe)
+    return training.about_images(recipe, training.dataset(recipe, training.processes(recipe)))

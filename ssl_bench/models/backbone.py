@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 from timm.models.resnet import ResNet
 from torch import nn
 
@@ -257,11 +257,21 @@ def _initialise(model: nn.Module, init: Init) -> None:
 
 
 def _register_cifar_resnet(name: str, stem: str, padding: int) -> None:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:
+    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+        config = pretrained_cfg.to_dict() if hasattr(pretrained_cfg, "to_dict") else dict(pretrained_cfg or {})
+        if pretrained and not config.get("source"):  # of a folder or a repository, see ssl_bench.records.publish
             raise ValueError(f"model {name}_{stem}: pretrained must be False, got True: there are no such weights")
+        config |= kwargs.pop("pretrained_cfg_overlay", None) or {}
+        cache_dir = kwargs.pop("cache_dir", None)
+        if "num_classes" in config:
+            kwargs.setdefault("num_classes", config["num_classes"])
         model = timm.create_model(name, **kwargs)
         use_cifar_stem(model, name, padding)
+        if pretrained:
+            own: Any = model.pretrained_cfg
+            setattr(model, "pretrained_cfg", {**own, **config})  # noqa: B010 - for the type checker not a module
+            classes, channels = kwargs.get("num_classes", 1000), kwargs.get("in_chans", 3)
+            load_pretrained(model, num_classes=classes, in_chans=channels, cache_dir=cache_dir)
         return model
 
     create.__name__ = f"{name}_{stem}"

@@ -166,6 +166,13 @@ def _stats(recipe: Recipe, data: Dataset) -> dict[str, Any]:
     return {"mean": data.mean, "std": data.std}
 
 
+def about_images(recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """What a user of the backbone must do to images: "mean" and "std" of each channel, and "size" in pixels."""
+    return {key: [float(x) for x in value] for key, value in _stats(recipe, data).items()} | {
+        "size": data.train.image_shape[-1]
+    }
+
+
 def _view_options(recipe: Recipe, data: Dataset, where: Processes) -> dict[str, Any]:
     """What all training views share. On a CPU, compiling them costs time; on a GPU it saves kernels."""
     gpu = where.device.type == "cuda"

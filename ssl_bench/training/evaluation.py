@@ -20,7 +20,7 @@ from ssl_bench.runtime.console import Ticker
 from ssl_bench.training.out_of_memory import evaluating
 from ssl_bench.training.processes import Processes
 
-SPREAD_IMAGES = 2048  # enough to tell a collapse, and quick
+SPREAD_IMAGES = 256  # enough to tell a collapse, and quick
 
 Results = list[dict[str, Any]]
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
+import torch
 from commands import TINY_CLASSIFY, TINY_PRETRAIN, metrics, results, run, script
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -125,6 +126,104 @@ def test_evaluate_adds_to_the_record(here):
     refused = CliRunner().invoke(cli.app, ["evaluate", "r", "batch_size=4"])
     assert refused.exit_code == 2
     assert "batch_size is fixed by the run's record" in refused.output
+
+
+def test_evaluate_takes_a_backbone_that_no_run_has_trained(here):
+    """Barlow Twins' layout of a checkpoint; the weights are those of a run, so the numbers are known."""
+    words = ["data=digits", "steps=1", "batch_size=8", "model.stem=imagenet", "method.projector=[16,16]", "run_dir=r"]
+    assert pretrain.main([*words, "eval.protocols=[knn-v1]", "eval.baseline=false", "device=cpu"]) == 0
+    state = {f"module.backbone.{name}": tensor for name, tensor in load_file(here / "r/backbone.safetensors").items()}
+    torch.save({"epoch": 1, "model": state, "optimizer": {"param_groups": [{"lr": 0.1}]}}, "bt.pth")
+    given = ["evaluate", "data=digits", "model.stem=imagenet", "device=cpu", "eval.protocols=[knn-v1]"]
+    done = CliRunner().invoke(cli.app, [*given, "model.checkpoint=bt.pth", "-o", "out"])
+    assert done.exit_code == 0, done.output
+    assert "checkpoint bt.pth: 100 of 100 tensors loaded (named model.module.backbone.*)" in done.stderr
+    (path,) = (here / "out").iterdir()
+    record = json.loads(path.read_text())
+    assert [entry["model"] for entry in record["evaluations"]] == ["trained", "untrained"]
+    assert record["evaluations"][0]["metrics"] == results(here / "r")["evaluations"][0]["metrics"]
+    assert record["recipe"]["model"]["checkpoint_sha256"]
+    assert set(record["recipe"]) == {"data", "model", "eval", "augment", "device", "seed"}
+    assert record["packages"]["timm"] == timm.__version__
+    for words, message in {
+        (
+            "model.name=resnet34",
+            "model.checkpoint=bt.pth",
+        ): "must fit the backbone in at least 90% of the tensors, got 55%",
+        ("optimizer.lr=1",): "optimizer.lr has no effect on an evaluation (what has: data, model, eval, ",
+        ("eval=none",): "eval.protocols must name at least one evaluator, got none",
+        ("model.name=resnet81",): "unknown model 'resnet81'",
+    }.items():
+        refused = CliRunner().invoke(cli.app, [*given, *words])
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    assert not (here / "evaluations").exists()
+
+
+def test_pretraining_starts_from_a_checkpoint_and_knows_it_again(here, capsys):
+    words = [
+        "data=digits",
+        "batch_size=8",
+        "model.stem=imagenet",
+        "method.projector=[16,16]",
+        "device=cpu",
+        "eval=none",
+    ]
+    assert pretrain.main([*words, "steps=1", "run_dir=a"]) == 0
+    start = ["steps=1", "model.checkpoint=a", "optimizer.lr=0", "param_groups.lr_1d=0", "run_dir=b"]
+    assert pretrain.main([*words, *start]) == 0
+    assert "checkpoint a/backbone.safetensors: 100 of 100 tensors loaded" in capsys.readouterr().err
+    one, other = (load_file(here / f"{run}/backbone.safetensors") for run in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one if "running" not in name and "num_" not in name)
+    # The same path with other weights is another experiment, and said so before anything runs.
+    (here / "a/backbone.safetensors").write_bytes((here / "b/backbone.safetensors").read_bytes())
+    error = fails(capsys, pretrain.main, [*words, *start, "resume=auto"])
+    assert "it holds a run of another recipe: model.checkpoint_sha256: the run has" in error
+    refused = CliRunner().invoke(cli.app, ["evaluate", "b", "eval.protocols=[knn-v1]", "eval.baseline=true"])
+    assert refused.exit_code == 2
+    assert "model.checkpoint must be the file that the run started from, SHA-256" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["model.name=vit_tiny_patch16_224"],
+            "takes images of 224 x 224 pixels, got 32 x 32: data.size=224, or model.",
+        ),
+        (["model.name=resnet81"], "unknown model 'resnet81'; did you mean"),
+        (["model.name=resnet18", "model.img_size=32"], "resnet18 cannot be made with model.img_size=32"),
+    ],
+)
+def test_a_model_that_does_not_fit_leaves_no_folder(here, capsys, words, message):
+    error = fails(
+        capsys, pretrain.main, ["data=digits", "model.stem=imagenet", "model.init=timm", *words, "run_dir=new/r"]
+    )
+    assert message in error
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"), [("vit_tiny", "blocks.11.attn.qkv"), ("convnext_atto", "stages.3.blocks.1.mlp.fc2")]
+)
+@pytest.mark.parametrize("track", ["pretrain", "classify"])
+def test_layers_of_any_model_are_named_in_the_telemetry(here, track, model, layer):
+    """One row for each tensor that is adapted, by its module's name."""
+    main = {"pretrain": pretrain.main, "classify": classify.main}[track]
+    words = ["data=digits", f"model={model}", "steps=1", "batch_size=4", "telemetry.every=1", "run_dir=r", "device=cpu"]
+    assert (
+        main([*words, *(["method.projector=[8,8]", "eval=none"] if track == "pretrain" else ["eval.baseline=false"])])
+        == 0
+    )
+    table = pq.read_table(here / "r/telemetry.parquet").to_pylist()
+    head = json.loads((here / "r/run.json").read_text())
+    assert sorted(row["layer"] for row in table) == sorted(
+        name for group in head["param_groups"] if group["adapt"] for name in group["param_names"]
+    )
+    (row,) = (row for row in table if row["layer"] == f"backbone.{layer}.weight")
+    assert row["weight_norm"] > 0
+    assert row["grad_norm"] > 0
+    assert row["ratio"] > 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(here, capsys, monkeypatch):
