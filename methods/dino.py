@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method
-from ssl_bench.methods.multi_crop import multi_crop
+from ssl_bench.methods.multi_crop import multi_crop, prediction_loss
 from ssl_bench.methods.teacher import Teacher, cosine
 
 
@@ -136,13 +136,10 @@ class DINO(Method):
             "loss", and "entropy", that of the teacher's distribution, which the loss cannot fall below: near 0 or log K
             it has collapsed.
         """
-        n, crops, _ = student.shape
         targets = ((teacher.detach() - self.center) / self.temperature).softmax(2)
-        log_p = (student / self.student_temp).log_softmax(2)
-        pairs = torch.einsum("nik,nvk->iv", targets, log_p)  # (2, crops)
         with torch.no_grad():  # the next step's: this one's targets are made
             self.center.lerp_(teacher.mean(dim=(0, 1)), 1 - self.center_momentum)
-        loss = (pairs.diagonal().sum() - pairs.sum()) / (2 * (crops - 1) * n)
+        loss = prediction_loss(student, targets, self.student_temp)
         return {"loss": loss, "entropy": torch.special.entr(targets).sum(2).mean()}
 
 

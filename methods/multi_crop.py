@@ -1,6 +1,10 @@
-"""Multi-crop (Caron et al. 2020, arXiv 2006.09882): two large crops of an image, and small ones of parts of it."""
+"""Multi-crop (Caron et al. 2020, arXiv 2006.09882): two large crops of an image, and small ones of parts of it.
 
-from torch import nn
+The large crops give the targets, and every crop predicts those of the other ones.
+"""
+
+import torch
+from torch import Tensor, nn
 
 from ssl_bench.methods.views import Crop
 
@@ -60,3 +64,20 @@ def _local_size(method: str, backbone: nn.Module, asked: int) -> int | float:
     if asked or patch is None or image is None:
         return asked or LOCAL_SHARE
     return patch[0] * max(1, round(LOCAL_SHARE * image[0] / patch[0]))
+
+
+def prediction_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of every crop's softmax to the large crops' targets: the mean over pairs of different crops.
+
+    sum_k t_k log softmax_k = t . s - log sum exp s, which needs no array of logarithms.
+
+    Args:
+        scores: (N, crops, K), the two large crops first.
+        targets: (N, 2, K) of the large crops, each with sum 1.
+        temperature: divides the scores, > 0.
+    """
+    n, crops, _ = scores.shape
+    scores = scores / temperature
+    pairs = torch.bmm(scores, targets.mT) - scores.logsumexp(dim=2, keepdim=True)  # (N, crops, 2)
+    total = pairs.sum(dim=0)
+    return (total.diagonal().sum() - total.sum()) / (2 * (crops - 1) * n)

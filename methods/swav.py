@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.multi_crop import multi_crop
+from ssl_bench.methods.multi_crop import multi_crop, prediction_loss
 
 
 @torch.no_grad()
@@ -116,7 +116,9 @@ class SwAV(Method):
         """Scores each crop's normalised embedding against the prototypes, (n, crops, K), each crop in its own pass."""
         z = [F.normalize(self.embed(x)) for x in crops]
         fixed = self.prototypes.weight.detach()
-        weight = fixed + self.learning * (self.prototypes.weight - fixed)  # the value of both, the gradient of neither
+        weight = fixed + self.learning * (
+            self.prototypes.weight - fixed
+        )  # the same value; the gradient times ``learning``
         return {"scores": F.linear(torch.stack(z, 1), weight), "z1": z[0].detach(), "z2": z[1].detach()}
 
     def loss(self, scores: Tensor, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
@@ -129,15 +131,12 @@ class SwAV(Method):
         Returns:
             "loss".
         """
-        n, crops, _ = scores.shape
         codes = torch.stack([self._codes(scores[:, crop].detach(), crop) for crop in (0, 1)], 1)  # (N, 2, K)
-        log_p = (scores / self.temperature).log_softmax(2)
-        pairs = torch.einsum("nik,nvk->iv", codes, log_p)  # (2, crops)
         if self.queue is not None:
-            entering = torch.stack([z1, z2]).detach()
+            n, entering = len(z1), torch.stack([z1, z2]).detach()
             self.queue.copy_(torch.cat([entering, self.queue[:, :-n]], 1))
             self.queue_weight.copy_(torch.cat([self.entering.expand(n, 1), self.queue_weight[:-n]]))
-        return {"loss": (pairs.diagonal().sum() - pairs.sum()) / (2 * (crops - 1) * n)}
+        return {"loss": prediction_loss(scores, codes, self.temperature)}
 
     def _codes(self, scores: Tensor, crop: int) -> Tensor:
         """(N, K) the batch's balanced assignments, those of the queue's images being made along with them."""
