@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.off_diagonal import off_diagonal_energy
+from ssl_bench.methods.parts.off_diagonal import off_diagonal_energy
 
 EPS = 1e-5  # added to the variance; the default of batch norm, which the official code uses
 

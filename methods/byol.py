@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.teacher import Teacher, cosine
+from ssl_bench.methods.parts.teacher import Teacher, cosine
 
 
 class BYOL(Method):

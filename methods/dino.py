@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method
-from ssl_bench.methods.multi_crop import multi_crop, prediction_loss
-from ssl_bench.methods.teacher import Teacher, cosine
+from ssl_bench.methods.parts.multi_crop import multi_crop, prediction_loss
+from ssl_bench.methods.parts.teacher import Teacher, cosine
 
 
 class Prototypes(nn.Linear):

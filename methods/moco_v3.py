@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.nt_xent import info_nce
-from ssl_bench.methods.teacher import Teacher, cosine
+from ssl_bench.methods.parts.nt_xent import info_nce
+from ssl_bench.methods.parts.teacher import Teacher, cosine
 
 
 def _head(size: int, widths: tuple[int, ...], name: str) -> nn.Sequential:

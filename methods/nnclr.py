@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.memory_queue import Queue
-from ssl_bench.methods.nt_xent import info_nce
+from ssl_bench.methods.parts.memory_queue import Queue
+from ssl_bench.methods.parts.nt_xent import info_nce
 
 
 class NNCLR(Method):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.nt_xent import nt_xent
+from ssl_bench.methods.parts.nt_xent import nt_xent
 
 
 class SimCLR(Method):

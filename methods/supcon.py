@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.nt_xent import mean_log_sum_exp
+from ssl_bench.methods.parts.nt_xent import mean_log_sum_exp
 from ssl_bench.methods.views import Crop, Labels, View
 
 

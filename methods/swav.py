@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector
-from ssl_bench.methods.multi_crop import multi_crop, prediction_loss
+from ssl_bench.methods.parts.multi_crop import multi_crop, prediction_loss
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ def create_backbone(
     in_chans: int = 3,
     img_size: int | None = None,
     patch_size: int | None = None,
+    dynamic_img_size: bool = False,
     factory: Factory | None = None,
 ) -> tuple[nn.Module, int]:
     """Creates a backbone; equal arguments give equal weights, in every process, whatever the global generator's state.
@@ -58,6 +59,7 @@ def create_backbone(
         img_size: side in pixels of the images that a model of one image size (ViT, Swin, ...) is made for, > 0; None
             for timm's.
         patch_size: side in pixels of the patches (ViT) or of the stem's stride (ConvNeXt), > 0; None for timm's.
+        dynamic_img_size: make a ViT take images of other sizes than ``img_size`` too, with its positions interpolated.
         factory: makes the model instead of timm; ``init="timm"`` keeps its own initialisation.
 
     Returns:
@@ -70,7 +72,7 @@ def create_backbone(
     for argument, value, allowed in (("stem", stem, get_args(Stem)), ("init", init, get_args(Init))):
         if value not in allowed:
             raise ValueError(f"model {name}: {argument} must be {' or '.join(allowed)}, got {value!r}")
-    sizes = _given(img_size=img_size, patch_size=patch_size)
+    sizes = _given(img_size=img_size, patch_size=patch_size, dynamic_img_size=dynamic_img_size or None)
     with seeded(seed):
         model = _make(name, stem, in_chans, sizes, factory)
         if init != "timm":

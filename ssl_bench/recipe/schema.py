@@ -56,6 +56,7 @@ ADDED: dict[str, Any] = {
     "eval.data_content": None,
     "model.img_size": None,
     "model.patch_size": None,
+    "model.dynamic_img_size": False,
     "model.pretrained": False,
     "model.checkpoint_sha256": None,
     "param_groups.freeze": [],
@@ -137,6 +138,9 @@ class ModelOptions:
     )
     patch_size: PositiveInt | None = key(
         None, "side in pixels of a ViT's patches or of ConvNeXt's stem, which must divide the image's; null = timm's"
+    )
+    dynamic_img_size: bool = key(
+        False, "ViT: take images of other sizes than img_size too, as the small crops of DINO and SwAV are; false = one"
     )
     pretrained: bool | str = key(
         False, "weights to start from: true = timm's of this name, fetched; a file = as checkpoint; false = init"

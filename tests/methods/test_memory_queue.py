@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_bench.methods.memory_queue import Queue
+from ssl_bench.methods.parts.memory_queue import Queue
 
 
 def batch(n: int, seed: int, dim: int = 3) -> Tensor:

@@ -7,9 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from ssl_bench.methods.barlow_twins import BarlowTwins
+from ssl_bench.methods import BarlowTwins, Classifier
 from ssl_bench.models.backbone import create_backbone, load_backbone, native_size, save_backbone
-from ssl_bench.models.classifier import Classifier
 
 # Parts of names of small models; the first that a family has decides which of its models stands for it.
 SMALL = (

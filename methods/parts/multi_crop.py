@@ -54,7 +54,7 @@ def _local_size(method: str, backbone: nn.Module, asked: int) -> int | float:
     if getattr(patches, "strict_img_size", False):
         raise ValueError(
             f"{method}: local_crops must be 0 for a backbone that takes images of one size only "
-            "(timm's dynamic_img_size=True makes it take others)"
+            "(model.dynamic_img_size=true makes a ViT take others)"
         )
     patch, image = (getattr(patches, name, None) for name in ("patch_size", "img_size"))
     if patch is not None and asked % patch[0]:

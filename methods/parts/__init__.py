@@ -1,0 +1,1 @@
+"""Arithmetic that several methods share: contrastive losses, queues, teachers, multi-crop."""
