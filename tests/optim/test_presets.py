@@ -1,6 +1,7 @@
 """What a recipe's protocol and configuration files make of an optimizer, against the formulas that they claim."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import pytorch_optimizer
@@ -154,3 +155,29 @@ def test_muon_orthogonalises_matrices_and_moves_the_others_by_adamw_at_their_own
     assert singular.min() > 0.5  # Newton-Schulz brings them all near one value
     # NAdamW's first step is (1 + beta1) lr.
     torch.testing.assert_close(module["bias"].detach().abs(), torch.full((4,), 1.9 * 0.01), rtol=1e-3, atol=0)
+
+
+def test_a_recipe_freezes_the_layers_that_it_names_in_steps_of_its_epochs():
+    recipe = compose("classify", ["batch_size=100", "param_groups.freeze=[head.*]", "param_groups.freeze_epochs=2.5"])
+    module = nn.Sequential(OrderedDict(body=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+    optimizer, _ = build.optimizer(recipe, module, build.plan(recipe, 1000))
+    frozen = {name: group["frozen_steps"] for group in optimizer.param_groups if "frozen_steps" in group
+              for name in group["param_names"]}  # fmt: skip
+    assert frozen == {"head.weight": 25, "head.bias": 25}
+    head, body = module.head.weight.detach().clone(), module.body.weight.detach().clone()
+    for step in range(26):
+        module(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(module.head.weight, head) == (step < 25)
+    assert not torch.equal(module.body.weight, body)
+
+
+def test_gradual_warmup_knows_the_batch_size():
+    words = ["schedule=gradual_warmup", "scaling.rule=linear", "optimizer=nesterov", "optimizer.lr=0.1"]
+    recipe = compose("classify", [*words, "batch_size=1024", "epochs=90", "model.init=timm"])
+    module = nn.Linear(2, 2)
+    optimizer, schedule = build.optimizer(recipe, module, build.plan(recipe, 10240))
+    assert optimizer.param_groups[0]["initial_lr"] * schedule(0) == pytest.approx(0.1)  # the base batch's
+    assert optimizer.param_groups[0]["initial_lr"] * schedule(50) == pytest.approx(0.4)
+    assert [round(schedule(k), 6) for k in (299, 300, 600, 800)] == [1, 0.1, 0.01, 0.001]
