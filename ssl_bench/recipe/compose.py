@@ -19,7 +19,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
 
-from ssl_bench.optim.averaging import has_evaluation_point
 from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe, flatten
 from ssl_bench.runtime.suggestion import nearest
@@ -154,6 +153,8 @@ def _check_averaging(recipe: Recipe) -> None:
     if not optimizer.target:
         return
     made = registry.trial_optimizer(optimizer.target, optimizer.options)
+    from ssl_bench.optim.averaging import has_evaluation_point  # here, because --help must not wait for torch
+
     if made is None or not has_evaluation_point(made):
         return
     name = f"optimizer={optimizer.target}, which averages its weights itself"

@@ -1,5 +1,6 @@
 """Where a network is measured and kept, if not where it is trained: Schedule-Free, SPlus, averages of the weights."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Silent:
     """A `RunIO` that keeps snapshots."""
 
     def __init__(self):
-        self.snapshots = {}
+        self.snapshots, self.saved = {}, {}
 
     def snapshot(self, step, module):
         self.snapshots[step] = {name: t.clone() for name, t in module.state_dict().items()}
@@ -35,7 +36,10 @@ class Silent:
     def nothing(self, *_):
         pass
 
-    log = log_telemetry = save = progress = nothing
+    def save(self, step, state):
+        self.saved[step] = copy.deepcopy(state)
+
+    log = log_telemetry = progress = nothing
 
 
 def averaged(params):
@@ -52,7 +56,7 @@ MAKERS = {
 EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
 
-def trainer(make, every, measure, snapshots=()):
+def trainer(make, every, measure, snapshots=(), checkpoint=0):
     batches = small_batches(batch_size=16)
     accelerator, task = Accelerator(cpu=True), SmallClassifier()
     optimizer = make(task.parameters())
@@ -62,7 +66,7 @@ def trainer(make, every, measure, snapshots=()):
     model, wrapped = accelerator.prepare(task, optimizer)
     built = Trainer(
         model=model, optimizer=wrapped, schedule=lambda _k: 1.0, gradient=compute_gradient, pipeline=batches,
-        rhythm=Rhythm(12, 4, 0, 0, frozenset(snapshots)), accelerator=accelerator, io=Silent(),
+        rhythm=Rhythm(12, 4, checkpoint, 0, frozenset(snapshots)), accelerator=accelerator, io=Silent(),
         telemetry=Telemetry(optimizer, every=0), hooks=[Hook(every, lambda step: measure(built, step))],
         evaluation_point=evaluation_point(optimizer, task, batches, accelerator.autocast),
     )  # fmt: skip
@@ -103,6 +107,19 @@ def test_what_is_measured_is_the_evaluation_point_and_training_is_not_touched(ma
     inner.eval()
     for name, p in plain.module.named_parameters():
         assert torch.equal(seen[12][name], p), name
+
+
+@EVERY
+def test_a_run_that_continues_ends_at_the_same_point(make):
+    whole = trainer(make, 3, nothing, checkpoint=5)
+    whole.run()
+    again = trainer(make, 3, nothing)
+    again.load_state_dict(whole.io.saved[5])
+    again.run()
+    assert same(state(whole.module), state(again.module))
+    for built in (whole, again):
+        built.evaluation_point(12).__enter__()
+    assert same(state(whole.module), state(again.module))
 
 
 @EVERY
@@ -189,6 +206,15 @@ def test_what_the_loop_cannot_serve_is_refused_in_one_line_before_data_is_read(w
     with pytest.raises(ValueError, match=message) as caught:
         compose("pretrain", [*words, "optimizer.lr=0.1"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["muon", "soap", "larc", "nesterov", "schedule_free", "splus"])
+def test_every_comparator_trains_a_real_run(name, tmp_path):
+    words = [word for word in TINY if not word.startswith("optimizer")]
+    words += [f"optimizer={name}", f"run_dir={tmp_path / name}", "schedule=tiny_net:constant_schedule"]
+    words += ["schedule=constant"] if name in ("schedule_free", "splus") else []
+    assert classify.main([*words, "steps=3"]) == 0
+    assert json.loads((tmp_path / name / "results.json").read_text())["status"] in ("finished", "collapsed")
 
 
 def test_schedule_free_and_splus_are_chosen_with_a_constant_schedule():
