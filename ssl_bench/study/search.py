@@ -36,7 +36,7 @@ SEARCHES = CONFIGS / "tune"
 DIGITS = 4  # significant ones of a point's numbers, as they stand on the command line
 # How an arm keeps its first steps small or its last ones: one dimension, whatever the optimizer calls it.
 EARLY = re.compile(
-    r"schedule\.warmup_(steps|epochs|fraction)|optimizer\.(decay|(delay|measured)_(steps|epochs|fraction))"
+    r"schedule\.warmup_(steps|epochs|fraction)|optimizer\.(decay|(delay|measured|warmup)_(steps|epochs|fraction))"
     r"|param_groups\.freeze_(steps|epochs|fraction)"
 )
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ssl_bench import classify, pretrain
 from ssl_bench.recipe.compose import compose
+from ssl_bench.training import build
 from ssl_bench.training.micro_gradients import MicroBatches
 from ssl_bench.training.processes import Processes
 
@@ -61,6 +62,15 @@ def test_a_run_with_clars_trains_and_one_with_chunks_pretrains(tmp_path):
         assert all(map(math.isfinite, losses))
         assert len(set(losses)) == len(losses) == (3 if name == "clf" else 2)
     assert json.loads((tmp_path / "bt" / "run.json").read_text())["recipe"]["optimizer"]["target"] == "clars_chunks"
+
+
+def test_several_processes_are_refused_before_data_is_read(tmp_path, monkeypatch):
+    where = Processes(Accelerator(cpu=True))
+    where.world_size = 2
+    monkeypatch.setattr(build, "processes", lambda _: where)
+    recipe = compose("classify", ["optimizer=clars", f"run_dir={tmp_path}"])
+    with pytest.raises(ValueError, match="optimizer=clars must run on one process, whose micro-batches it takes, got 2"):
+        build.session(recipe)
 
 
 @pytest.mark.parametrize(
