@@ -69,7 +69,7 @@ def test_several_processes_are_refused_before_data_is_read(tmp_path, monkeypatch
     where.world_size = 2
     monkeypatch.setattr(build, "processes", lambda _: where)
     recipe = compose("classify", ["optimizer=clars", f"run_dir={tmp_path}"])
-    with pytest.raises(ValueError, match="optimizer=clars must run on one process, .*, got 2"):
+    with pytest.raises(ValueError, match=r"optimizer=clars must run on one process, .*, got 2"):
         build.session(recipe)
 
 
