@@ -38,7 +38,7 @@ def report(
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the report.", callback=expanded)] = "report",
     figures: Annotated[
-        Figures, typer.Option(help="all, none, or auto: all of them, or of more than 200 runs the first eight.")
+        Figures, typer.Option(help="all, none, or auto: all of them, or of more than 200 runs the first six.")
     ] = Figures.auto,
     debug: Debug = False,
 ) -> None:
@@ -62,7 +62,7 @@ def leaderboard(runs: Runs, debug: Debug = False) -> None:
     from ssl_bench.recipe.command import guarded
 
     def show() -> int:
-        from ssl_bench.report.build import print_leaderboard
+        from ssl_bench.report.leaderboard import print_leaderboard
 
         print_leaderboard(runs)
         return 0

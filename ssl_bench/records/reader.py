@@ -214,7 +214,7 @@ def sound_rows(folder: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], str]:
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is not None:
-            rows.append((line, row))
+            rows.append((line, dict(restored(row))))
         elif number < len(lines):
             return rows, f"{path}: damaged: line {number} of {len(lines)} is not a row with a step"
     return rows, ""
@@ -222,6 +222,8 @@ def sound_rows(folder: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], str]:
 
 def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl one after another, for a reader that keeps only part of each.
+
+    Their numbers that are not finite are the strings of the file.
 
     Raises:
         RecordError: a line before the last is damaged.
@@ -249,7 +251,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < LARGEST:
         return None
-    return dict(restored(row))
+    return row
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def _last_row(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         lines = file.read().splitlines(keepends=True)
-    return next((row for line in reversed(lines[-3:]) if (row := _row(line)) is not None), {})
+    return next((dict(restored(row)) for line in reversed(lines[-3:]) if (row := _row(line)) is not None), {})
 
 
 def plain_json(path: Path) -> Any:

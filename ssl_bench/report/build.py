@@ -6,39 +6,37 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
-from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 import ssl_bench
-from ssl_bench.records.reader import Skipped, find_runs
+from ssl_bench.records.reader import Skipped
 from ssl_bench.records.storage import one_line
 from ssl_bench.report import comparisons, questions, results
-from ssl_bench.report.aggregate import Collection, Result, gather
+from ssl_bench.report.aggregate import Collection, Result
 from ssl_bench.report.answer import answer
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.claims.ratio import phi_table
-from ssl_bench.report.curves import Curves, load_curves
+from ssl_bench.report.curves import Array, Curves, Layers, load_layers, load_metrics
 from ssl_bench.report.figures.drawing import Plate
 from ssl_bench.report.figures.plates import Choice, is_cut, write_figures
-from ssl_bench.report.page import Contents, counts, write_page
-from ssl_bench.report.scope import coverage, members, scope
+from ssl_bench.report.leaderboard import read_collection, with_sound_runs
+from ssl_bench.report.page import Contents, write_page
+from ssl_bench.report.scope import counts, coverage, scope
 from ssl_bench.report.tables import Table, markdown, on_one_line
 from ssl_bench.study.grid import Study, load_study
 
-# Runs whose layers are in memory at a time: those of a whole study do not fit.
-_KEPT_RUNS = 48
+# Of layers in memory at a time: those of a whole study do not fit.
+_KEPT_BYTES = 64 << 20
 
-# Columns that take more of a terminal's width than they are worth.
-_NOT_IN_TERMINAL = frozenset({"protocol", "test set ±", "untrained"})
+Loaded = TypeVar("Loaded")
 
 
 class Loader:
-    """Loads runs' curves and keeps the last few; a damaged file costs a run its layers or its curves, not its numbers.
+    """Loads runs' curves: the metrics once, the layers when they are asked for, of which the last few are kept.
+
+    A damaged file costs a run its layers or its curves, not its numbers.
 
     Attributes:
         problems: the runs that are shown without some of their curves, with the reason.
@@ -46,51 +44,34 @@ class Loader:
 
     def __init__(self) -> None:
         self.problems: list[Skipped] = []
-        self._load = lru_cache(maxsize=_KEPT_RUNS)(self._read)
+        self._curves: dict[Result, Curves] = {}
+        self._layers: dict[Path, Layers] = {}
 
     def __call__(self, result: Result) -> Curves:
-        return self._load(result)
+        if result not in self._curves:
+            folder = result.record.folder
+            metrics: dict[str, Array] = self._guarded(folder, load_metrics, {}, "curves")
+            self._curves[result] = Curves(metrics, lambda: self._layers_of(folder))
+        return self._curves[result]
 
-    def _read(self, result: Result) -> Curves:
+    def _layers_of(self, folder: Path) -> Layers:
+        found = self._layers.pop(folder, None)
+        if found is None:
+            found = self._guarded(folder, load_layers, Layers(), "layers")
+        self._layers[folder] = found  # last in the order of use
+        while len(self._layers) > 1 and sum(layers.size for layers in self._layers.values()) > _KEPT_BYTES:
+            del self._layers[next(iter(self._layers))]
+        return found
+
+    def _guarded(self, folder: Path, load: Callable[[Path], Loaded], instead: Loaded, what: str) -> Loaded:
         try:
-            return load_curves(result.record)
+            return load(folder)
         except Exception as error:  # whatever a file of somebody else's makes a reader do
-            self._warn(result, f"{one_line(error)}; the report shows this run without its layers")
-        try:
-            return load_curves(result.record, telemetry=False)
-        except Exception as error:
-            self._warn(result, f"{one_line(error)}; the report shows this run without its curves")
-            return Curves({}, (), np.empty(0, dtype=int), {})
-
-    def _warn(self, result: Result, reason: str) -> None:
-        if all(problem.reason != reason for problem in self.problems):
-            self.problems.append(Skipped(result.record.folder, reason))
-            print(f"warning: {on_one_line(reason)}", file=sys.stderr)
-
-
-def read_collection(runs: str | Path, *, study: Study | None = None) -> Collection:
-    """All runs below a folder, in cells.
-
-    Args:
-        runs: the folder.
-        study: only the runs of this study; None = all.
-
-    Raises:
-        ValueError: no such folder, or no run in it that can be read; one line.
-    """
-    records, skipped = find_runs(runs)
-    if study is not None:
-        chosen = members(records, study)
-        if records and not chosen:
-            reason = f"none of its {len(records)} runs belongs to the study {study.name} (leave out --study for all)"
-            raise ValueError(f"{runs}: {reason}")
-        records = chosen
-    collection = gather(records, skipped)
-    if not collection.cells:
-        count = len(collection.skipped)
-        reason = f"; skipped folders: {count}, e.g. {collection.skipped[0].reason}" if count else ""
-        raise ValueError(f"{runs}: no run to report on{reason}")
-    return collection
+            reason = f"{one_line(error)}; the report shows this run without its {what}"
+            if all(problem.reason != reason for problem in self.problems):
+                self.problems.append(Skipped(folder, reason))
+                print(f"warning: {on_one_line(reason)}", file=sys.stderr)
+            return instead
 
 
 def all_tables(collection: Collection, load: Load, *, study: Study | None) -> list[Table]:
@@ -145,37 +126,7 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     def write(found: Collection) -> Path:
         return _write(found, Path(runs), Path(output), grid, figures)
 
-    return _with_sound_runs(collection, write, lambda found: _probe(found, Path(runs)))
-
-
-Made = TypeVar("Made")
-
-
-def _with_sound_runs(
-    collection: Collection, make: Callable[[Collection], Made], probe: Callable[[Collection], object]
-) -> Made:
-    """Makes something of all runs; where one of them makes it fail, without that one, which is listed as skipped.
-
-    The schema at the border keeps out what it knows of. What it does not is found by trying every run alone, which
-    only a failure costs.
-    """
-    try:
-        return make(collection)
-    except OSError:
-        raise  # the disk's fault, and no run's
-    except Exception:
-        sound, left_out = [], list(collection.skipped)
-        for result in collection.results:
-            folder = result.record.folder
-            try:
-                probe(gather([result.record]))
-                sound.append(result.record)
-            except Exception as error:
-                left_out.append(Skipped(folder, f"{folder}: the report fails on it: {one_line(error)}"))
-        if not sound or len(left_out) == len(collection.skipped):
-            raise  # a fault of the report's own
-        rest = gather(sound, left_out)
-        return make(rest)
+    return with_sound_runs(collection, write, lambda found: _probe(found, Path(runs)))
 
 
 def _probe(collection: Collection, root: Path) -> None:
@@ -200,7 +151,7 @@ def report_of(collection: Collection, load: Load, study: Study | None, root: Pat
         ("Command", shlex.join(["ssl-bench", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]))
     )
     tables = all_tables(collection, load, study=study)
-    return Contents(collection, answer(collection), header, tables, claims, (), (), load, root)
+    return Contents(collection, answer(collection), header, tables, claims, (), list, load, root)
 
 
 def _write(collection: Collection, root: Path, folder: Path, study: Study | None, figures: Choice) -> Path:
@@ -218,46 +169,15 @@ def _write(collection: Collection, root: Path, folder: Path, study: Study | None
     plates, undrawn = write_figures(collection, load, folder / "figures", choice=figures)
     if is_cut(collection, figures):
         print(f"{len(plates)} figures drawn of this many runs; --figures all draws all", file=sys.stderr)
-    for result in collection.results:
-        load(result)  # so that what is damaged is known before it is listed
-    skipped = [entry.reason for entry in (*collection.skipped, *load.problems, *undrawn)]
-    named = [on_one_line(reason.replace(f"{root}/", "").replace(f"{folder}/", "")) for reason in skipped]
-    contents = replace(contents, plates=plates, skipped=named)
+
+    def skipped() -> list[str]:
+        reasons = [entry.reason for entry in (*collection.skipped, *load.problems, *undrawn)]
+        return [on_one_line(reason.replace(f"{root}/", "").replace(f"{folder}/", "")) for reason in reasons]
+
+    contents = replace(contents, plates=plates, skipped=skipped)
+    page = write_page(contents, folder / "index.html")
     (folder / "report.md").write_text(_markdown(contents), encoding="utf-8")
-    return write_page(contents, folder / "index.html")
-
-
-def print_leaderboard(runs: str | Path) -> None:
-    """Prints the leaderboard and each problem's results in the terminal."""
-    from rich.console import Console
-    from rich.table import Table as Rich
-    from rich.text import Text
-
-    def of(found: Collection) -> list[Table]:
-        accuracies = (results.results_table(found, problem) for problem in found.problems)
-        return [table.pruned() for table in (comparisons.leaderboard(found), *accuracies)]
-
-    collection = read_collection(runs)
-    tables, collection = _with_sound_runs(collection, lambda found: (of(found), found), of)
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    console.print(answer(collection) + "\n")
-    seen = set[str]()
-    for table in tables:
-        shown = [name not in _NOT_IN_TERMINAL for name in table.columns]
-        rich = Rich(title=Text(table.title), title_justify="left")
-        for name, right in compress(zip(table.columns, table.numeric(), strict=True), shown):
-            rich.add_column(name, justify="right" if right else "left")
-        for row in table.rows:
-            rich.add_row(*(Text(on_one_line(cell)) for cell in compress(row, shown)))
-        console.print(rich)
-        for note in table.notes:
-            if note not in seen:
-                console.print(note)
-        seen |= set(table.notes)
-        console.print()
-    console.print(counts(collection))
-    for entry in collection.skipped:
-        console.print(f"skipped: {on_one_line(entry.reason)}")
+    return page
 
 
 def _markdown(contents: Contents) -> str:
@@ -288,7 +208,7 @@ def _markdown(contents: Contents) -> str:
         parts.append("## Errata of the paper\n\n" + "\n".join(f"- {markdown(text)}" for text in ERRATA) + "\n")
     parts += ["## Figures\n", *figures[1:]]
     parts.append(
-        "## Skipped\n\n" + ("\n".join(f"- {markdown(text)}" for text in contents.skipped) or "Nothing.") + "\n"
+        "## Skipped\n\n" + ("\n".join(f"- {markdown(text)}" for text in contents.skipped()) or "Nothing.") + "\n"
     )
     return "\n".join(parts)
 

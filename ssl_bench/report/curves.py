@@ -2,12 +2,13 @@
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from pyarrow.json import ReadOptions, read_json
 
 from ssl_bench.records.reader import METRICS, RunRecord, iterate_metrics, read_run
 from ssl_bench.records.telemetry import read_telemetry
@@ -47,22 +48,51 @@ QUANTITIES = (W_NORM, G_NORM, RATIO, MOVED, PHI)  # the only columns of the tele
 
 
 @dataclass(frozen=True)
+class Layers:
+    """A run's telemetry as matrices.
+
+    Attributes:
+        names: of the L tensors, in the order of its parameter groups (within a group: the network's).
+        steps: (S,) steps completed, as in the metrics; 1 is the first update.
+        values: by column of ``QUANTITIES``, (S, L) float32 matrices; NaN where there is no value.
+    """
+
+    names: tuple[str, ...] = ()
+    steps: Array = field(default_factory=lambda: np.empty(0, dtype=int))
+    values: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the matrices."""
+        return sum(matrix.nbytes for matrix in self.values.values())
+
+
 class Curves:
     """What a run recorded during training.
 
-    Attributes:
+    Args:
         metrics: by name, (T,) float64 arrays of equal length; NaN where a line has no such value. "step" (steps
             completed), "samples", "epochs" and "seconds" are the clocks.
-        layers: names of the L tensors in the telemetry, in the order of its parameter groups (within a group: the
-            network's).
-        steps: (S,) of the telemetry: steps completed, as in the metrics; 1 is the first update.
-        telemetry: by column of ``QUANTITIES``, (S, L) float32 matrices; NaN where there is no value.
+        layers: gives the telemetry; it is asked for only where it is needed, for it is the larger part by far.
     """
 
-    metrics: dict[str, Array]
-    layers: tuple[str, ...]
-    steps: Array
-    telemetry: dict[str, Array]
+    def __init__(self, metrics: dict[str, Array], layers: Callable[[], Layers] = Layers) -> None:
+        self.metrics, self._layers = metrics, layers
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """See ``Layers.names``."""
+        return self._layers().names
+
+    @property
+    def steps(self) -> Array:
+        """See ``Layers.steps``."""
+        return self._layers().steps
+
+    @property
+    def telemetry(self) -> dict[str, Array]:
+        """See ``Layers.values``."""
+        return self._layers().values
 
     def metric(self, name: str, clock: str = "step") -> tuple[Array, Array]:
         """One metric where it was measured: the clock's values and the metric's, both (n,), n possibly 0."""
@@ -95,21 +125,29 @@ class Curves:
         return self.steps[rows], np.array([row[np.isfinite(row)][0] for row in recorded[rows]])
 
 
-def load_curves(run: RunRecord | str | Path, *, telemetry: bool = True) -> Curves:
+def load_curves(run: RunRecord | str | Path) -> Curves:
     """Reads the curves of a run, finished or not.
 
     Args:
         run: its record or its folder.
-        telemetry: whether to read the layers too; False = the curves have no layers.
 
     Raises:
         ValueError: no run there, or a damaged file; one line.
     """
     folder = run.folder if isinstance(run, RunRecord) else read_run(run, metrics=False).folder
-    metrics = _metrics(folder)
-    table = read_telemetry(folder) if telemetry else None
-    if table is None or not {"step", "layer"} <= set(table.column_names):
-        return Curves(metrics, (), np.empty(0, dtype=int), {})
+    layers = load_layers(folder)
+    return Curves(load_metrics(folder), lambda: layers)
+
+
+def load_layers(folder: Path) -> Layers:
+    """Reads a run's telemetry; that of a run without any is empty.
+
+    Raises:
+        ValueError: damaged; one line.
+    """
+    table = read_telemetry(folder)
+    if not {"step", "layer"} <= set(table.column_names):
+        return Layers()
     for name, kind in {"step": pa.types.is_integer, "layer": _is_text}.items():
         if not kind(table[name].type) or table[name].null_count:
             raise ValueError(f"telemetry: {folder} is damaged: its column {name!r} is {table[name].type} or has gaps")
@@ -125,15 +163,46 @@ def load_curves(run: RunRecord | str | Path, *, telemetry: bool = True) -> Curve
             matrix = np.full((len(steps), len(layers)), np.nan, dtype=np.float32)
             matrix[row, column] = np.where(np.abs(values) < LARGEST, values, np.nan)
             matrices[quantity.column] = matrix
-    return Curves(metrics, layers, steps, matrices)
+    return Layers(layers, steps, matrices)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
-def _metrics(folder: Path) -> dict[str, Array]:
-    """The numbers of metrics.jsonl by name; NaN where a line has none, or one that no plot has a place for."""
+def load_metrics(folder: Path) -> dict[str, Array]:
+    """The numbers of metrics.jsonl by name; NaN where a line has none, or one that no plot has a place for.
+
+    Raises:
+        ValueError: damaged; one line.
+    """
+    metrics = _parsed(folder / METRICS)
+    if metrics is None:
+        metrics = _read_line_by_line(folder)
+    if metrics and (np.diff(metrics["step"]) < 0).any():
+        raise ValueError(f"{folder / METRICS}: damaged: its steps do not ascend")
+    return metrics
+
+
+def _parsed(path: Path) -> dict[str, Array] | None:
+    """The numbers by Arrow's reader, ten times as fast as Python's; None for a file that it does not read."""
+    if not path.is_file() or not path.stat().st_size:
+        return {}
+    try:
+        table = read_json(path, read_options=ReadOptions(use_threads=False))
+    except (pa.ArrowException, OSError):  # a run that diverged has the word "nan" among its numbers
+        return None
+    if "step" not in table.column_names or not pa.types.is_integer(table["step"].type) or table["step"].null_count:
+        return None
+    found = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+            values = column.cast(pa.float64()).to_numpy()
+            found[on_one_line(name)] = np.where(np.abs(values) < LARGEST, values, np.nan)
+    return found
+
+
+def _read_line_by_line(folder: Path) -> dict[str, Array]:
     columns: dict[str, array[float]] = {}
     count = 0
     for row in iterate_metrics(folder):
@@ -145,10 +214,7 @@ def _metrics(folder: Path) -> dict[str, Array]:
         count += 1
     for column in columns.values():
         column.extend([math.nan] * (count - len(column)))
-    metrics = {on_one_line(name): np.frombuffer(column) for name, column in columns.items()}
-    if count and (np.diff(metrics["step"]) < 0).any():
-        raise ValueError(f"{folder / METRICS}: damaged: its steps do not ascend")
-    return metrics
+    return {on_one_line(name): np.frombuffer(column) for name, column in columns.items()}
 
 
 def thin(length: int, points: int) -> Array:

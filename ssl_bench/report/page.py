@@ -3,8 +3,7 @@
 import base64
 import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,7 @@ from ssl_bench.report.claims.evidence import Claim, Load
 from ssl_bench.report.curves import QUANTITIES, Curves, Quantity, rounded, thin
 from ssl_bench.report.figures.drawing import LINES, PALETTE, Plate, looks_of
 from ssl_bench.report.figures.sharpness import claim_charts, tables_of
-from ssl_bench.report.scope import planned, scope
+from ssl_bench.report.scope import counts, planned, scope
 from ssl_bench.report.tables import Table, number, points
 
 # Points of a curve in the page: enough at a few hundred pixels, and a thousand runs stay at some megabytes.
@@ -70,7 +69,7 @@ class Contents:
         tables: in the order of the page.
         claims: checked; empty where the runs are not the paper's.
         plates: the figures' texts; the files are in ``figures/`` beside the page.
-        skipped: what could not be used, one reason each.
+        skipped: tells what could not be used, one reason each; asked for last, when all runs have been read.
         load: a run's curves.
         root: the folder of runs; runs are named by their path below it.
     """
@@ -81,7 +80,7 @@ class Contents:
     tables: Sequence[Table]
     claims: Sequence[Claim]
     plates: Sequence[Plate]
-    skipped: Sequence[str]
+    skipped: Callable[[], list[str]]
     load: Load
     root: Path
 
@@ -109,7 +108,6 @@ def write_page(contents: Contents, path: Path) -> Path:
             for claim in contents.claims
         ],
         "errata": ERRATA if contents.claims else [],
-        "skipped": contents.skipped,
         "profiles": {"gaps": comparisons.GAPS, "shares": comparisons.profiles(collection)},
         "effort": _effort(collection),
         "figures": _figures(contents.plates, path.parent / "figures"),
@@ -125,7 +123,7 @@ def write_page(contents: Contents, path: Path) -> Path:
         file.write('"cells":{')
         for index, cell in enumerate(collection.cells):
             file.write(f"{',' if index else ''}{_json(cell.key)}:{_json(_cell(cell, contents, shared))}")
-        file.write(f'}},"shared":[{",".join(shared)}]}}{after}')
+        file.write(f'}},"shared":[{",".join(shared)}],"skipped":{_json(contents.skipped())}}}{after}')
     return path
 
 
@@ -178,14 +176,6 @@ def _figures(plates: Sequence[Plate], folder: Path) -> list[dict[str, str]]:
             entry["image"] = f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
         found.append(entry)
     return found
-
-
-def counts(collection: Collection) -> str:
-    """One line on the number of runs and recipes."""
-    statuses = Counter(result.status for result in collection.results)
-    states = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
-    skipped = f"; skipped folders: {len(collection.skipped)}" if collection.skipped else ""
-    return f"runs: {len(collection.results)}, of recipes (seeds aside): {len(collection.cells)} ({states}){skipped}"
 
 
 def _table(table: Table, seen: set[str]) -> dict[str, Any]:
@@ -281,8 +271,8 @@ def _layers(curves: Curves, quantity: Quantity) -> dict[str, list[float]]:
     steps, clock = curves.steps[kept], curves.metrics
     has_clock = "seconds" in clock and len(clock["step"]) > 0
     seconds = np.interp(steps, clock["step"], clock["seconds"]) if has_clock else np.full(len(steps), np.nan)
-    rows = [matrix[index][np.isfinite(matrix[index])] for index in kept]
-    low, median, high = np.array([np.quantile(row, (0, 0.5, 1)) for row in rows]).T
+    rows = matrix[kept]
+    low, median, high = np.nanmin(rows, axis=1), np.nanmedian(rows, axis=1), np.nanmax(rows, axis=1)
     curve = {"seconds": seconds, "low": low, "y": median, "high": high}
     return {"step": steps.tolist(), **{name: rounded(values) for name, values in curve.items()}}
 

@@ -16,7 +16,7 @@ from ssl_bench.report.across_settings import (
     stratified_bootstrap,
 )
 from ssl_bench.report.aggregate import Cell, Collection, Result, Setting
-from ssl_bench.report.analysis import read_analysis
+from ssl_bench.report.claims.analysis import read_analysis
 from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.claims.sharpness import noise_scale
 from ssl_bench.report.comparisons import WITHIN, Arm, arms, best_arms

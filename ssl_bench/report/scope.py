@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssl_bench.records.reader import RunRecord
 from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
 from ssl_bench.report.tables import Table, is_number
-from ssl_bench.study.grid import Study
+
+if TYPE_CHECKING:  # the grid needs all of the recipe's machinery, the leaderboard does not
+    from ssl_bench.study.grid import Study
 
 # The paper's. For Barlow Twins its appendix states them; for classification only its figures and its authors' code do.
 EPOCHS = {"classification": 100, "barlow_twins": 1000}
@@ -17,7 +19,7 @@ EPOCHS = {"classification": 100, "barlow_twins": 1000}
 RELAXED = frozenset({"epochs", "steps", "precision", "chunk_size", "deterministic"})
 
 
-def members(records: Iterable[RunRecord], study: Study) -> list[RunRecord]:
+def members(records: Iterable[RunRecord], study: "Study") -> list[RunRecord]:
     """The records whose recipe is in a study, whatever their seed and length."""
 
     def key(record: RunRecord) -> str | None:
@@ -30,7 +32,7 @@ def members(records: Iterable[RunRecord], study: Study) -> list[RunRecord]:
     return [record for record in records if key(record) in keys]
 
 
-def coverage(collection: Collection, study: Study) -> Table:
+def coverage(collection: Collection, study: "Study") -> Table:
     """The runs that a study defines and that are not finished; one that failed is done, and listed."""
     found = {(cell_key(run.record.recipe, less=RELAXED), run.seed): run.status for run in collection.results}
     table = Table("coverage", f"Study {study.name}: runs that are not finished", ("status", "run"))
@@ -98,3 +100,11 @@ def short(epochs: float | None) -> str:
     if epochs is None:
         return "–"
     return f"{epochs:.1f}".removesuffix(".0") if epochs >= 1 else f"{epochs:.2g}"
+
+
+def counts(collection: Collection) -> str:
+    """One line on the number of runs and recipes."""
+    statuses = Counter(result.status for result in collection.results)
+    states = ", ".join(f"{count} {word}" for word, count in statuses.most_common())
+    skipped = f"; skipped folders: {len(collection.skipped)}" if collection.skipped else ""
+    return f"runs: {len(collection.results)}, of recipes (seeds aside): {len(collection.cells)} ({states}){skipped}"

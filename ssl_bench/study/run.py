@@ -109,7 +109,7 @@ def _list_cells(study: Study, store: CellStore, workers: int | None, per_gpu: in
     print(study.about + "\n" if study.about else "")
     states = {cell: store.state(cell) for cell in study.cells}
     left = [cell for cell in study.cells if not states[cell].ended]
-    known = speeds(left, store)
+    known = speeds(study.cells, store)
     for cell in study.cells:
         speed = known.get(workload(cell.recipe), "")
         time = duration(speed.seconds(cell.recipe)) if isinstance(speed, Speed) and cell in left else "-"

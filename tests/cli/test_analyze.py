@@ -19,7 +19,7 @@ from ssl_bench.methods import Classifier
 from ssl_bench.recipe.compose import build as checked
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.snapshots import Snapshots
-from ssl_bench.report.analysis import Analysis, read_analysis
+from ssl_bench.report.claims.analysis import Analysis, read_analysis
 from ssl_bench.runtime import seeds
 from ssl_bench.training import build
 

@@ -12,7 +12,8 @@ from synthetic_runs import write_run
 from typer.testing import CliRunner
 
 from ssl_bench.cli.report import register
-from ssl_bench.report.build import Loader, all_tables, read_collection, write_report
+from ssl_bench.report.build import Loader, all_tables, write_report
+from ssl_bench.report.leaderboard import read_collection
 from ssl_bench.report.scope import coverage
 from ssl_bench.study.grid import load_study
 

@@ -107,7 +107,7 @@ def test_b_what_the_warmup_is_worth(tmp_path: Path) -> None:
 def curve(top1: dict[float, float]) -> Curves:
     epochs = np.array(list(top1))
     metrics = {"step": epochs * 10, "epochs": epochs, "test_top1": np.array(list(top1.values()))}
-    return Curves(metrics, (), np.empty(0), {})
+    return Curves(metrics)
 
 
 def test_c_epochs_to_the_optimum(tmp_path: Path) -> None:

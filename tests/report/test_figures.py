@@ -74,7 +74,7 @@ def test_demo_figure_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_group_has_its_figure(collection: Collection, tmp_path: Path) -> None:
-    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path)
+    plates, _ = write_figures(collection, lambda result: load_curves(result.record), tmp_path)
     assert [plate.name for plate in plates] == [
         "best-accuracy",
         "profiles",
@@ -102,7 +102,7 @@ def test_lambda_has_a_figure_where_it_varies(tmp_path: Path) -> None:
                 settings = {"decay": decay, "batch_size": batch_size, "lr": lr, "steps": 20}
                 write_run(name, optimizer="tvlars", telemetry=False, **settings)  # type: ignore[arg-type]
     collection = gather(*find_runs(tmp_path))
-    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
+    plates, _ = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
     names = [plate.name for plate in plates if plate.name.startswith("lambda")]
     assert names == [
         "lambda-classification-cifar10",
@@ -130,7 +130,7 @@ def test_with_and_without_a_warmup_are_side_by_side_at_each_rate(tmp_path: Path)
             schedule = {"target": "polynomial", "power": 1.0}
             write_run(tmp_path / f"nowa{lr}", lr=lr, telemetry=False, schedule=schedule)
     collection = gather(*find_runs(tmp_path))
-    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
+    plates, _ = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
     assert "warmup-classification-cifar10-512" in [plate.name for plate in plates]
     svg = (tmp_path / "figures" / "warmup-classification-cifar10-512.svg").read_text()
     for text in ("lr 1", "lr 2", "schedule=warmup_cosine", "schedule=polynomial"):
@@ -169,10 +169,24 @@ def test_of_a_large_study_the_first_figures_are_drawn(tmp_path: Path, monkeypatc
     collection = gather(*find_runs(tmp_path))
 
     def drawn(choice: plates_module.Choice) -> int:
-        return len(write_figures(collection, lambda result: load_curves(result.record), tmp_path / "f", choice=choice))
+        return len(write_figures(collection, lambda run: load_curves(run.record), tmp_path / "f", choice=choice)[0])
 
     assert (drawn("none"), drawn("auto")) == (0, 2)
     assert drawn("all") > 2
+
+
+def test_a_figure_that_cannot_be_drawn_costs_only_itself(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plates_module.accuracy, "profiles", fails)
+    plates, problems = write_figures(collection, lambda run: load_curves(run.record), tmp_path)
+    assert "profiles" not in [plate.name for plate in plates]
+    assert len(plates) == 7
+    assert [problem.reason for problem in problems] == ["a figure of the kind 'fails' could not be drawn: no such luck"]
+
+
+def fails(*_: object) -> None:
+    raise ZeroDivisionError("no such luck")
 
 
 def test_an_analysis_has_its_figures(tmp_path: Path) -> None:
@@ -182,7 +196,7 @@ def test_an_analysis_has_its_figures(tmp_path: Path) -> None:
     write_run(tmp_path / "c", telemetry=False, lr=2.0, analysis=analysis_of((5, 10), noise=noise))
     write_run(tmp_path / "d", telemetry=False, lr=3.0, batch_size=1024)
     collection = gather(*find_runs(tmp_path))
-    plates = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
+    plates, _ = write_figures(collection, lambda result: load_curves(result.record), tmp_path / "figures")
     names = [plate.name for plate in plates if plate.name.startswith(("sharpness", "gradient-noise"))]
     assert names == ["sharpness-classification-cifar10-512", "gradient-noise-classification-cifar10-512"]
     assert "batch norm in train mode, 512 images" in next(p.caption for p in plates if p.name == names[0])

@@ -26,7 +26,7 @@ def curve(points: Mapping[float, float]) -> Curves:
     """Test accuracy by step; half a second and 512 images a step."""
     steps = np.array(list(points), dtype=float)
     clocks = {"step": steps, "samples": 512 * steps, "seconds": steps / 2}
-    return Curves(clocks | {"test_top1": np.array(list(points.values()), dtype=float)}, (), np.empty(0), {})
+    return Curves(clocks | {"test_top1": np.array(list(points.values()), dtype=float)})
 
 
 def by_folder(curves: Mapping[str, Mapping[float, float]]) -> object:
@@ -135,7 +135,7 @@ def test_a_study_without_curves_has_no_such_tables(tmp_path: Path) -> None:
     write_run(tmp_path / "a", telemetry=False)
 
     def nothing(_: Result) -> Curves:
-        return Curves({}, (), np.empty(0), {})
+        return Curves({})
 
     collection = collect(tmp_path)
     tables = [questions.time_to_target(collection, nothing), questions.critical_batches(collection, nothing)]

@@ -9,7 +9,7 @@ from synthetic_runs import analysis_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import gather
-from ssl_bench.report.analysis import read_analysis, uncertain
+from ssl_bench.report.claims.analysis import read_analysis, uncertain
 from ssl_bench.report.claims.evidence import Claim
 from ssl_bench.report.claims.sharpness import check_gradient_noise, check_sharpness
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ssl_bench.report.aggregate import Collection
-from ssl_bench.report.analysis import (
+from ssl_bench.report.claims.analysis import (
     MEASURES,
     SAM,
     SCALED,

@@ -31,7 +31,7 @@ from ssl_bench.report.figures.sharpness import sharpness_figures
 Choice = Literal["auto", "all", "none"]
 
 # A figure takes a second or more: of a study with more runs than this, "auto" draws only the first few.
-MANY_RUNS, FEW_FIGURES = 200, 8
+MANY_RUNS, FEW_FIGURES = 200, 6
 
 
 def write_figures(
@@ -51,12 +51,14 @@ def write_figures(
     plates: list[Plate] = []
     problems: list[Skipped] = []
     most = 0 if choice == "none" else FEW_FIGURES if is_cut(collection, choice) else None
+    if most == 0:
+        return plates, problems
     with style():
         for kind in _figures(collection, load):
-            if most is not None and len(plates) >= most:
-                break
             try:
                 for plate, figure in kind():
+                    if most is not None and len(plates) >= most:
+                        return plates, problems
                     save(figure, folder / f"{plate.name}.png")
                     figure.set_layout_engine("none")  # the layout is done; another would take as long as drawing
                     save(figure, folder / f"{plate.name}.svg")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ssl_bench.report.aggregate import Collection, Result, Setting
-from ssl_bench.report.analysis import (
+from ssl_bench.report.claims.analysis import (
     MEASURES,
     Analyzed,
     NoiseCurve,
