@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -94,11 +94,6 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser()
 
 
-@lru_cache(maxsize=8)
-def _open_rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
-
-
 @dataclass(frozen=True)
 class MappedImages:
     """Images in a raw file: (N, 3, H, W) uint8, row by row."""
@@ -113,9 +108,12 @@ class MappedImages:
             return torch.empty(self.shape, dtype=torch.uint8)
         return torch.from_file(str(self.path), shared=False, size=count, dtype=torch.uint8).view(self.shape)
 
+    @cached_property
     def array(self) -> np.ndarray:
         """All images as a read-only memory-mapped array."""
-        return _open_rows(self.path, self.shape)
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype=np.uint8)
+        return np.memmap(self.path, dtype=np.uint8, mode="r", shape=self.shape)
 
 
 def read_meta(folder: Path) -> Meta | None:

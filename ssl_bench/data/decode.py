@@ -125,7 +125,9 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 
     threads = (os.cpu_count() or 1) if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
     with ThreadPoolExecutor(threads) as pool:
         for start in range(first * length, len(split), length):
-            raws = list(islice(images, length))
+            raws = list(islice(images, min(length, len(split) - start)))
+            if len(raws) < min(length, len(split) - start):
+                raise ValueError(f"{split.describe(start + len(raws))}: has a label but no image")
             block = np.empty((len(raws), *shape), dtype=np.uint8)
 
             def fill(offset: int, raws: list = raws, block: np.ndarray = block, start: int = start) -> None:
@@ -142,3 +144,5 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 
             for _ in map(fill, range(len(raws))) if threads == 1 else pool.map(fill, range(len(raws))):
                 pass
             yield block
+    if next(images, None) is not None:
+        raise ValueError(f"{split.describe(len(split) - 1)}: the last one with a label, but more images follow")

@@ -52,7 +52,8 @@ def _holds_images(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
         return _is_bytes(kind)
     index = kind.get_field_index("bytes")
-    return index >= 0 and _is_bytes(kind.field(index).type)
+    by_path = index < 0 and kind.get_field_index("path") >= 0
+    return by_path or (index >= 0 and (_is_bytes(kind.field(index).type) or pa.types.is_null(kind.field(index).type)))
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,14 @@ class _Part:
         schema: its columns.
         rows: how many it has.
         batches: one column, some thousand rows at a time.
+        folder: what the paths of images that lie in files of their own are relative to.
     """
 
     name: str
     schema: pa.Schema
     rows: int
     batches: Callable[[str], Iterator[pa.Array]]
+    folder: Path = Path()
 
     def choose(self, wanted: Sequence[str], what: str) -> str:
         """The first of the wanted columns that there is."""
@@ -141,9 +144,9 @@ class _Part:
     def images(self, column: str) -> Iterator[bytes | Path]:
         """The encoded images, or the files that hold them."""
         for row, cell in enumerate(cell for batch in self.read(column) for cell in batch.to_pylist()):
-            encoded = cell["bytes"] if isinstance(cell, dict) else cell
+            encoded = cell.get("bytes") if isinstance(cell, dict) else cell
             if encoded is None and cell and cell.get("path"):
-                encoded = Path(cell["path"])
+                encoded = Path(self.folder, cell["path"])
             if encoded is None:
                 raise ValueError(f"{self.name} row {row}: the image has no bytes")
             yield encoded
@@ -289,7 +292,7 @@ def _file_part(_split: str, path: Path) -> _Part:
 
     try:
         with pq.ParquetFile(path) as file:
-            return _Part(str(path), file.schema_arrow, file.metadata.num_rows, batches)
+            return _Part(str(path), file.schema_arrow, file.metadata.num_rows, batches, path.parent)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file, cut off or damaged ({_one_line(error)})") from error
 

@@ -93,7 +93,7 @@ class StreamingSource:
 
     def _read(self, indices: Tensor) -> Tensor:
         """Copies of the images at (n,) indices, in pinned memory for a GPU."""
-        images = self.images.array() if isinstance(self.images, MappedImages) else self.images.numpy()
+        images = self.images.array if isinstance(self.images, MappedImages) else self.images.numpy()
         low, high = (int(indices.min()), int(indices.max())) if len(indices) else (0, 0)
         if low < 0 or high >= len(images):
             raise IndexError(f"indices must be 0 to {len(images) - 1}, got {low} to {high}")

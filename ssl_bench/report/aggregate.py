@@ -28,6 +28,7 @@ _OBSERVING = frozenset(
     {
         *("telemetry.every", "eval.protocols", "eval.baseline", "eval.batch_size"),
         *("eval.online_every_epochs", "eval.test_every_epochs"),
+        *("eval.data", "eval.data_size", "eval.data_content"),  # what is measured there has a protocol of its own
     }
 )
 # A run that ended like this has no accuracy of its own. It counts as chance, or an optimizer that loses seeds would

@@ -24,6 +24,7 @@ from ssl_bench.recipe import registry
 from ssl_bench.recipe.schema import Recipe, differences, flatten, is_its_path
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime.distributed import synchronize_batch_norm
+from ssl_bench.runtime.paths import file_name
 from ssl_bench.training.build_data import about_images, dataset, evaluation_dataset, pipeline, stats, views
 from ssl_bench.training.build_networks import backbone, check_images, classifier, method, trained_backbone
 from ssl_bench.training.evaluation import Evaluation
@@ -250,7 +251,8 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
 
 def _label(data: Dataset) -> str:
     """A data set's name in a protocol's; with its content where the name does not say what it is."""
-    return f"{data.name}-{data.content[:8]}" if is_its_path(data.name) else data.name
+    name = file_name(data.name.split(":")[-1])
+    return f"{name}-{data.content[:8]}" if is_its_path(data.name) and data.content else name
 
 
 def evaluation(recipe: Recipe, data: Dataset, where: Processes) -> Evaluation:

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from made_data import encode, pixels, write_parquet
+from made_data import encode, pixels, write_images, write_parquet
 
 from ssl_bench.data.dataset import Dataset, load_dataset
+from ssl_bench.data.raw import Located, RawDataset, RawSplit
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +169,28 @@ def test_every_type_of_label(tmp_path, kind, values):
         column = pa.array(values).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values, kind)
         pq.write_table(pa.table({"image": pa.array(images(2)), "label": column}), tmp_path / f"{split}.parquet")
     assert load_dataset("hf", path=tmp_path).train.labels.tolist() == [1, 0]
+
+
+def test_images_in_files_of_their_own_lie_beside_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    write_images(tmp_path / "images", pixels(2))
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for split in ("train", "test"):
+        cells = pa.array([{"bytes": None, "path": f"images/{i}.png"} for i in range(2)], kind)
+        pq.write_table(pa.table({"image": cells, "label": [0, 1]}), tmp_path / f"{split}.parquet")
+    (batch,) = load_dataset("hf", path=tmp_path).train.batches([torch.arange(2)])
+    np.testing.assert_array_equal(batch.permute(0, 2, 3, 1).numpy(), pixels(2))
+
+
+@pytest.mark.parametrize(("count", "message"), [(2, "row 2: has a label but no image"), (4, "row 2: the last one")])
+def test_as_many_images_as_labels(count, message):
+    """A data set of somebody else's may give another number: every label after that would be of another image."""
+
+    def split(n: int) -> RawSplit:
+        return RawSplit(np.arange(3) % 2, lambda: iter(images(n)), lambda index: f"row {index}")
+
+    with pytest.raises(ValueError, match=message):
+        load_dataset("mine", locate=lambda _path: Located((), lambda: RawDataset(split(count), split(3), None)))
 
 
 # ---- what the datasets library saves, and configurations
