@@ -30,7 +30,7 @@ from ssl_bench.runtime.interrupt import Stopped, stop_if_requested
 log = logging.getLogger(__name__)
 
 META, JOURNAL = "meta.json", "blocks.jsonl"
-# What opening a copy reads to check it: 65 ms from memory, and half a second from a disk of 130 MB/s.
+# What opening a copy reads to check it: 0.05 s of processor time, and the disk's time for so much.
 CHECKED_BYTES = 64 * 2**20
 
 _Count = Annotated[int, Field(ge=0)]

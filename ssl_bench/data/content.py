@@ -22,7 +22,7 @@ def content_digest(files: Files, labels: Sequence[np.ndarray]) -> str:
         files: all files of the data set.
         labels: of each split.
     """
-    # For a million files: abspath takes seconds, and commonpath of all of them too; the first and last in order suffice.
+    # Of a million files abspath takes seconds, and so does commonpath, for which the first and the last suffice.
     paths = [path if path.startswith(os.sep) else os.path.abspath(path) for path, _, _ in files]
     ends = min(paths), max(paths)
     start = len(os.path.commonpath(ends) if len(paths) > 1 else os.path.dirname(paths[0]))

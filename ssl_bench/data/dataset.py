@@ -104,7 +104,7 @@ def load_dataset(
     cache_dir: str | Path | None = None,
     hf_config: str | None = None,
     content: str | None = None,
-    labels: bool = True,
+    labels: bool | str = True,
     test: bool = True,
     download: bool = True,
 ) -> Dataset:
@@ -126,7 +126,8 @@ def load_dataset(
             Safe under several processes: one decodes, the others wait.
         hf_config: the data set's configuration, for "hf" only; None is its only one.
         content: what `data_content` gave for this data set; None accepts any.
-        labels, test: whether the train images must have labels, and there must be a test split.
+        labels: whether the train images must have labels; what needs them, for the error.
+        test: whether there must be a test split.
         download: False refuses to download.
 
     Raises:
@@ -270,7 +271,7 @@ def _download(name: str, root: Path, download: bool) -> Located:
     return found
 
 
-def _read(name: str, located: Located, labels: bool, test: bool) -> RawDataset:
+def _read(name: str, located: Located, labels: bool | str, test: bool) -> RawDataset:
     """Reads and checks everything but the images; `labels` and `test` say what must be there."""
     raw = located.read()
     for split, part in raw.splits.items():
@@ -282,12 +283,15 @@ def _read(name: str, located: Located, labels: bool, test: bool) -> RawDataset:
     return _present(name, raw) if raw.train.labelled else raw
 
 
-def _check_needs(name: str, has_labels: bool, has_test: bool, labels: bool, test: bool, notes: Sequence[str]) -> None:
+def _check_needs(
+    name: str, has_labels: bool, has_test: bool, labels: bool | str, test: bool, notes: Sequence[str]
+) -> None:
     """Refuses a data set without what the run needs, before any image is read."""
     instead = "give eval=none, or eval.data= a data set to evaluate on"
     if labels and not has_labels:
         reason = f" ({'; '.join(notes)})" if notes else ""
-        raise ValueError(f"data {name}: the train images must have labels to train or probe on{reason}; {instead}")
+        needed = f" for {labels}" if isinstance(labels, str) else ""
+        raise ValueError(f"data {name}: the train images must have labels{needed}{reason}; {instead}")
     if test and not has_test:
         raise FileNotFoundError(
             f"data {name}: no test split beside train, which must be named {' or '.join(TEST_NAMES)} and have labels; "

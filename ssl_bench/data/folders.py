@@ -137,6 +137,7 @@ def _read_folder(root: Path, splits: Mapping[str, Sequence[str]]) -> RawDataset:
     if labelled is not None and (first := next(iter(tests))) != labelled:
         notes.append(f"{first}/ has no class folders: {labelled}/ is the test split")
     if not found:
+        notes.append("train/ has no class folders: its images have no labels")
         return RawDataset(_unlabelled(train), None, (), tuple(notes))
     split = _class_split(root / "train", classes, train, complete=True)
     test = None if labelled is None else _class_split(root / labelled, classes, tests[labelled], complete=False)

@@ -32,9 +32,8 @@ def dataset(recipe: Recipe, where: Processes) -> Dataset:
     Raises:
         ValueError, OSError: in one line; among others, it lacks the labels or the test split that the run needs.
     """
-    options, evaluation = recipe.data, recipe.eval
-    classify = recipe.track == "classify"
-    own = evaluation.data is None and bool(evaluation.protocols or evaluation.online_every_epochs)
+    options = recipe.data
+    labels, test = _needs(recipe)
     loaded = load_dataset(
         options.name,
         locate=registry.foreign("dataset", options.name),
@@ -45,13 +44,28 @@ def dataset(recipe: Recipe, where: Processes) -> Dataset:
         cache_dir=options.cache_dir,
         hf_config=options.hf_config,
         content=options.content,
-        labels=classify or own or options.holdout > 0,
-        test=(classify or own) and options.holdout == 0,
+        labels=labels,
+        test=test and options.holdout == 0,
     )
     check_images(recipe, loaded.train.image_shape[-1])
     data = (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
     where.compare(contents(data) if where.world_size > 1 else {})
     return data
+
+
+def _needs(recipe: Recipe) -> tuple[str, bool]:
+    """What needs the train images' labels ("" = nothing), and whether anything needs a test split."""
+    if recipe.track == "classify":
+        return "classification", True
+    options, users = recipe.eval, ["data.holdout"] if recipe.data.holdout else []
+    views = getattr(registry.resolve("method", recipe.method.target), "views", ()) if recipe.method.target else ()
+    users += [recipe.method.target] if any(isinstance(view, declarations.Labels) for view in views) else []
+    if options.data is not None:
+        return ", ".join(users), False
+    found = {name: registry.resolve("evaluator", name) for name in options.protocols}
+    found |= {"eval.online_every_epochs": None} if options.online_every_epochs else {}
+    users += [name for name, evaluator in found.items() if getattr(evaluator, "needs_labels", True)]
+    return ", ".join(users), any(getattr(evaluator, "needs_test", True) for evaluator in found.values())
 
 
 def evaluation_dataset(recipe: Recipe, data: Dataset, where: Processes) -> Dataset:

@@ -71,7 +71,9 @@ class Evaluation:
         """
         progress = Ticker(enabled=self.processes.main)
         results = self._evaluate(backbone, self.evaluators, self.seed, progress, projector)
-        about = {"seed": self.seed, "chance": 100 / max(1, len(self.dataset.classes))}
+        about: dict[str, Any] = {"seed": self.seed}
+        if self.dataset.classes:
+            about["chance"] = 100 / len(self.dataset.classes)
         on = f"@{self.elsewhere}" if self.elsewhere else ""
         return [{**result, "protocol": result["protocol"] + on, **about} for result in results]
 

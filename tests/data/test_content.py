@@ -134,7 +134,7 @@ def test_evaluation_on_another_data_set_has_a_name_of_its_own(tmp_path, monkeypa
         write_parquet(tmp_path / "other" / f"{split}.parquet", images, ["a", "b"] * count)
     words = [*BASE, "data=folder", "data.path=flat", "batch_size=16", "steps=2"]
     assert pretrain([*words, "run_dir=x"]) == 2
-    assert "the train images must have labels to train or probe on" in capsys.readouterr().err
+    assert "the train images must have labels for knn-v1 (no train/ folder" in capsys.readouterr().err
     assert pretrain([*words, "run_dir=none", "eval.protocols=[]"]) == 0
     assert pretrain([*words, "run_dir=r", "eval.data=hf", "eval.data_path=other"]) == 0
     (entry,) = results(tmp_path / "r")["evaluations"]

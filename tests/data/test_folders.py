@@ -97,7 +97,7 @@ def test_images_without_labels_are_for_pretraining_only(tmp_path, place):
     assert (data.classes, len(data.test), data.test.image_shape) == ((), 0, (3, 8, 8))
     for _ in range(2):  # neither before decoding nor from the cache
         with pytest.raises(
-            ValueError, match=r"folder: the train images must have labels .*give eval=none, or eval\.data="
+            ValueError, match=r"folder: the train images must have labels \(.*no .*give eval=none, or eval\.data="
         ):
             load(tmp_path / "set")
 
