@@ -36,6 +36,7 @@ _OTHER_NAMES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 _PORT = 29500
+_kept: list[Any] = []
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
 LAUNCHER = "SSL_BENCH_LAUNCHER"  # environment variable: the process id of `ssl_bench.runtime.launcher`
@@ -130,7 +131,8 @@ def meet(backend: str) -> None:
     timer.daemon = True
     timer.start()
     try:
-        store = _store(host=number == 0 and not _held_by_launcher())
+        store = _store(host=number == 0 and not _held_by_launcher(), patience=MEETING)
+        _kept.append(store)  # for as long as this process lives: if it holds the store, others still ask it
         deadline = time.monotonic() + MEETING
         store.set(_key(f"here/{number}"), "")
         while away := [other for other in range(size) if not store.check([_key(f"here/{other}")])]:
@@ -236,22 +238,15 @@ def _held_by_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _store(*, host: bool = False) -> Any:
+def _store(*, host: bool = False, patience: float = 5.0) -> Any:
     """A connection of its own to the store, so that it never waits for another thread's call."""
     from torch.distributed import TCPStore
 
     address, _, port = _address().rpartition(":")
-    patience = MEETING if host or not _initialized() else 10.0
     return TCPStore(
         address, int(port), is_master=host, timeout=timedelta(seconds=patience), wait_for_workers=False,
         multi_tenant=host,
     )  # fmt: skip
-
-
-def _initialized() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_initialized()
 
 
 def _told(store: Any) -> int | None:

@@ -8,11 +8,12 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import pytest
 import torch
 
-from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, SIGNALS, Interrupt, Stopped, stop_if_requested
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, SIGNALS, Agreement, Interrupt, Stopped, stop_if_requested
 
 # A stand-in for the loop: it works until it is asked to stop, "saves" for a moment and exits as a run does.
 CHILD = """
@@ -184,3 +185,39 @@ def test_alone_agreed_is_the_own_flag() -> None:
         assert interrupt.agreed(torch.device("cpu")) is False
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.agreed(torch.device("cpu")) is True
+
+
+def test_outside_of_the_steps_a_signal_ends_at_once_but_for_what_is_being_saved() -> None:
+    with Interrupt(at_once=True) as interrupt:
+        with interrupt.finishing():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested
+    with Interrupt(at_once=True) as interrupt, interrupt.saving():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.is_saving
+    with Interrupt(at_once=True), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_nohup_stays_what_it_is() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_processes_agree_by_elapsed_time_in_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [0.0], []
+    monkeypatch.setattr("ssl_bench.runtime.interrupt.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ssl_bench.runtime.interrupt._maximum", lambda values, _device: (looks.append(step), values)[1])
+    agreement = Agreement(Interrupt(), "cpu")
+    for step in range(1, 400):
+        now[0] += 0.05 if step < 300 else 3.0
+        agreement.reached(step)
+    quick = [step for step in looks if 60 < step < 300]
+    assert {after - before for before, after in pairwise(quick)} <= {19, 20}  # once a second
+    slow = [step for step in looks if step > 320]
+    assert slow == list(range(slow[0], 400))  # at every step, where a step takes longer than that

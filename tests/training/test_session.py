@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -45,6 +46,44 @@ def test_a_note_for_batch_scripts_lies_in_the_folder_until_the_run_goes_on(here,
     assert pretrain.main(WORDS) == 0
     assert not (here / "r/requeue").exists()
     assert [row["step"] for row in metrics(here / "r")] == list(range(1, 13))
+
+
+def test_a_signal_while_it_evaluates_ends_at_once_and_the_run_goes_on_from_its_checkpoint(here, capfd):
+    words = [*WORDS, "eval.protocols=[faults:SignalledProbe]"]
+    assert pretrain.main(words) == 75
+    assert "SIGTERM: exiting with code 75" in capfd.readouterr().err
+    assert (here / "r/requeue").exists()
+    assert not (here / "r/results.json").exists()
+    assert (here / "r/checkpoints/step-00000012").is_dir()
+    assert pretrain.main(words) == 0
+    assert "continuing r from step 12" in capfd.readouterr().err
+    assert results(here / "r")["evaluations"][0]["metrics"] == {"classes": 10.0}
+    assert not (here / "r/requeue").exists()
+
+
+def test_a_signal_while_data_is_read_ends_at_once(here):
+    words = [*WORDS, "data=faults:signalled_data", "batch_size=32", "steps=1"]
+    assert pretrain.main(words) == 75
+    assert (here / "r/requeue").exists()
+    assert not (here / "r/run.json").exists()
+    assert pretrain.main(words) == 0
+    assert results(here / "r")["step"] == 1
+
+
+def test_a_signal_in_the_last_step_spares_the_evaluation(here, monkeypatch):
+    real = Session.progress
+
+    def signalled(self: Session, step: int, row: dict[str, float] | None) -> None:
+        real(self, step, row)
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "progress", signalled)
+        assert pretrain.main(WORDS) == 75
+    assert (here / "r/checkpoints/step-00000012").is_dir()
+    assert not (here / "r/results.json").exists()
+    assert pretrain.main(WORDS) == 0
 
 
 @pytest.mark.parametrize(("left", "from_step"), [(6, 4), (8, 8), (2, None)])

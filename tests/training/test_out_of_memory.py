@@ -1,0 +1,59 @@
+"""Running out of memory is one line with what to do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import TINY_PRETRAIN
+
+from ssl_bench import pretrain
+from ssl_bench.eval.knn import KNN
+from ssl_bench.training.loop import Trainer
+from ssl_bench.training.out_of_memory import advice, largest_chunk, largest_divisor
+
+
+def test_the_largest_chunk_is_read_off_a_line_through_two_peaks():
+    # 1000 bytes whatever the size, and 10 bytes an image: (0.9 * 50,000 - 1000) / 10 = 4,400 images.
+    assert largest_chunk((32, 64), (1320, 1640), 50_000, batch=16_384) == 4096
+    assert largest_chunk((32, 64), (1320, 1640), 50_000, batch=3 * 1100) == 3300
+    assert largest_chunk((32, 64), (1320, 1640), 1_000, batch=16_384) is None
+    assert largest_divisor(96, 50, 4) == 48
+    assert largest_divisor(96, 7, 4) is None  # one image for each process has no variance
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_it_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, capsys, where):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY_PRETRAIN, "steps=6", "checkpoint.every_steps=2", "run_dir=r", "resume=auto"]
+
+    def exhausted(*_arguments, **_more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    with monkeypatch.context() as patch:
+        if where == "evaluation":
+            patch.setattr(KNN, "__call__", exhausted)
+        else:
+            line = Trainer._line
+            patch.setattr(Trainer, "_line", lambda self, rate: exhausted() if self.step == 5 else line(self, rate))
+        assert pretrain.main(words) == 2
+    errors = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    if where == "evaluation":
+        assert errors == ["error: eval.batch_size must be smaller for this memory, got 1000: CUDA out of memory"]
+    else:
+        assert errors == [
+            "error: chunk_size must be smaller for this memory, got 96 images: try chunk_size=48 (half of what did not "
+            "fit); resume=auto continues from the last checkpoint (CUDA out of memory)"
+        ]
+    assert pretrain.main(words) == 0
+    assert f"continuing r from step {6 if where == 'evaluation' else 4}" in capsys.readouterr().err
+
+
+def test_nothing_smaller_is_said_too():
+    trainer = SimpleNamespace(
+        pipeline=SimpleNamespace(batch_size=6, n_chunks=3), accelerator=SimpleNamespace(num_processes=1),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert (
+        advice(MemoryError("no"), trainer)
+        == "chunk_size=2 does not fit into this memory, nor is there a smaller one: no"
+    )
