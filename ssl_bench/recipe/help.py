@@ -13,8 +13,8 @@ from ssl_bench.recipe import registry
 from ssl_bench.recipe.compose import FOREIGN, GROUPS, choices
 from ssl_bench.recipe.schema import Plugin, Recipe
 
-USAGE = """[bold]usage[/]: accelerate launch ssl_bench/{track}.py \\[group=choice ...] \\[key=value ...] \\[--debug]
-       ssl-bench {track} \\[group=choice ...] \\[key=value ...] \\[--debug]
+USAGE = """[bold]usage[/]: ssl-bench {track} \\[--processes N|auto] \\[group=choice ...] \\[key=value ...] \\[--debug]
+       accelerate launch ssl_bench/{track}.py \\[group=choice ...] \\[key=value ...] \\[--debug]
 """
 
 Row = tuple[str, Any, str]  # key, value, meaning

@@ -79,7 +79,8 @@ def _write(record: RunRecord, texts: dict[str, str], folder: Path) -> None:
             with atomic_file(folder / name, synced=False) as file:
                 file.write(texts[name].encode())
         elif name == TELEMETRY and (record.folder / name).is_file():
-            shutil.copyfile(record.folder / name, folder / name)
+            with open(record.folder / name, "rb") as telemetry, atomic_file(folder / name, synced=False) as file:
+                shutil.copyfileobj(telemetry, file)
         else:
             (folder / name).unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, SIGNALS
-from ssl_bench.runtime.peers import LAUNCHER, SAVING_GRACE, tell
+from ssl_bench.runtime.peers import LAUNCHER, SAVING_GRACE, follow_parent, tell
 
 POLL = 0.1  # seconds
 # Seconds from the first process's end until the others get SIGTERM, and from there until they are killed. They know of
@@ -58,6 +58,7 @@ def launch(words: Sequence[str], processes: int) -> int:
     }
     ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in SIGNALS if number not in ignored}
+    follow_parent()  # it may be started by a study's launcher or a batch job in its turn
     # The context would install handlers that raise, in the middle of the start.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     context = start_processes(

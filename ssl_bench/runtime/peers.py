@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -144,11 +145,9 @@ def meet(backend: str) -> None:
                     f"{', '.join(map(str, away))} at {where} ({given}; {alone})"
                 )
             time.sleep(0.05)
-        # Parameters that took no part in the loss are named in DistributedDataParallel's error at this level.
-        dist.set_debug_level(dist.DebugLevel.INFO)
         group = dist.PrefixStore(_key("group"), store)
         dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=SOLO_WORK)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:
         raise ValueError(f"the {size} processes cannot meet at {where} ({given}; {alone}): {error}") from error
     finally:
         timer.cancel()
@@ -193,14 +192,15 @@ def told() -> int | None:
 
 
 class Watch:
-    """Ends this process, wherever it waits, when another one of the run has failed; a context.
+    """Ends this process, wherever it waits, when another one of the run has ended before its time; a context.
 
     Args:
         is_saving: whether a checkpoint is being written just now, which is finished first.
+        at_end: called with the exit code before the process ends.
     """
 
-    def __init__(self, is_saving: Callable[[], bool] = lambda: False) -> None:
-        self._is_saving, self._over = is_saving, threading.Event()
+    def __init__(self, is_saving: Callable[[], bool], at_end: Callable[[int], None]) -> None:
+        self._is_saving, self._at_end, self._over = is_saving, at_end, threading.Event()
 
     def __enter__(self) -> "Watch":
         if world_size() > 1:
@@ -225,6 +225,7 @@ class Watch:
             time.sleep(0.1)
         if self._over.wait(GRACE):
             return
+        self._at_end(code)
         sys.stderr.flush()
         os._exit(code)
 
@@ -238,13 +239,26 @@ def _held_by_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _store(*, host: bool = False, patience: float = 5.0) -> Any:
-    """A connection of its own to the store, so that it never waits for another thread's call."""
+def _store(*, host: bool = False, patience: float = 1.0) -> Any:
+    """A connection of its own to the store, so that it never waits for another thread's call.
+
+    Raises:
+        OSError: nobody answers there.
+    """
+    address, _, port = _address().rpartition(":")
+    deadline = time.monotonic() + patience
+    while not host:  # asked by a plain socket first: torch's prints a page of its own where nobody answers
+        try:
+            socket.create_connection((address, int(port)), timeout=5.0).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     from torch.distributed import TCPStore
 
-    address, _, port = _address().rpartition(":")
     return TCPStore(
-        address, int(port), is_master=host, timeout=timedelta(seconds=patience), wait_for_workers=False,
+        address, int(port), is_master=host, timeout=timedelta(seconds=max(patience, 10.0)), wait_for_workers=False,
         multi_tenant=host,
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ class Session:
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, warn=processes.say)
         self._interrupt = Interrupt(at_once=True)
         self._agreement = Agreement(self._interrupt, processes.device)
-        self._watch = Watch(lambda: self._interrupt.is_saving)
+        self._watch = Watch(lambda: self._interrupt.is_saving, self._leave_note)
         self._progress: Progress | None = None
         self.results: dict[str, Any] | None = None  # what the run in this directory ended with; None if it has not
 
@@ -93,13 +93,18 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is not None and issubclass(error[0], Stopped) and self.processes.main:
-            leave_note(self.folder)
+        if error[0] is not None and issubclass(error[0], Stopped):
+            self._leave_note()
         if self.processes.accelerator.trackers:
             self.processes.accelerator.end_training()
         self._run.close()
         self._watch.__exit__(*error)
         self._interrupt.__exit__(*error)
+
+    def _leave_note(self, code: int = REQUEUE_EXIT_CODE) -> None:
+        """For a batch script that does not see the exit code (see `ssl_bench.runtime.interrupt`)."""
+        if self.processes.main and code == REQUEUE_EXIT_CODE:
+            leave_note(self.folder)
 
     def _sound_results(self) -> dict[str, Any] | None:
         """The results on disk; None, with a line, where the backbone beside them is no whole file."""
@@ -197,8 +202,7 @@ class Session:
 
     def interrupted(self, outcome: Outcome) -> int:
         """Says how to continue a run that a signal stopped; returns the exit code that asks for a requeue."""
-        if self.processes.main:
-            leave_note(self.folder)
+        self._leave_note()
         self.processes.say(
             f"stopped at step {outcome.step}; start again with resume=auto run_dir={self.folder} to continue"
         )

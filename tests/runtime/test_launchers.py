@@ -40,7 +40,7 @@ def workers(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = process.info["cmdline"] or []
-        trains = "ssl_bench.pretrain" in words or str(SCRIPTS / "pretrain.py") in words[1:2]
+        trains = "ssl_bench.pretrain" in words or str(SCRIPTS / "pretrain.py") in words[1:3]
         if trains and process.info["cwd"] == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
@@ -91,7 +91,7 @@ def test_the_workers_of_a_launcher_that_dies_save_and_end(tmp_path, launcher, nu
     process = start(tmp_path, [*LAUNCHERS[launcher], *LONG])
     assert workers(tmp_path)
     process.send_signal(number)
-    process.wait(timeout=60)
+    process.communicate(timeout=60)
     wait_for(lambda: not workers(tmp_path), 60)
     assert process.returncode != 0
     assert (tmp_path / "r/requeue").exists()  # for a batch script, as the exit code is the launcher's own
