@@ -11,6 +11,7 @@ lightly's tutorials a ResNet as `nn.Sequential` of its children; MoCo ``module.e
 
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from ssl_bench.models.backbone import seeded
 
 ENOUGH = 0.9  # of the tensors must fit
 
@@ -81,7 +83,8 @@ def load_published(model: nn.Module, name: str, **options: Any) -> str:
         ValueError: one line; there are no weights of that name, they cannot be fetched, or they do not fit.
     """
     try:
-        source = timm.create_model(name, pretrained=True, num_classes=0, **options)
+        with seeded(0):  # the initial weights, which are replaced, must not move the global generator
+            source = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # timm's, huggingface_hub's and the network's
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -98,14 +101,16 @@ def read_tensors(path: str | Path) -> Tensors:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; what matters follows
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
             f"checkpoint {file} must hold tensors, numbers and text alone, got {match[1] if match else 'another'}: "
             "nothing is unpickled here, because that can run code; where you trust the file, save its state_dict alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # torch raises many kinds for files that are no checkpoint
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"checkpoint {file} must be a file of safetensors or torch, got one that is not: {reason}"
@@ -159,28 +164,27 @@ def fill(model: nn.Module, tensors: Tensors, what: str) -> str:
             f"architecture's? First mismatches: {_few(faults)}"
         )
     counts = {name: value for name, value in tensors.items() if name.endswith("num_batches_tracked")}
-    state = model.state_dict()
-    for name, value in state.items():
-        plain = name.removesuffix("num_batches_tracked")
-        source = match.found.get(name) if plain == name else counts.get(match.prefix + name)
+    for name, value in model.state_dict().items():
+        source = match.found.get(name, counts.get(match.prefix + name))
         if source is not None and source.shape == value.shape:
             value.copy_(source)
-    parts = [f"{what}: {match.fits} of {len(own)} tensors loaded"]
-    parts[0] += f" (named {match.prefix}*)" if match.prefix else ""
-    other = [name for name, value in match.found.items() if _resampled(tensors.get(match.prefix + name), value)]
-    if other:
-        parts.append(f"resampled: {_few(other)}")
+    parts = [
+        f"{what}: {match.fits} of {len(own)} tensors loaded" + (f" (named {match.prefix}*)" if match.prefix else "")
+    ]
+    before = {name: tensors.get(match.prefix + name) for name in match.found}
+    if resampled := [
+        name for name, old in before.items() if old is not None and old.numel() != match.found[name].numel()
+    ]:
+        parts.append(f"resampled: {_few(resampled)}")
     if wrong or absent:
         parts.append(f"left as initialised: {_few([*wrong, *absent])}")
-    used = len(match.found) + sum(name.startswith(match.prefix) for name in counts)
-    if left := len(tensors) - used:
+    if left := len(tensors) - len(match.found) - sum(name.startswith(match.prefix) for name in counts):
         unused = [name for name in tensors if name not in counts and not _named(name, match)]
         parts.append(f"{left} of the file not used" + (f": {_few(unused)}" if unused else ""))
-    first = own.get("conv1.weight")
-    if match.prefix.endswith(("backbone.", "encoder.")) and "state_dict." in match.prefix and first is not None:
-        conv: Any = getattr(model, "conv1", None)
-        if first.shape[-1] == 3 and conv.padding == (1, 1):
-            parts.append(_SOLO_STEM)
+    conv: Any = getattr(model, "conv1", None)
+    lightning = match.prefix in ("state_dict.backbone.", "state_dict.encoder.")
+    if lightning and isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1):
+        parts.append(_SOLO_STEM)
     return "; ".join(parts)
 
 
@@ -285,10 +289,6 @@ def _named(name: str, match: _Match) -> bool:
         return False
     rest = name[len(match.prefix) :]
     return rest in match.found or rest.partition(".")[0] in {found.partition(".")[0] for found in match.found}
-
-
-def _resampled(before: Tensor | None, after: Tensor) -> bool:
-    return before is not None and before.numel() != after.numel()
 
 
 def _size(tensor: Tensor) -> str:

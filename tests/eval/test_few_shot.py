@@ -59,8 +59,9 @@ def test_mean_and_deviation_over_five_draws(monkeypatch: pytest.MonkeyPatch) -> 
     x, y = digits()
     metrics = FewShot()(Probe.from_features(x[:1200], y[:1200], x[1200:], y[1200:]))
     assert set(metrics) == {
-        *("top1_1pct", "top1_1pct_sd", "n_1pct", "top1_10pct", "top1_10pct_sd", "n_10pct", "n_test"),
+        *("top1", "top1_1pct", "top1_1pct_sd", "n_1pct", "top1_10pct", "top1_10pct_sd", "n_10pct", "n_test"),
     }
+    assert metrics["top1"] == metrics["top1_10pct"]
     assert metrics["n_1pct"] == 10
     assert metrics["n_10pct"] == pytest.approx(120, abs=3)
     assert 30 < metrics["top1_1pct"] < 75
