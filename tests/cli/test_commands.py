@@ -151,7 +151,7 @@ def test_evaluate_takes_a_backbone_that_no_run_has_trained(here):
             "model.checkpoint=bt.pth",
         ): "must fit the backbone in at least 90% of the tensors, got 55%",
         ("optimizer.lr=1",): "optimizer.lr has no effect on an evaluation (what has: data, model, eval, ",
-        ("eval=none",): "eval.protocols must name at least one evaluator, got none",
+        ("eval.protocols=[]",): "eval.protocols must name at least one evaluator, got none",
         ("model.name=resnet81",): "unknown model 'resnet81'",
     }.items():
         refused = CliRunner().invoke(cli.app, [*given, *words])
@@ -204,11 +204,16 @@ def test_a_model_that_does_not_fit_leaves_no_folder(here, capsys, words, message
 
 
 @pytest.mark.parametrize(
-    ("model", "layer"), [("vit_tiny", "blocks.11.attn.qkv"), ("convnext_atto", "stages.3.blocks.1.mlp.fc2")]
+    ("track", "model", "layer"),
+    [
+        ("pretrain", "vit_tiny", "blocks.11.attn.qkv"),
+        ("classify", "convnext_atto", "stages.3.blocks.1.mlp.fc2"),
+        pytest.param("classify", "vit_tiny", "blocks.0.attn.proj", marks=pytest.mark.slow),
+        pytest.param("pretrain", "convnext_atto", "stages.0.blocks.0.conv_dw", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("track", ["pretrain", "classify"])
 def test_layers_of_any_model_are_named_in_the_telemetry(here, track, model, layer):
-    """One row for each tensor that is adapted, by its module's name."""
+    """One row for each trainable tensor, by its module's name."""
     main = {"pretrain": pretrain.main, "classify": classify.main}[track]
     words = ["data=digits", f"model={model}", "steps=1", "batch_size=4", "telemetry.every=1", "run_dir=r", "device=cpu"]
     assert (
@@ -218,7 +223,7 @@ def test_layers_of_any_model_are_named_in_the_telemetry(here, track, model, laye
     table = pq.read_table(here / "r/telemetry.parquet").to_pylist()
     head = json.loads((here / "r/run.json").read_text())
     assert sorted(row["layer"] for row in table) == sorted(
-        name for group in head["param_groups"] if group["adapt"] for name in group["param_names"]
+        name for group in head["param_groups"] for name in group["param_names"]
     )
     (row,) = (row for row in table if row["layer"] == f"backbone.{layer}.weight")
     assert row["weight_norm"] > 0
