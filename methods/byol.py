@@ -10,7 +10,7 @@ from ssl_bench.methods.parts.teacher import Teacher, cosine
 class BYOL(Method):
     """Predicts from each view what a slowly moving copy of the network makes of the other view; no negatives.
 
-    The student's backbone is what is evaluated, as in the paper (section 3.3).
+    The student's backbone is what is evaluated, as in the paper.
 
     Args:
         backbone: maps images (n, 3, H, W) to features (n, feature_dim).

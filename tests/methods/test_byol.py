@@ -44,7 +44,7 @@ def test_loss_is_lightlys():
 
 
 def test_the_teachers_momentum_goes_to_one_along_a_cosine():
-    """Paper, section 3.2: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2."""
+    """Paper: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2."""
     assert_follows(method(momentum=0.9), lambda progress: 1 - 0.1 * (math.cos(math.pi * progress) + 1) / 2)
 
 
