@@ -186,13 +186,15 @@ def distance(expected: State, actual: State) -> tuple[float, str]:
     """The largest difference between two states, relative to each tensor's largest entry, and where it is."""
     if expected.keys() != actual.keys():
         return float("inf"), f"names: {', '.join(sorted(expected.keys() ^ actual.keys()))}"
+    # The gradient of a bias in front of a batch norm is 0 but for rounding, and that is of the size of the others'.
+    steepest = max((float(v.abs().max()) for name, v in expected.items() if name.startswith("gradient")), default=0.0)
     worst = (0.0, "")
     for name, value in expected.items():
         if value.numel() == 0:
             continue
         difference = float((value.double() - actual[name].double()).abs().max())
-        # A bias in front of a batch norm has gradient 0 but for rounding.
-        scale = max(float(value.double().abs().max()), 1e-3)
+        floor = max(1e-3, 0.1 * steepest) if name.startswith("gradient") else 1e-3
+        scale = max(float(value.double().abs().max()), floor)
         worst = max(worst, (difference / scale if difference == difference else float("inf"), name))
     return worst
 
