@@ -92,7 +92,10 @@ def verify(
     cache_dir: CacheDir = None,
     debug: Debug = False,
 ) -> None:
-    """Compare every block of the decoded copies with its digest; exit code 1 if one differs."""
+    """Check every byte of the decoded copies.
+
+    Compares each block with its digest; the exit code is 1 if one differs.
+    """
 
     def command() -> int:
         from ssl_bench.data.copies import cache_folder, chosen
@@ -118,7 +121,10 @@ def clear(
     cache_dir: CacheDir = None,
     debug: Debug = False,
 ) -> None:
-    """Remove decoded copies, and downloads if asked; they are made again when a run needs them."""
+    """Remove decoded copies, and downloads if asked.
+
+    They are made again when a run needs them.
+    """
 
     def command() -> int:
         from ssl_bench.data.copies import cache_folder, chosen, downloaded, remove, size_of

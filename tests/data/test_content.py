@@ -1,5 +1,6 @@
 """A data set is known by what it holds, wherever it lies."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from ssl_bench.pretrain import main as pretrain
 from ssl_bench.recipe.compose import compose
 from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.schema import differences
+from ssl_bench.study.grid import Cell, load_study
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +159,24 @@ def test_keys_without_effect_are_refused(words, message):
         compose("pretrain", words)
     with pytest.raises(ValueError, match=r"eval\.data must be null on the track classify"):
         compose("classify", ["eval.data=digits"])
+
+
+def test_a_studys_cells_are_known_by_what_lies_at_their_paths(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "train" / "cat" / "0.png").unlink()
+
+    def study(*names: str) -> list[Cell]:
+        paths = [str(tmp_path / name) for name in names]
+        block = {"track": "pretrain", "set": {"data": "folder"}, "axes": [{"data.path": paths}]}
+        (tmp_path / "two.yaml").write_text(json.dumps({"seeds": [0], "blocks": [block]}))
+        return list(load_study(str(tmp_path / "two.yaml")).cells)
+
+    one, other = study("set", "other")
+    assert one.recipe == recipe(folder)  # what the run itself will find, so that its record is recognised
+    assert one.identity != other.identity
+    assert study("copy", "other")[0].identity == one.identity
+    with pytest.raises(ValueError, match="two cells are the same experiment"):
+        study("set", "copy")
+    with pytest.raises(ValueError, match=r"folder: path must be a directory, got .*nowhere"):
+        study("set", "nowhere")

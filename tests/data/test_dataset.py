@@ -244,7 +244,7 @@ def test_stl10s_unlabeled_images_are_a_data_set_of_their_own(tmp_path, monkeypat
     data = load_dataset("stl10_unlabeled", path=tmp_path, labels=False, test=False)
     np.testing.assert_array_equal(all_images(data.train), images)
     assert (len(data.test), data.classes) == (0, ())
-    with pytest.raises(ValueError, match=r"stl10_unlabeled: the train images must have labels .*eval\.data="):
+    with pytest.raises(ValueError, match=r"stl10_unlabeled: the train images must have labels; .*eval\.data="):
         load_dataset("stl10_unlabeled", path=tmp_path)
 
 
