@@ -9,7 +9,9 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
 
 def _from(url: str, file: RemoteFile, part: Path) -> str | None:
     """Downloads from one address; returns what is wrong, or None once the part is the whole file."""
-    failed, wait, fault = 0, WAIT, ""
+    failed, wait, fault, again = 0, WAIT, "", False
     while failed < ATTEMPTS:
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -80,6 +82,8 @@ def _from(url: str, file: RemoteFile, part: Path) -> str | None:
                 whole = True
             elif error.code < 500:
                 return fault
+        except DownloadError:  # of our own disk, which no second attempt mends
+            raise
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             fault, whole = " ".join(str(reason).split()) or type(reason).__name__, False
@@ -93,9 +97,9 @@ def _from(url: str, file: RemoteFile, part: Path) -> str | None:
                 return None
             if whole:
                 part.unlink()
-                if not before:
+                if again or not before:
                     return f"gives another file: md5 must be {file.md5}, got {digest} of {size} bytes"
-                fault = "what was there did not fit to the rest"
+                again = True  # what was there may have been of another file: once more, from the start
         failed = failed + 1 if size <= before else 0
         if failed and failed < ATTEMPTS:
             _sleep(wait)
@@ -119,13 +123,24 @@ def _receive(url: str, name: str, part: Path) -> bool:
             have = 0  # a server that knows no ranges sends the file from its start
         length = response.headers.get("Content-Length", "")
         total = have + int(length) if length.isdecimal() else None
-        with open(part, "ab" if have else "wb") as file, Tally(f"downloading {name}", total, "bytes") as tally:
+        with _disk_errors(part), open(part, "ab" if have else "wb") as file:
+            pass  # made or emptied before the first byte is waited for
+        with Tally(f"downloading {name}", total, "bytes") as tally:
             while data := response.read(_CHUNK):
                 stop_if_requested("downloading")
-                file.write(data)
+                with _disk_errors(part), open(part, "ab") as file:
+                    file.write(data)
                 have += len(data)
                 tally(have)
     return total is None or have >= total
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DownloadError(f"{path}: {error.strerror}") from error
 
 
 def _starts_at(response: http.client.HTTPResponse, place: int) -> bool:
@@ -154,7 +169,7 @@ def unpack(archive: Path, folder: Path) -> None:
         else:
             with gzip.open(archive) as packed, open(folder / archive.stem, "wb") as file:
                 shutil.copyfileobj(packed, file, _CHUNK)
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, UnicodeError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, UnicodeError, zlib.error) as error:
         raise DownloadError(f"{archive}: cannot be unpacked ({' '.join(str(error).split())})") from error
 
 

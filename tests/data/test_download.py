@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from tiny_disk import mounted
 
 from ssl_bench.data import download as module
 from ssl_bench.data.download import DownloadError, RemoteFile, download, fetch, unpack
@@ -127,6 +128,21 @@ def test_another_file_is_refused_and_not_kept(server, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_another_file_in_pieces_ends_too(server, tmp_path):
+    server.content, server.breaks_after = CONTENT[::-1], 1_200_000
+    with pytest.raises(DownloadError, match="gives another file"):
+        fetch(remote(server), tmp_path)
+    assert len(server.requests) == 6  # from the start, and once more
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_at_once(server, tmp_path):
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        with pytest.raises(DownloadError, match=r"set\.bin\.part: No space left on device"):
+            fetch(remote(server), disk)
+        assert len(server.requests) == 1
+
+
 def test_errors_of_the_server_are_tried_again_and_those_of_the_address_are_not(server, tmp_path):
     server.errors = [503, 500]
     assert fetch(remote(server), tmp_path).read_bytes() == CONTENT
@@ -183,7 +199,9 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, members):
 
 
 def test_a_damaged_archive_is_named(tmp_path):
-    for name, content in (("x.tar.gz", tar({"a": CONTENT})[:1000]), ("x.gz", gzip.compress(CONTENT)[:1000])):
+    whole = gzip.compress(CONTENT)
+    torn = whole[:5000] + bytes(1000) + whole[6000:]
+    for name, content in (("x.tar.gz", tar({"a": CONTENT})[:1000]), ("x.gz", whole[:1000]), ("y.gz", torn)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DownloadError, match=rf"{re.escape(name)}: cannot be unpacked"):
             unpack(tmp_path / name, tmp_path)
