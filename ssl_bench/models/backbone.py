@@ -87,7 +87,11 @@ def create_backbone(
     if factory is None:
         # Pooled features may pass one more layer (MobileNetV3), or stand beside others (two class tokens): what counts
         # is what comes out, and timm's num_features is the number before.
-        features = _width(model, in_chans, native_size(model)) or features
+        shape = _output_shape(model, in_chans, native_size(model))
+        if not isinstance(shape, Exception):
+            if len(shape) != 2:
+                raise ValueError(f"model {name} must give (n, D) features, got {tuple(shape)} of two images")
+            features = shape[1]
         if features != model.num_features:
             model.num_features = features
     return model, features
@@ -124,12 +128,6 @@ def native_size(model: nn.Module) -> int:
     if isinstance(own, tuple) and isinstance(own[0], int):
         return own[0]
     return int((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1])
-
-
-def _width(model: nn.Module, in_chans: int, side: int) -> int | None:
-    """The number of features that a model gives, found without computing them; None if torch cannot tell."""
-    shape = _output_shape(model, in_chans, side)
-    return None if isinstance(shape, Exception) or len(shape) != 2 else shape[1]
 
 
 def _output_shape(model: nn.Module, in_chans: int, side: int) -> torch.Size | Exception:
