@@ -12,7 +12,6 @@ be alive.
 import contextlib
 import json
 import os
-import re
 import socket
 import tempfile
 import time
@@ -106,12 +105,13 @@ def holder(folder: Path, name: str, *, expiry: float = EXPIRY) -> str | None:
 
 def _claims(folder: Path, name: str) -> dict[int, Path]:
     """The claims on a name by generation, dead or alive."""
-    pattern = re.compile(re.escape(name) + r"\.claim-(\d+)")
+    start = f"{name}.claim-"
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return {}
-    return {int(match[1]): folder / one for one in names if (match := pattern.fullmatch(one))}
+    ends = {one: one.removeprefix(start) for one in names if one.startswith(start)}
+    return {int(end): folder / one for one, end in ends.items() if end.isdecimal()}
 
 
 def _alive(path: Path, owner: str, expiry: float, glance: bool = False) -> bool:

@@ -20,6 +20,7 @@ from ssl_bench.study.cells import CellStore
 from ssl_bench.study.grid import Cell
 
 STEPS = 5  # of a measurement; the first warms up and is not counted
+ENOUGH = 20  # runs whose speed is read
 BATCH = 256  # images in each of its steps, at most
 TIMEOUT = 900.0  # seconds
 
@@ -106,7 +107,7 @@ def duration(seconds: float) -> str:
 
 
 def _recorded(cells: Sequence[Cell], store: CellStore) -> Speed | None:
-    """The median of the runs that these cells have left so far."""
+    """The median of the first runs that these cells have left so far."""
     found = []
     for cell in cells:
         try:
@@ -114,6 +115,8 @@ def _recorded(cells: Sequence[Cell], store: CellStore) -> Speed | None:
         except (RecordError, OSError):
             continue
         found += [speed] if speed else []
+        if len(found) == ENOUGH:
+            break
     if not found:
         return None
     return Speed(statistics.median(speed.images_per_second for speed in found), found[0].train_size)

@@ -1,11 +1,12 @@
 """Reading run directories: damage by name, the status of every kind of run, the sound among the others."""
 
+import math
 from pathlib import Path
 
 import pytest
 from made_run import RECIPE, begun, ended, open_run
 
-from ssl_bench.records.reader import RecordError, find_runs, read_run
+from ssl_bench.records.reader import RecordError, find_runs, iterate_metrics, read_run
 from ssl_bench.records.storage import jsonable
 
 
@@ -63,3 +64,20 @@ def test_find_runs_lists_the_sound_and_the_skipped_with_the_reason(tmp_path: Pat
     assert not any("\n" in reason for reason in reasons.values())
     with pytest.raises(RecordError, match="no such folder"):
         find_runs(tmp_path / "absent")
+
+
+def test_metrics_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    """A leaderboard of long runs needs their last rows alone: damage before it is found when all are read."""
+    ended(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [f'{{"step": {step}, "epochs": {step / 4}, "loss": "nan"}}' for step in range(1, 9)]
+    path.write_text("\n".join(["{damaged", *rows]) + '\n{"step": 9, "ep')
+    ((record,), skipped) = find_runs(tmp_path)
+    assert skipped == []
+    assert record.last_metrics["step"] == 8
+    assert math.isnan(record.last_metrics["loss"])
+    with pytest.raises(RecordError, match="line 1 of 10"):
+        _ = record.metrics
+    path.write_text("\n".join(rows) + '\n{"step": 9, "ep')
+    assert [row["step"] for row in read_run(tmp_path / "run").metrics] == list(range(1, 9))
+    assert [row["step"] for row in iterate_metrics(tmp_path / "run")] == list(range(1, 9))

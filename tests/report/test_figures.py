@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -9,7 +10,7 @@ from synthetic_runs import LAYERS, analysis_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
-from ssl_bench.report.curves import load_curves, short_names, thin
+from ssl_bench.report.curves import load_curves, load_metrics, short_names, thin
 from ssl_bench.report.figures import plates as plates_module
 from ssl_bench.report.figures.drawing import legend_below, looks_of, save, style
 from ssl_bench.report.figures.plates import demo_figure, write_figures
@@ -30,6 +31,25 @@ def test_curves_are_the_record(tmp_path: Path) -> None:
     assert curves.metric("online_top1")[0].size == 0
     assert not curves.has("phi")  # LARS has none
     assert curves.has("raw_ratio")
+
+
+def test_both_readers_of_metrics_give_the_same(tmp_path: Path) -> None:
+    """Arrow's, and the one line by line for what Arrow does not read: a word for a number, a line cut short."""
+    write_run(tmp_path / "run", telemetry=False)
+    path = tmp_path / "run" / "metrics.jsonl"
+    fast = load_metrics(tmp_path / "run")
+    path.write_text(path.read_text() + '{"step": 65, "lo')
+    slow = load_metrics(tmp_path / "run")
+    assert fast.keys() == slow.keys()
+    for name, values in fast.items():
+        np.testing.assert_array_equal(values, slow[name])
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": "nan"}\n{"step": 3, "loss": 1e300, "top1": 4}\n')
+    odd = load_metrics(tmp_path / "run")
+    np.testing.assert_array_equal(odd["loss"], [2.5, np.nan, np.nan])
+    np.testing.assert_array_equal(odd["top1"], [np.nan, np.nan, 4.0])
+    path.write_text('{"step": 2}\n{"step": 1}\n')
+    with pytest.raises(ValueError, match="steps do not ascend"):
+        load_metrics(tmp_path / "run")
 
 
 def test_a_run_without_telemetry_has_no_layers(tmp_path: Path) -> None:

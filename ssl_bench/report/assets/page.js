@@ -18,7 +18,7 @@ function make(tag, attributes = {}, ...children) {
 
 /** Text in which a number between ** is bold; other stars of a record's text stay as they are. */
 function rich(text) {
-  return text.split(/\*\*(\d+\.\d+)\*\*/).map((part, index) => (index % 2 ? make("strong", {}, part) : part));
+  return text.replaceAll(" = ", "\u00a0=\u00a0").split(/\*\*(\d+\.\d+)\*\*/).map((part, index) => (index % 2 ? make("strong", {}, part) : part));
 }
 
 /** The colour and dashes of an optimizer or arm: the same in every chart. */
