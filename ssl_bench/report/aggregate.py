@@ -223,7 +223,14 @@ class Collection:
 
     def protocols(self, problem: str) -> list[str]:
         """The protocols that any run of a problem has; first the one for comparisons, which covers the most runs."""
-        return ordered(Counter(n for c in self.cells if c.problem == problem for r in c.results for n in r.scores))
+        return self._protocols.get(problem, [])
+
+    @cached_property
+    def _protocols(self) -> dict[str, list[str]]:
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for cell in self.cells:
+            counts[cell.problem].update(name for result in cell.results for name in result.scores)
+        return {problem: ordered(count) for problem, count in counts.items()}
 
     def headline(self, problem: str) -> str:
         """The protocol by which a problem's runs are compared with each other."""

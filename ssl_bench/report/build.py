@@ -46,6 +46,7 @@ class Loader:
         self.problems: list[Skipped] = []
         self._curves: dict[Result, Curves] = {}
         self._layers: dict[Path, Layers] = {}
+        self._bytes = 0  # of the kept layers
 
     def __call__(self, result: Result) -> Curves:
         if result not in self._curves:
@@ -58,9 +59,10 @@ class Loader:
         found = self._layers.pop(folder, None)
         if found is None:
             found = self._guarded(folder, load_layers, Layers(), "layers")
+            self._bytes += found.size
         self._layers[folder] = found  # last in the order of use
-        while len(self._layers) > 1 and sum(layers.size for layers in self._layers.values()) > _KEPT_BYTES:
-            del self._layers[next(iter(self._layers))]
+        while self._bytes > _KEPT_BYTES and len(self._layers) > 1:
+            self._bytes -= self._layers.pop(next(iter(self._layers))).size
         return found
 
     def _guarded(self, folder: Path, load: Callable[[Path], Loaded], instead: Loaded, what: str) -> Loaded:
