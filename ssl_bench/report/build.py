@@ -91,6 +91,7 @@ def all_tables(collection: Collection, load: Load, *, study: Study | None) -> li
         results.table1_wide(collection),
         *(results.results_table(collection, problem) for problem in collection.problems),
         comparisons.comparisons(collection),
+        questions.methods(collection),
         questions.aggregates(collection),
         comparisons.profile_table(collection),
         questions.time_to_target(collection, load),

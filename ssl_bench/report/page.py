@@ -48,6 +48,7 @@ SHORT = {
     "profiles": "Profiles",
     "variance": "Variance",
     "phi": "φ",
+    "methods": "Methods",
     "aggregates": "All settings",
     "time-to-target": "Time to target",
     "lr-scaling": "lr and B",

@@ -312,6 +312,38 @@ def _early(cell: Cell, load: Load) -> list[float] | None:
     return np.mean(rows, axis=0).tolist() if rows else None
 
 
+# Methods -------------------------------------------------------------------------------------------------------------
+
+
+def methods(collection: Collection) -> Table:
+    """Methods against methods: each optimizer's best accuracy under every method, where two or more ran."""
+    found: dict[tuple[str, int, str], dict[str, Arm]] = defaultdict(dict)
+    for setting, contenders in arms(collection).items():
+        if setting.problem != "classification":  # which is no method, and has no probe
+            for arm in best_arms(contenders):
+                found[setting.dataset, setting.batch_size, arm.optimizer][setting.problem] = arm
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    notes = (
+        "Each optimizer at its best learning rate and variant under each method: mean ± sd over seeds, with the "
+        "protocol where the methods' differ. The runs of two methods need not be equally long: see their epochs "
+        "below.",
+    )
+    table = Table("methods", "Methods compared", ("data set", "batch size", "optimizer", *names), notes)
+    for (dataset, batch_size, optimizer), row in found.items():
+        if len(row) < 2:
+            continue
+        alike = len({arm.protocol for arm in row.values()}) == 1
+        texts = {}
+        for name, arm in row.items():
+            cell = arm.best or next(cell for cell in arm.cells if cell.failed)
+            texts[name] = cell.text(arm.protocol) + ("" if alike else f", {arm.protocol}")
+        tops = {f"top1_{name}": arm.top1 for name, arm in row.items()}
+        place: dict[str, Value] = {"dataset": dataset, "batch_size": batch_size, "optimizer": optimizer}
+        shown = (texts.get(name, "–") for name in names)
+        table.add((dataset, str(batch_size), optimizer, *shown), place | tops)
+    return table
+
+
 # All settings at once ------------------------------------------------------------------------------------------------
 
 

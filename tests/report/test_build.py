@@ -12,6 +12,7 @@ from synthetic_runs import write_run
 from typer.testing import CliRunner
 
 from ssl_bench.cli.report import register
+from ssl_bench.report import build
 from ssl_bench.report.build import Loader, all_tables, write_report
 from ssl_bench.report.leaderboard import read_collection
 from ssl_bench.report.scope import coverage
@@ -153,3 +154,19 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not {'numpy', 'matplotlib', 'torch', 'ssl_bench.report.build'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ)
+
+
+def test_few_layers_are_kept_and_all_can_be_had_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        write_run(tmp_path / f"{seed}", seed=seed, steps=20)
+    collection = read_collection(tmp_path)
+    reads: list[str] = []
+    real = build.load_layers
+    monkeypatch.setattr(build, "load_layers", lambda folder: (reads.append(folder.name), real(folder))[1])
+    monkeypatch.setattr(build, "_KEPT_BYTES", 0)
+    load = Loader()
+    first = [load(result).telemetry["weight_norm"].sum() for result in collection.results]
+    assert [load(result).telemetry["weight_norm"].sum() for result in collection.results] == first
+    assert reads == ["0", "1", "2", "0", "1", "2"]
+    assert load(collection.results[2]).has("weight_norm")
+    assert len(reads) == 6  # the last one is kept

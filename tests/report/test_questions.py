@@ -131,6 +131,18 @@ def test_aggregates_are_over_shared_settings(tmp_path: Path) -> None:
     assert (lars["P(best)"], lamb["P(best)"]) == ("0.50", "0.50")
 
 
+def test_methods_stand_beside_methods(tmp_path: Path) -> None:
+    for method, top1 in {"barlow_twins": 60.0, "simclr": 65.0}.items():
+        for seed in range(2):
+            name = tmp_path / f"{method}{seed}"
+            write_run(name, track="pretrain", method=method, top1=top1 + seed, seed=seed, telemetry=False)
+    write_run(tmp_path / "lamb", track="pretrain", optimizer="lamb", telemetry=False)  # under one method alone
+    write_run(tmp_path / "clf", telemetry=False)
+    table = questions.methods(collect(tmp_path))
+    assert table.columns[3:] == ("barlow_twins", "simclr")
+    assert table.rows == [("cifar10", "512", "LARS", "60.50 ± 0.71 (n = 2)", "65.50 ± 0.71 (n = 2)")]
+
+
 def test_a_study_without_curves_has_no_such_tables(tmp_path: Path) -> None:
     write_run(tmp_path / "a", telemetry=False)
 
