@@ -4,6 +4,7 @@ Within a setting (problem, data set, batch size) the contenders are *arms*: an o
 trials are its learning rates.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Comparison:
         paired: None where they share no seed that ended.
         adjusted: the p value after Holm's correction for the family; None without a test.
         unpaired: seeds that both started and at least one has not ended.
+        test_error: half the 95% interval over other test images, as if the two had seen different ones; it is less,
+            for they saw the same. None where no images are counted.
     """
 
     lr: str
@@ -84,6 +87,7 @@ class Comparison:
     paired: Paired | None
     adjusted: float | None
     unpaired: int
+    test_error: float | None
 
     @property
     def verdict(self) -> str:
@@ -136,7 +140,10 @@ def _family(pairs: Sequence[tuple[str, Arm, Arm, Cell, Cell]]) -> list[Compariso
         shared = {result.seed for result in one.results} & {result.seed for result in other.results}
         unpaired = len(shared) - (found.n if found else 0)
         if found is not None or unpaired:
-            family.append(Comparison(lr, left.name, right.name, found, p, unpaired))
+            errors = [cell.test_error(left.protocol) for cell in (one, other)]
+            known = [error for error in errors if error is not None]
+            both = math.hypot(*known) if known else None
+            family.append(Comparison(lr, left.name, right.name, found, p, unpaired, both))
     return family
 
 
@@ -249,13 +256,13 @@ def comparisons(collection: Collection) -> Table:
         "twenty decides anything. One pair decides nothing.",
         *INTERVALS[1:],
     )
-    measured = ("difference", "pairs", "95% interval", "p, Holm", "verdict")
+    measured = ("difference", "pairs", "95% interval", "test set ±, at most", "p, Holm", "verdict")
     columns = (*SETTING, "lr", "optimizer", "against", *measured)
     table = Table("comparisons", "Optimizers compared, paired by seed", columns, tuple(filter(None, notes)))
     for setting, protocol, one in tests:
         record: dict[str, Value] = setting.record | {"protocol": protocol, "lr": one.lr}
         record |= {"optimizer": one.left, "against": one.right, "verdict": one.verdict}
-        record |= {"pairs": one.paired.n if one.paired else 0, "unpaired": one.unpaired}
+        record |= {"pairs": one.paired.n if one.paired else 0, "unpaired": one.unpaired, "test_error": one.test_error}
         texts = ["–", "0", "–"]
         if one.paired:
             ends = one.paired.interval
@@ -265,7 +272,7 @@ def comparisons(collection: Collection) -> Table:
             texts = [signed(one.paired.mean), str(one.paired.n), between(ends, signs=True) if ends else "n = 1"]
         texts[1] += f" ({one.unpaired} not ended)" if one.unpaired else ""
         p = "–" if one.adjusted is None else f"{one.adjusted:.2g}" if one.adjusted >= 1e-4 else "< 0.0001"
-        table.add((*setting.cells, one.lr, one.left, one.right, *texts, p, one.verdict), record)
+        table.add((*setting.cells, one.lr, one.left, one.right, *texts, points(one.test_error), p, one.verdict), record)
     return table
 
 
