@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def analyze(run: Path, *words: str):
-    return CliRunner().invoke(cli.app, ["analyze", str(run), *words])
+    return CliRunner().invoke(cli.app, ["analyze", str(run), "--trust", *words])  # its method is a plug-in
 
 
 def test_snapshots_hold_the_weights_of_their_steps(runs: Path) -> None:

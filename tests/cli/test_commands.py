@@ -307,7 +307,7 @@ def test_debug_shows_the_traceback(capsys):
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
     done = run(script("pretrain", (*TINY_PRETRAIN, "batch_size=97", "steps=1", "run_dir=r"), 2), tmp_path)
     assert done.returncode != 0
-    assert "error: batch_size must be a multiple of the 2 processes, got 97" in done.stderr
+    assert done.stderr.count(": batch_size must be a multiple of the 2 processes, got 97") == 1
     assert not (tmp_path / "r").exists()
 
 
@@ -389,7 +389,7 @@ def test_a_data_set_a_backbone_and_an_evaluator_from_outside_serve_a_run(here, c
     assert "top1" not in spread["metrics"]
     assert knn["metrics"]["top1"] > 90  # dark against light
     assert "spread-v1" in capsys.readouterr().err
-    again = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[foreign:Spread]"])
+    again = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[foreign:Spread]", "--trust"])
     assert again.exit_code == 0, again.output
     assert results(here / "r")["evaluations"][0]["metrics"] == spread["metrics"]
     assert "no_such" in fails(capsys, pretrain.main, [*words[1:], "data=foreign:no_such"])
