@@ -116,11 +116,10 @@ def test_a_worker_that_is_killed_ends_the_others(tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "method"),
     [
-        ("ours", "FailsAtStart"),
         ("torchrun", "FailsLater"),
         *(
             pytest.param(launcher, method, marks=pytest.mark.slow)
-            for launcher, method in (("ours", "FailsLater"), ("torchrun", "FailsAtStart"))
+            for launcher, method in (("ours", "FailsLater"), ("ours", "FailsAtStart"), ("torchrun", "FailsAtStart"))
         ),
     ],
 )
@@ -133,6 +132,7 @@ def test_an_error_that_one_process_meets_is_said_and_ends_all(tmp_path, launcher
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_that_all_meet_is_said_once(tmp_path):
     done = run([*LAUNCHERS["torchrun"], *WORDS, "steps=1", "optimizer.lr=much"], tmp_path, timeout=90)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -141,6 +141,7 @@ def test_an_error_that_all_meet_is_said_once(tmp_path):
     assert "optimizer.lr must be a valid number, got 'much'" in errors[0]
 
 
+@pytest.mark.slow
 def test_a_parameter_that_no_loss_reaches_is_named(tmp_path):
     done = run([*OURS, *WORDS, "method=faults:Unused", "steps=2"], tmp_path, timeout=90)
     assert done.returncode == 2
@@ -197,6 +198,7 @@ def test_processes_that_would_run_different_things_are_told_so(tmp_path, words, 
 # Other people's shells ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_its_own_outlives_the_shell_that_started_it(tmp_path):
     inner = f"{sys.executable} {SCRIPTS / 'pretrain.py'} {' '.join(map(repr, (*WORDS, 'steps=3')))}"
     subprocess.run(["sh", "-c", f"{inner} 2>log & exit 0"], cwd=tmp_path, env=environment(), check=True)
@@ -204,7 +206,9 @@ def test_a_run_of_its_own_outlives_the_shell_that_started_it(tmp_path):
     assert "SIGTERM" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("module", ["typer", "pydantic", "torch"])
+@pytest.mark.parametrize(
+    "module", ["pydantic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("typer", "torch"))]
+)
 def test_a_ctrl_c_in_the_first_second_is_no_traceback(tmp_path, module):
     code = (
         "import os, signal, sys\n"
