@@ -210,10 +210,10 @@ def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> T
     for key, text in map(_split, overrides):
         if key in GROUPS:
             raise ValueError(f"cannot choose {key}={text} for a recorded run: set single keys of {', '.join(allowed)}")
-        _check_key(key, plain)
+        _check_key(key, {})  # nothing is imported that the record names
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise ValueError(f"{key} is fixed by the run's record (may be set here: {', '.join(allowed)})")
-        plain = _with(plain, {key: _value(key, text, _kinds(plain).get(key))})
+        plain = _with(plain, {key: _value(key, text, _own_kinds().get(key))})
     return plain
 
 
