@@ -3,6 +3,8 @@
 The weights are those of Wu et al. 2018 (arXiv 1805.01978): a neighbour at cosine s votes with exp(s / 0.07).
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,15 +36,26 @@ def _ranked(bank: Tensor, queries: Tensor, k: int, rows: int = 256) -> tuple[Ten
 
 
 def _search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """faiss' exact inner-product search, on a GPU if faiss can use one; the order of equal ones is arbitrary."""
-    import faiss  # here, because importing it takes time that `--help` should not spend
+    """faiss' exact inner-product search, on the features' device; the order of equal ones is arbitrary.
 
-    index: faiss.Index = faiss.IndexFlatIP(bank.shape[1])  # exact: an approximate index would add its own noise
-    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
-        gpu = queries.device.index if queries.device.type == "cuda" else 0
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu or 0, index)
-    index.add(np.ascontiguousarray(bank.cpu().numpy()))
-    cosines, indices = index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+    Where faiss cannot be imported or fails (it allocates beside torch, on a GPU that training has filled), torch
+    searches as exactly, and a warning says so.
+    """
+    try:
+        import faiss  # here, because importing it takes time that `--help` should not spend
+
+        index: faiss.Index = faiss.IndexFlatIP(bank.shape[1])  # exact: an approximate index would add its own noise
+        # Only on the GPU that the run has: device=cpu on a machine with GPUs must not take the first one.
+        if queries.is_cuda and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
+            torch.cuda.empty_cache()  # faiss does not allocate through torch
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), queries.device.index or 0, index)
+        index.add(np.ascontiguousarray(bank.cpu().numpy()))
+        cosines, indices = index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+    except (ImportError, RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"knn-v1: faiss failed ({reason}); searched by torch instead", RuntimeWarning, stacklevel=2)
+        ranked = _ranked(bank, queries, k)
+        return ranked[0].cpu(), ranked[1].cpu()
     return torch.from_numpy(cosines), torch.from_numpy(indices)
 
 

@@ -47,6 +47,7 @@ class GraphedGradient:
         self._inputs: list[Tensor] = []
         self._recorded: tuple[tuple[dict[str, Tensor], list[Tensor | None]], Replay] | None = None
         self._state = "warming up"  # then "recorded", "checked"; or "plain", for good
+        self.used = "no step was replayed"  # for the record: what became of the graph
 
     def __call__(
         self, model: nn.Module, views: Views, n_chunks: int, backward: Backward, context: Context = plain
@@ -74,6 +75,12 @@ class GraphedGradient:
     def release(self) -> None:
         """Gives the recording's memory back; what follows runs plainly."""
         self._state, self._recorded, self._inputs = "plain", None, []
+        self._free()
+
+    def _free(self) -> None:
+        """Hands the allocator's unused blocks back: plain steps and a recording have separate pools."""
+        if any(parameter.is_cuda for parameter in self._parameters):
+            cuda.empty_cache()
 
     def _beside_the_recording(
         self, plainly: Callable[[], dict[str, Tensor]], inputs: Sequence[Tensor]
@@ -86,8 +93,6 @@ class GraphedGradient:
             pass  # and out of here, so that the error lets go of the step's tensors
         self._take_gradients()
         self._give_up("the recorded step leaves too little memory for a plain one")
-        if inputs[0].is_cuda:
-            cuda.empty_cache()
         copy_all(self._buffers, before)
         set_random_state(inputs[0].device, random)
         return plainly()
@@ -145,10 +150,12 @@ class GraphedGradient:
         if far[worst] > TOLERANCE:
             self._give_up(f"a replayed step differs from the plain one: {worst} by {far[worst]:.1%}")
         elif all(value == value for value in far.values()):  # NaN: a step that diverged says nothing; the next one may
-            self._state = "checked"
+            self._state, self.used = "checked", "replayed"
+            self._free()
         return terms
 
     def _give_up(self, reason: str) -> None:
+        self.used = f"given up: {reason}"
         self.release()
         self._refuse(reason)
 

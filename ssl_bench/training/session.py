@@ -74,6 +74,7 @@ class Session:
         self._agreement = Agreement(self._interrupt, processes.device)
         self._watch = Watch(lambda: self._interrupt.is_saving, self._leave_note)
         self._progress: Progress | None = None
+        self._graphs = ""
         self.results: dict[str, Any] | None = None  # what the run in this directory ended with; None if it has not
 
     def __enter__(self) -> Self:
@@ -151,6 +152,7 @@ class Session:
         with self._interrupt.finishing():
             outcome = self._steps(trainer)
             if isinstance(graphed, GraphedGradient):
+                self._graphs = graphed.used
                 graphed.release()  # the evaluations need the recording's memory
             if outcome.status == "finished":
                 trainer.checkpoint()  # so that a run killed during its evaluation does not train again
@@ -226,6 +228,8 @@ class Session:
                 not measured.
         """
         results: dict[str, Any] = {"status": outcome.status, "step": outcome.step, **outcome.details}
+        if self._graphs:
+            results["cuda_graphs"] = self._graphs  # what ran; run.json has what was asked for
         if outcome.status == "finished":
             results["evaluations"] = evaluations
             if embeddings:

@@ -1,6 +1,7 @@
 """knn-v1 against the plain computation, its ties, and what it refuses."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -125,3 +126,22 @@ def test_refusals(arguments: tuple[Tensor, Tensor, Tensor, Tensor], message: str
     with pytest.raises(ValueError, match=message) as caught:
         KNN()(Probe.from_features(*arguments))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["cannot be imported", "runs out of memory"])
+def test_where_faiss_fails_torch_finds_the_same_and_says_so(blobs, how, monkeypatch) -> None:
+    import faiss
+
+    expected = KNN()(Probe.from_features(*blobs))
+    if how == "cannot be imported":
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    else:
+        monkeypatch.setattr(
+            faiss, "IndexFlatIP", lambda _dim: _raise(RuntimeError("Error: 'err == cudaSuccess' failed"))
+        )
+    with pytest.warns(RuntimeWarning, match="knn-v1: faiss failed .*; searched by torch instead"):
+        assert KNN()(Probe.from_features(*blobs)) == expected
+
+
+def _raise(error: Exception) -> None:
+    raise error

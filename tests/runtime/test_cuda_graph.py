@@ -20,6 +20,8 @@ from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 
 N = 12
+# All methods: tests/methods/test_invariance.py.
+TASKS = ("barlow_twins", "simclr", "vicreg", "byol", "classifier", "dropout")
 STATS: dict[str, Any] = {"mean": (0.5, 0.4, 0.6), "std": (0.2, 0.3, 0.25)}
 Plain = Callable[..., dict[str, Tensor]]
 
@@ -73,11 +75,17 @@ def refuse(reason: str) -> None:
     raise AssertionError(reason)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "classifier", "dropout"])
+@pytest.mark.parametrize("name", TASKS)
 def test_replayed_steps_are_the_plain_ones(name: str) -> None:
-    recorder = TapeRecorder()
+    recorder, made = TapeRecorder(), []
+
+    def wrap(task: nn.Module) -> Plain:
+        made.append(GraphedGradient(compute_gradient, task, refuse, recorder))
+        return made[0]
+
     plain = train(name, lambda _task: compute_gradient)
-    replayed = train(name, lambda task: GraphedGradient(compute_gradient, task, refuse, recorder))
+    replayed = train(name, wrap)
+    assert made[0].used == "replayed"
     assert recorder.replays == 10 - WARM_UP - 1  # one batch is short; one replay is the check
     assert plain["losses"] == replayed["losses"]
     for ours, theirs in zip(replayed["gradients"], plain["gradients"], strict=True):
@@ -90,11 +98,15 @@ def test_a_step_that_python_decides_is_found_out_and_trained_plainly() -> None:
     recorder, reasons = TapeRecorder(), []
     plain = train("stateful", lambda _task: compute_gradient)
 
+    made = []
+
     def wrap(task: nn.Module) -> Plain:
-        return GraphedGradient(compute_gradient, task, reasons.append, recorder)
+        made.append(GraphedGradient(compute_gradient, task, reasons.append, recorder))
+        return made[0]
 
     replayed = train("stateful", wrap)
     assert len(reasons) == 1
+    assert made[0].used == f"given up: {reasons[0]}"
     assert reasons[0].startswith("a replayed step differs from the plain one: ")
     assert recorder.replays == 1
     # Taping called the loss once more, and so this method's count is off by one from then on.
@@ -203,7 +215,7 @@ def test_a_function_that_cannot_be_replayed_is_called_plainly(what: str, reason:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*METHODS, "classifier", "dropout"])
+@pytest.mark.parametrize("name", TASKS)
 def test_gpu_replayed_steps_are_the_plain_ones(name: str) -> None:
     plain = train(name, lambda _task: compute_gradient, "cuda")
     replayed = train(name, lambda task: GraphedGradient(compute_gradient, task, refuse), "cuda")
