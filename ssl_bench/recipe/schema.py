@@ -319,7 +319,9 @@ class Recipe:
     epochs: Positive | None = key(None, "passes over the train set; give this or steps, not both")
     steps: PositiveInt | None = key(None, "optimizer steps; give this or epochs, not both")
     chunk_size: PositiveInt | None = key(
-        None, "images of the global batch in memory at a time, with the exact gradient; null = the whole batch"
+        None,
+        "images of the global batch in memory at a time; for networks without batch norm the gradient is the whole "
+        "batch's, batch norm is over a chunk; null = the whole batch",
     )
     sync_batch_norm: bool = key(
         True,
