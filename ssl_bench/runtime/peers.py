@@ -181,7 +181,15 @@ def tell(code: int, store: Any = None) -> None:
         store: the launcher's own; None = connect to it.
     """
     with contextlib.suppress(Exception):
-        (store or _store()).compare_set(_key("ended"), "", str(code))
+        store = store or _store()
+        store.compare_set(_key("ended"), "", str(code))
+        store.set(_key(f"left/{rank()}"), "")
+        deadline = time.monotonic() + GRACE
+        # Who holds the store stays until the others have asked it too whether their line was said.
+        while _kept and rank() == 0 and not _held_by_launcher() and time.monotonic() < deadline:
+            if store.check([_key(f"left/{other}") for other in range(world_size())]):
+                break
+            time.sleep(0.05)
 
 
 def told() -> int | None:
