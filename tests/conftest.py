@@ -1,6 +1,10 @@
 """Fixtures that several folders of tests share."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these as cores; torch reads it when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
