@@ -25,7 +25,7 @@ class Batch:
     Attributes:
         images: (n, 3, H, W) uint8 on the device; chunk after chunk.
         params: for each view, what was drawn for it, of length n.
-        places: (n,) int64 the images' places in the global batch.
+        places: (n,) int64 the images' places in the global batch, on the device.
         share: how many of the n belong to one chunk.
     """
 
@@ -104,6 +104,8 @@ class Pipeline:
         for length in lengths:
             slices = sampler.local_positions(length, length // self.n_chunks, rank, world_size)
             self._positions[length] = torch.cat([torch.arange(length)[part] for part in slices])
+        # In the same memory at every step, from which a CUDA graph may read them.
+        self._places = {length: positions.to(device) for length, positions in self._positions.items()}
         self._whole = self.n_chunks * world_size == 1  # this process computes all of it, in order
 
     @property
@@ -138,7 +140,7 @@ class Pipeline:
                     continue
                 drawn = view.draw(length, seeds.generator(self.seed, seeds.view(number), step))
                 params.append(drawn if self._whole else take(drawn, places))
-            yield Batch(batch, params, places, len(batch) // self.n_chunks, self.views)
+            yield Batch(batch, params, self._places[length], len(batch) // self.n_chunks, self.views)
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """One batch ahead: its first chunk's views are made on a side stream."""

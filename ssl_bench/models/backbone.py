@@ -28,6 +28,7 @@ CIFAR_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # How a backbone was made: an attribute of it, and the only entry of its file's header, because safetensors writes
 # several entries in a random order and equal backbones should be equal files.
 _SPEC = "ssl_bench"
+_MADE_BY = {"name", "stem", "in_chans", "img_size", "patch_size", "dynamic_img_size"}
 
 
 def create_backbone(
@@ -344,8 +345,9 @@ def load_backbone(path: str | Path, factory: Factory | None = None) -> tuple[nn.
         if _SPEC not in header:
             raise ValueError(f"backbone {path}: the header must hold {_SPEC}, got {', '.join(header) or 'nothing'}")
         spec = json.loads(header[_SPEC])
-        if not isinstance(spec, dict) or set(spec) - {"name", "stem", "in_chans"}:
-            raise ValueError(f"backbone {path}: {_SPEC} must give name, stem and in_chans, got {header[_SPEC][:200]}")
+        if not isinstance(spec, dict) or set(spec) - _MADE_BY:
+            allowed = ", ".join(sorted(_MADE_BY))
+            raise ValueError(f"backbone {path}: {_SPEC} must give {allowed} alone, got {header[_SPEC][:200]}")
         model, feature_dim = create_backbone(**spec, factory=factory)
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:

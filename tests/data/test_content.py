@@ -142,7 +142,7 @@ def test_evaluation_on_another_data_set_has_a_name_of_its_own(tmp_path, monkeypa
     (entry,) = results(tmp_path / "r")["evaluations"]
     own = f"knn-v1@hf-{data_content('hf', path='other', size=16)[:8]}"
     assert (entry["protocol"], entry["n_test"], entry["chance"]) == (own, 8, 50)
-    assert evaluate("r", ["eval.data=digits"]) == 0
+    assert evaluate("r", ["eval.data=digits"], trust=True) == 0
     assert [each["protocol"] for each in results(tmp_path / "r")["evaluations"]] == [own, "knn-v1@digits"]
 
 
@@ -170,7 +170,7 @@ def test_a_studys_cells_are_known_by_what_lies_at_their_paths(folder, tmp_path):
         paths = [str(tmp_path / name) for name in names]
         block = {"track": "pretrain", "set": {"data": "folder"}, "axes": [{"data.path": paths}]}
         (tmp_path / "two.yaml").write_text(json.dumps({"seeds": [0], "blocks": [block]}))
-        return list(load_study(str(tmp_path / "two.yaml")).cells)
+        return list(load_study(str(tmp_path / "two.yaml"), trust=True).cells)
 
     one, other = study("set", "other")
     assert one.recipe == recipe(folder)  # what the run itself will find, so that its record is recognised

@@ -5,7 +5,8 @@ import torch
 from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from torch import Tensor, nn
 
-from ssl_bench.methods import BarlowTwins, SimCLR, VICReg, nt_xent, off_diagonal
+from ssl_bench.methods import BarlowTwins, SimCLR, VICReg
+from ssl_bench.methods.parts import nt_xent, off_diagonal
 from ssl_bench.methods.parts.off_diagonal import gram_is_cheaper, off_diagonal_energy
 
 SHAPES = [(6, 20), (20, 6), (15, 20), (14, 20)]  # (N, D): both forms, and both sides of their border

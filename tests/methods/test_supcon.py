@@ -8,7 +8,8 @@ from method_cases import assert_contract, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods import Crop, Labels, SupCon, nt_xent
+from ssl_bench.methods import Crop, Labels, SupCon
+from ssl_bench.methods.parts import nt_xent
 
 WIDTHS = {"projector": (7, 5)}
 

@@ -212,6 +212,7 @@ def test_a_run_of_its_own_outlives_the_shell_that_started_it(tmp_path):
 def test_a_ctrl_c_in_the_first_second_is_no_traceback(tmp_path, module):
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "class Hook:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == {module!r}:\n"

@@ -17,7 +17,17 @@ def dry_run(folder: Path, *arguments: str) -> list[str]:
     """The command for a study of one tiny cell, with these arguments besides."""
     base = dict(word.split("=", 1) for word in TINY_CLASSIFY) | {"steps": "20"}
     (folder / "one.yaml").write_text(yaml.safe_dump({"base": base, "blocks": [{"track": "classify"}]}))
-    return [sys.executable, "-m", "ssl_bench.cli", "study", "one.yaml", "--dry-run", "--workers=1", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "ssl_bench.cli",
+        "study",
+        "one.yaml",
+        "--trust",
+        "--dry-run",
+        "--workers=1",
+        *arguments,
+    ]
 
 
 def test_a_workload_without_runs_is_measured(tmp_path: Path) -> None:
