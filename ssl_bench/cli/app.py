@@ -14,7 +14,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Which optimizer for this method, data set and batch size, and how sure are we?",
 )
 
 # The tracks parse their own arguments (key=value, --help, --debug), so that they work under accelerate launch too.
@@ -24,6 +23,42 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="The record may name code to import (package.module:Name) and paths to read.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ssl_bench import __version__
+
+        print(f"ssl_bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Which optimizer for this method, data set and batch size, and how sure are we?"""
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="methods, optimizers, schedules, evaluators, data, models or studies; all if left out."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what can be named: built in, in configs/, or installed."""
+    from ssl_bench.recipe.command import guarded
+
+    def command() -> int:
+        from ssl_bench.cli.listing import main
+
+        return main(what)
+
+    raise typer.Exit(guarded(command, debug=debug))
 
 
 @app.command(context_settings=_VERBATIM)
