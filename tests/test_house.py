@@ -70,7 +70,7 @@ def test_a_folder_imports_only_what_it_may(name):
 
 
 def test_every_folder_has_a_rule():
-    assert {room(module) for module in MODULES} - {"", "cli"} == set(ALLOWED)
+    assert {room(module) for module in MODULES} - {"", "cli", "__main__"} == set(ALLOWED)  # these two may import all
 
 
 def test_there_are_no_cycles():
