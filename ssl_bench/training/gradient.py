@@ -185,17 +185,17 @@ def _leaves(outputs: Terms) -> Terms:
 def _loss(method: Method, leaves: Terms, backward: Backward) -> Terms:
     """Back-propagates the loss to the leaves; returns its terms, without their graph."""
     terms = global_loss(method, leaves)
-    _refuse_parameters(method, terms["loss"])
+    _refuse_parameters(method, leaves, terms["loss"])
     backward(terms["loss"])
     return {name: term.detach() for name, term in terms.items()}
 
 
-def _refuse_parameters(method: Method, loss: Tensor) -> None:
+def _refuse_parameters(method: Method, leaves: Terms, loss: Tensor) -> None:
     """Raises if the loss's graph reaches a trainable parameter.
 
     Its gradient would be computed once on every process instead of once over all, outside DistributedDataParallel.
     """
-    names = {id(p): name for name, p in method.named_parameters() if p.requires_grad}
+    known = {id(leaf) for leaf in leaves.values()}
     seen: set[Any] = set()
     ahead = [loss.grad_fn]
     while ahead:
@@ -203,8 +203,14 @@ def _refuse_parameters(method: Method, loss: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-            raise ValueError(f"{_name(method)}: loss must use no trainable parameter, got {name}: move it into forward")
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            # Looked up here alone: this runs in every step, and a network has hundreds of names.
+            for name, parameter in method.named_parameters():
+                if parameter is variable:
+                    raise ValueError(
+                        f"{_name(method)}: loss must use no trainable parameter, got {name}: move it into forward"
+                    )
         ahead += [function for function, _ in node.next_functions]
 
 

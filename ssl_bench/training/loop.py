@@ -1,8 +1,8 @@
 """THE training loop, shared by both tracks. It knows no method, data set, optimizer or metric by name."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -178,11 +178,12 @@ class Trainer:
         # At 1 the loss itself, so that runs stay equal bit for bit to those of before there was a scale.
         self.accelerator.backward(loss if self.loss_scale == 1 else self.loss_scale * loss)
 
-    @contextmanager
-    def _around(self, batch: Batch, chunk: int) -> Iterator[None]:
-        """What surrounds the forward pass of a chunk: autocast, and random numbers of its samples' own."""
-        with self.accelerator.autocast(), self.random.rows(batch.positions(chunk)):
-            yield
+    def _around(self, batch: Batch, chunk: int) -> AbstractContextManager:
+        """What surrounds the forward pass of a chunk: random numbers of its samples' own.
+
+        (Autocast is in the forward that Accelerate has prepared.)
+        """
+        return self.random.rows(batch.positions(chunk))
 
     def _line(self, multiplier: float) -> Scalars:
         """One line of the metrics: means since the last line. Waits for the device."""

@@ -46,7 +46,8 @@ class SampleRandom:
         Args:
             seed: a function of the run's seed and the step, the same on all processes.
         """
-        self._key.fill_(seed & _MASK)
+        if self._drawn or not self._decided:
+            self._key.fill_(seed & _MASK)
 
     def end_step(self) -> None:
         """After a step it is known whether the network draws numbers."""

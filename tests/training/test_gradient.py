@@ -59,7 +59,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("n_chunks", [1, 2, 4, 16])
 @pytest.mark.parametrize("name", ["barlow_twins", "simclr", "vicreg"])  # all: tests/methods/test_invariance.py
-def test_grad_cache_without_batch_norm_is_the_full_batch(name, n_chunks):
+def test_chunks_without_batch_norm_are_the_whole_batch(name, n_chunks):
     model, x = network(name), images()
     terms = compute_gradient(model, chunks(x, 1), 1, Tensor.backward)
     expected = gradients(model)
