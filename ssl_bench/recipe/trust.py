@@ -1,8 +1,8 @@
 """What a file that somebody else wrote (a run's record, a study) may name only if the user trusts it.
 
 ``package.module:Name`` is imported, from the current folder too, and a path is read, which for some formats runs code
-(CIFAR's original archive is a pickle). Names of the suite's own, of installed packages' entry points
-and of timm's models are nobody else's to choose.
+(CIFAR's original archive is a pickle). Names of the suite's own, of installed packages' entry points and of timm's
+models are nobody else's to choose.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,10 +10,10 @@ from typing import Any
 
 # The keys whose values are names of code, as a command line or a recorded recipe has them.
 _CODE = frozenset(
-    {"data", "data.name", "model", "model.name", "eval.protocols"}
+    {"data", "data.name", "model", "model.name", "eval.data", "eval.protocols"}
     | {f"{kind}{end}" for kind in ("method", "optimizer", "schedule") for end in ("", ".target")}
 )
-_PATHS = frozenset({"data.path", "data.cache_dir"})
+_PATHS = frozenset({"data.path", "data.cache_dir", "eval.data_path"})
 
 
 def refuse_untrusted(source: str, values: Mapping[str, Any], given: Collection[str] = ()) -> None:

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from ssl_bench import cli, pretrain
 
+PATHS = ("data.path", "eval.data_path")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,22 +61,23 @@ def test_evaluate_builds_no_more_than_it_needs(theirs: Path, key: str) -> None:
     ("key", "value"),
     [
         ("data.name", "evil:find"), ("model.name", "evil:net"), ("eval.protocols", ["evil:Probe"]),
-        ("data.path", "/theirs"), ("method.target", "evil:Method"),
+        ("data.path", "/theirs"), ("eval.data", "evil:find"), ("eval.data_path", "/theirs"),
+        ("method.target", "evil:Method"),
     ],
 )  # fmt: skip
 def test_what_would_be_imported_or_read_needs_trust(theirs: Path, key: str, value: Any) -> None:
     record(theirs, key, value)
     for name in ("evaluate", "analyze"):
-        if (name, key) in (("evaluate", "method.target"), ("analyze", "eval.protocols")):
+        if (name, key.partition(".")[0]) in (("evaluate", "method"), ("analyze", "eval")):
             continue
         refused = command(name)
         assert refused.exit_code == 2
-        wanted = "be given on the command line" if key == "data.path" else "be built in or an installed entry point"
+        wanted = "be given on the command line" if key in PATHS else "be built in or an installed entry point"
         assert f"error: {key} must {wanted}, got {value!r} from r/run.json: --trust" in refused.stderr
         assert refused.stderr.count("\n") == 1
         assert not Path("ran").exists()
     command("analyze" if key == "method.target" else "evaluate", "--trust")
-    assert Path("ran").exists() == (key != "data.path")
+    assert Path("ran").exists() == (key not in PATHS)
 
 
 def test_a_trusted_record_is_measured(theirs: Path) -> None:

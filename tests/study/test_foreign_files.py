@@ -31,6 +31,7 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
         {"method": "evil:Method"}, {"optimizer": "evil:make"}, {"optimizer.target": "evil:make"}, {"data": "evil:find"},
         {"data.name": "evil:find"}, {"model.name": "evil:net"}, {"schedule": "evil:make"},
         {"eval.protocols": ["knn-v1", "evil:Probe"]}, {"data.path": "data"}, {"data.cache_dir": "cache"},
+        {"eval.data": "evil:find"}, {"eval.data_path": "data"},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["base", "set", "axes"])
@@ -39,6 +40,7 @@ def test_a_study_names_code_and_paths_only_with_trust(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
     Path("evil.py").write_text("open('ran', 'w').close()")
     content = tiny(**({"axes": [[values]]} if place == "axes" else {"set": values} if place == "set" else {}))
     content["blocks"][0]["track"] = "pretrain"
@@ -51,8 +53,7 @@ def test_a_study_names_code_and_paths_only_with_trust(
     assert not Path("ran").exists()
     with contextlib.suppress(ValueError):  # it has no such classes; but now it is imported
         load_study(path, trust=True)
-    assert Path("ran").exists() == (key not in ("data.path", "data.cache_dir"))
-    sys.modules.pop("evil", None)
+    assert Path("ran").exists() == (key not in ("data.path", "data.cache_dir", "eval.data_path"))
 
 
 def test_the_users_own_words_are_trusted(tmp_path: Path) -> None:
