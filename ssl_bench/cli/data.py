@@ -1,5 +1,6 @@
 """``ssl-bench data list|prepare|verify|clear``: the data sets, and what is kept of them on this machine."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -58,9 +59,8 @@ def prepare(
     """
 
     def command() -> int:
-        from ssl_bench.data.dataset import load_dataset
-        from ssl_bench.recipe import registry
         from ssl_bench.recipe.compose import compose
+        from ssl_bench.recipe.content import load
         from ssl_bench.runtime.interrupt import Interrupt
 
         words = [f"data={name}", *(overrides or [])]
@@ -68,17 +68,7 @@ def prepare(
             raise ValueError(f"data prepare takes keys of data only (data.path=, data.size=, ...), got {wrong[0]!r}")
         options = compose("pretrain", words).data
         with Interrupt():
-            data = load_dataset(
-                options.name,
-                locate=registry.foreign("dataset", options.name),
-                path=options.path,
-                size=options.size,
-                cache_dir=options.cache_dir,
-                hf_config=options.hf_config,
-                content=options.content,
-                labels=False,
-                test=False,
-            )
+            data = load(options, labels=False, test=False)
         sizes = f"{len(data.train)} train and {len(data.test)} test images of {data.train.image_shape[-1]} pixels"
         print(f"{data.name}: {sizes}, {len(data.classes)} classes, digest {data.digest}")
         return 0
@@ -146,7 +136,7 @@ def clear(
     _exit(command, debug)
 
 
-def _exit(command: object, debug: bool) -> None:
+def _exit(command: Callable[[], int], debug: bool) -> None:
     from ssl_bench.recipe.command import guarded
 
-    raise typer.Exit(guarded(command, debug=debug))  # type: ignore[arg-type]
+    raise typer.Exit(guarded(command, debug=debug))

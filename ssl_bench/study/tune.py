@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe import registry
 from ssl_bench.recipe.compose import compose, merge
-from ssl_bench.recipe.content import with_content
+from ssl_bench.recipe.content import load, with_content
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import FAILURES, read_results
 from ssl_bench.records.storage import atomic_json
@@ -226,7 +225,7 @@ def _best(scored: Sequence[tuple[Trial, Outcome]]) -> Trial | None:
 
 def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, Any]:
     """All that a reader needs to check the selection, the held-out indices themselves included."""
-    from ssl_bench.data.dataset import holdout_indices, load_dataset
+    from ssl_bench.data.dataset import holdout_indices
 
     arms = {
         label: {
@@ -237,20 +236,8 @@ def _record(name: str, search: Search, tuned: Mapping[str, Tuned]) -> dict[str, 
         for label, arm in tuned.items()
     }
     cell = next(iter(tuned.values())).trials[0][0].cell
-    data, path = cell.recipe.data, cell.overrides.get("data.path")
-    train = load_dataset(
-        data.name,
-        locate=registry.foreign("dataset", data.name),
-        path=path,
-        size=data.size,
-        resident=False,
-        workers=0,
-        cache_dir=data.cache_dir,
-        hf_config=data.hf_config,
-        content=data.content,
-        test=False,
-    ).train
-    indices = holdout_indices(train.labels, data.holdout)[1].tolist()
+    train = load(cell.recipe.data, test=False).train
+    indices = holdout_indices(train.labels, cell.recipe.data.holdout)[1].tolist()
     holdout = {
         "fraction": search.holdout,
         "images": len(indices),

@@ -1,6 +1,7 @@
 """From a recipe to images, views and batches; a part of `ssl_bench.training.build`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from ssl_bench.augment.views import (
     SSLView,
     View,
 )
-from ssl_bench.data.dataset import Dataset, hold_out, load_dataset
+from ssl_bench.data.dataset import Dataset, hold_out
 from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.methods import views as declarations
 from ssl_bench.methods.views import Crop, PaddedCrop
-from ssl_bench.recipe import registry
+from ssl_bench.recipe import content, registry
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.training.build_networks import check_images
 from ssl_bench.training.processes import Processes, contents
@@ -34,19 +35,7 @@ def dataset(recipe: Recipe, where: Processes) -> Dataset:
     """
     options = recipe.data
     labels, test = _needs(recipe)
-    loaded = load_dataset(
-        options.name,
-        locate=registry.foreign("dataset", options.name),
-        path=options.path,
-        size=options.size,
-        resident=options.resident,
-        workers=options.workers,
-        cache_dir=options.cache_dir,
-        hf_config=options.hf_config,
-        content=options.content,
-        labels=labels,
-        test=test and options.holdout == 0,
-    )
+    loaded = content.load(options, labels=labels, test=test and options.holdout == 0)
     check_images(recipe, loaded.train.image_shape[-1])
     data = (hold_out(loaded, options.holdout) if options.holdout else loaded).to(where.device)
     where.compare(contents(data) if where.world_size > 1 else {})
@@ -70,19 +59,10 @@ def _needs(recipe: Recipe) -> tuple[str, bool]:
 
 def evaluation_dataset(recipe: Recipe, data: Dataset, where: Processes) -> Dataset:
     """What the recipe's backbones are evaluated on, on the device: ``eval.data``, or what they are trained on."""
-    options = recipe.eval
-    if options.data is None or recipe.track == "classify":
+    options = content.evaluated(recipe)
+    if options is None or recipe.track == "classify":
         return data
-    return load_dataset(
-        options.data,
-        locate=registry.foreign("dataset", options.data),
-        path=options.data_path,
-        size=options.data_size or data.train.image_shape[-1],
-        resident=recipe.data.resident,
-        workers=recipe.data.workers,
-        cache_dir=recipe.data.cache_dir,
-        content=options.data_content,
-    ).to(where.device)
+    return content.load(replace(options, size=options.size or data.train.image_shape[-1])).to(where.device)
 
 
 def stats(recipe: Recipe, data: Dataset) -> dict[str, Any]:

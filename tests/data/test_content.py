@@ -180,3 +180,19 @@ def test_a_studys_cells_are_known_by_what_lies_at_their_paths(folder, tmp_path):
         study("set", "copy")
     with pytest.raises(ValueError, match=r"folder: path must be a directory, got .*nowhere"):
         study("set", "nowhere")
+
+
+def test_a_study_looks_at_each_data_set_once(folder, monkeypatch):
+    looked = []
+
+    def counted(name: str, **where: object) -> str | None:
+        looked.append((name, where["path"]))
+        return data_content(name, **where)
+
+    monkeypatch.setattr("ssl_bench.data.dataset.data_content", counted)
+    known: dict[str, str | None] = {}
+    for size in (8, 16):  # one content at every size, and whether it is trained or evaluated on
+        words = ["data=folder", f"data.path={folder}", f"data.size={size}", "eval.data=folder"]
+        made = with_content(compose("pretrain", [*words, f"eval.data_path={folder}"]), known)
+        assert made.data.content == made.eval.data_content
+    assert looked == [("folder", str(folder))]
