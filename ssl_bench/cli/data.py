@@ -21,7 +21,8 @@ def list_(cache_dir: CacheDir = None, debug: Debug = False) -> None:
     """Show the known data sets, and what of them is on this machine."""
 
     def command() -> int:
-        from ssl_bench.data.copies import DOWNLOADS, cache_folder, copies, size_of
+        from ssl_bench.data.cache import DOWNLOADS, cache_folder
+        from ssl_bench.data.copies import copies, size_of
         from ssl_bench.data.dataset import SOURCES
         from ssl_bench.recipe.registry import installed
 
@@ -88,7 +89,8 @@ def verify(
     """
 
     def command() -> int:
-        from ssl_bench.data.copies import cache_folder, chosen
+        from ssl_bench.data.cache import cache_folder
+        from ssl_bench.data.copies import chosen
         from ssl_bench.data.copies import verify as faults_of
         from ssl_bench.runtime.interrupt import Interrupt
 
@@ -117,7 +119,8 @@ def clear(
     """
 
     def command() -> int:
-        from ssl_bench.data.copies import cache_folder, chosen, downloaded, remove, size_of
+        from ssl_bench.data.cache import cache_folder
+        from ssl_bench.data.copies import chosen, downloaded, remove, size_of
 
         if bool(names) == everything:
             raise ValueError(f"data clear takes names or --all, got {'both' if names else 'neither'}")

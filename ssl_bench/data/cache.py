@@ -30,6 +30,7 @@ from ssl_bench.runtime.interrupt import Stopped, stop_if_requested
 log = logging.getLogger(__name__)
 
 META, JOURNAL = "meta.json", "blocks.jsonl"
+DOWNLOADS = "downloads"  # the folder of what torchvision downloads, in the cache's
 # What opening a copy reads to check it: 0.05 s of processor time, and the disk's time for so much.
 CHECKED_BYTES = 64 * 2**20
 
@@ -89,9 +90,9 @@ def digest_of(data: bytes | memoryview) -> str:
     return blake2b(data, digest_size=8).hexdigest()
 
 
-def default_cache_dir() -> Path:
-    """$SSL_BENCH_CACHE, or ~/.cache/ssl_bench."""
-    return Path(os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser()
+def cache_folder(given: str | Path | None = None) -> Path:
+    """The given folder of the cache; without one $SSL_BENCH_CACHE, or ~/.cache/ssl_bench."""
+    return Path(given if given is not None else os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser()
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ssl_bench.data.bundled import TORCHVISION
-from ssl_bench.data.cache import JOURNAL, META, Meta, damaged_blocks, default_cache_dir, read_meta
+from ssl_bench.data.cache import DOWNLOADS, JOURNAL, META, Meta, damaged_blocks, read_meta
 from ssl_bench.data.download import unfinished_name
 from ssl_bench.runtime.console import Tally
 from ssl_bench.runtime.interrupt import stop_if_requested
 
-DOWNLOADS = "downloads"
 _KEY = re.compile(r"(?P<name>.+)-[0-9a-f]{16}(\.partial)?")
 
 
@@ -40,11 +39,6 @@ class Copy:
         if self.meta is not None:
             return "whole"
         return "unfinished" if self.folder.suffix == ".partial" else "not whole, or of an earlier version"
-
-
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """A given cache folder, or the default one."""
-    return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
 
 
 def copies(directory: Path) -> list[Copy]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_bench.data.bundled import TORCHVISION, locate_digits, locate_torchvision
-from ssl_bench.data.cache import CacheUnusable, MappedImages, default_cache_dir, locked
+from ssl_bench.data.cache import DOWNLOADS, CacheUnusable, MappedImages, cache_folder, locked
 from ssl_bench.data.content import content_digest
 from ssl_bench.data.decoded import cached_labels, decode_to_memory, open_decoded
 from ssl_bench.data.folders import TEST_NAMES, locate_folder, locate_tiny_imagenet
@@ -195,7 +195,7 @@ def _found(
     name: str, locate: Locate | None, path: Any, cache_dir: Any, hf_config: str | None, download: bool
 ) -> tuple[Path, Located]:
     """The cache's folder, and the data set's files."""
-    directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    directory = cache_folder(cache_dir)
     if locate is None:
         located = _locate(name, path, directory, hf_config, download)
     else:
@@ -234,7 +234,7 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
     if name == "digits":
         return locate_digits()
     if path is None:
-        return _download(name, directory / "downloads", download)
+        return _download(name, directory / DOWNLOADS, download)
     folder = Path(path).expanduser().resolve()
     if name == "hf" and not folder.exists() and _HUB_ID.fullmatch(str(path)):
         return locate_hub(str(path), hf_config)
