@@ -27,11 +27,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
 def images(data: Dataset) -> torch.Tensor:
     return torch.cat(
         [batch for split in (data.train, data.test) for batch in split.batches([torch.arange(len(split))])]

@@ -21,12 +21,6 @@ from ssl_bench.recipe.schema import differences
 from ssl_bench.study.grid import Cell, load_study
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for number, name in enumerate(("cat", "dog")):

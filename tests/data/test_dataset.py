@@ -2,9 +2,7 @@
 
 import gzip
 import pickle
-import shutil
 import struct
-from collections.abc import Iterator
 from hashlib import md5
 from pathlib import Path
 
@@ -20,14 +18,6 @@ from ssl_bench.data import download as download_module
 from ssl_bench.data.dataset import Dataset, load_dataset
 from ssl_bench.data.raw import Located, RawDataset, RawSplit
 from ssl_bench.data.sources import Source
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("SSL_BENCH_CACHE", str(folder))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)  # pytest keeps its folders, and all of Tiny ImageNet is 1.3 GB
 
 
 def all_images(source: Source) -> np.ndarray:

@@ -1,20 +1,12 @@
 """What bad data and bad arguments get: one line that names the thing, and nothing half-decoded in the cache."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from made_data import encode, one_parquet, pixels, tiny_archive, write_images, write_parquet
 
 from ssl_bench.data.dataset import DATASETS, load_dataset
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("SSL_BENCH_CACHE", str(folder))
-    return folder
 
 
 def refused(error: type[Exception], message: str, name: str = "hf", **arguments: object) -> None:

@@ -12,12 +12,6 @@ from torchvision.datasets import ImageFolder
 from ssl_bench.data.dataset import Dataset, load_dataset
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes of three train and one test image."""

@@ -16,12 +16,6 @@ from ssl_bench.data.dataset import Dataset, load_dataset
 from ssl_bench.data.raw import Located, RawDataset, RawSplit
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def images(n: int) -> list[bytes]:
     return [encode(image) for image in pixels(n)]
 

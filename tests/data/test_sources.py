@@ -17,8 +17,7 @@ from ssl_bench.runtime.memory import available_memory, cgroup_limit
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
+def folder(tmp_path: Path) -> Path:
     parquet_set(tmp_path / "set", n_train=40)
     return tmp_path / "set"
 
