@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_bench.recipe.compose import build, compose, override
 from ssl_bench.recipe.content import with_content
-from ssl_bench.recipe.schema import IRRELEVANT, Recipe, flatten, is_its_path
+from ssl_bench.recipe.identity import IRRELEVANT, flatten, is_its_path
+from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import RUN, RecordError, RunRecord, read_run
 from ssl_bench.records.storage import atomic_json, one_line

@@ -20,7 +20,8 @@ from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
 
 from ssl_bench.recipe import registry, weights
-from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe, flatten
+from ssl_bench.recipe.identity import flatten
+from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe
 from ssl_bench.runtime.suggestion import nearest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

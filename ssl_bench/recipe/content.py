@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ssl_bench.recipe import registry
-from ssl_bench.recipe.schema import DataOptions, Recipe, is_its_path
+from ssl_bench.recipe.identity import is_its_path
+from ssl_bench.recipe.schema import DataOptions, Recipe
 
 if TYPE_CHECKING:
     from ssl_bench.data.dataset import Dataset

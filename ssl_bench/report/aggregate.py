@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, StrictStr, ValidationError
 
-from ssl_bench.recipe.schema import IRRELEVANT, PLACES, counts_by_path, flatten, is_its_path, without_additions
+from ssl_bench.recipe.identity import IRRELEVANT, PLACES, counts_by_path, flatten, is_its_path, without_additions
 from ssl_bench.records.reader import FAILURES, RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize, t_interval, test_set_error
 from ssl_bench.report.protocols import MONITORS, among_ours, ordered

@@ -21,7 +21,8 @@ from ssl_bench.optim.groups import build_groups, hold_frozen
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.recipe import registry
-from ssl_bench.recipe.schema import Recipe, differences, flatten, is_its_path
+from ssl_bench.recipe.identity import differences, flatten, is_its_path
+from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.runtime.paths import file_name

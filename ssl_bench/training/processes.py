@@ -11,7 +11,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
 from ssl_bench.data.dataset import Dataset
-from ssl_bench.recipe.schema import Recipe, flatten
+from ssl_bench.recipe.identity import flatten
+from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.provenance import code_version, cpu_model, package_versions
 from ssl_bench.runtime import peers
 from ssl_bench.runtime.console import say

@@ -17,7 +17,7 @@ from ssl_bench.data.folders import scan
 from ssl_bench.pretrain import main as pretrain
 from ssl_bench.recipe.compose import compose
 from ssl_bench.recipe.content import with_content
-from ssl_bench.recipe.schema import differences
+from ssl_bench.recipe.identity import differences
 from ssl_bench.study.grid import Cell, load_study
 
 

@@ -10,7 +10,7 @@ import torch
 from made_run import RECIPE, begun, block, ended, open_run
 from tiny_disk import mounted
 
-from ssl_bench.recipe.schema import differences
+from ssl_bench.recipe.identity import differences
 from ssl_bench.records.reader import RecordError, read_run
 from ssl_bench.records.storage import TEMPORARY
 from ssl_bench.records.writer import Run, add_evaluations

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_bench.recipe.schema import flatten
+from ssl_bench.recipe.identity import flatten
 from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.inference import Estimate
