@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer
+from ruamel.yaml.composer import MaxDepthExceededError
 from ruamel.yaml.error import YAMLError
 
 from ssl_bench.recipe import registry, weights
@@ -233,9 +233,11 @@ def load_yaml(where: str, text: str, *, texts: bool = False) -> Any:
     if len(text) > YAML_CHARS:
         raise ValueError(f"{where}: YAML must have at most {YAML_CHARS} characters, got {len(text)}")
     parser = YAML(typ="base" if texts else "safe", pure=True)
-    parser.Composer = _ShallowComposer
+    parser.max_depth = YAML_DEPTH
     try:
         content = parser.load(text)
+    except MaxDepthExceededError:
+        raise ValueError(f"{where}: YAML must have at most {YAML_DEPTH} levels, got more") from None
     except YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f" in line {mark.line + 1}" if mark else ""
@@ -243,22 +245,6 @@ def load_yaml(where: str, text: str, *, texts: bool = False) -> Any:
         raise ValueError(f"{where}: invalid YAML{line}: {problem}") from None
     _count_values(where, content)
     return content
-
-
-class _ShallowComposer(Composer):
-    """The parser's own, which calls itself at every level, but not for ever."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """As the parser does."""
-        self.depth += 1
-        if self.depth > YAML_DEPTH:
-            raise YAMLError(f"more than {YAML_DEPTH} levels")
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
 
 
 def _count_values(where: str, content: Any) -> None:

@@ -254,6 +254,9 @@ def test_a_yaml_file_with_a_key_given_twice_is_refused_with_its_line():
     with pytest.raises(ValueError, match=r'^there: invalid YAML in line 3: found duplicate key "a"$'):
         load_yaml("there", "a: 1\nb: off\na: [1,\n  2]")
     assert load_yaml("there", "{a: off, b: 1e-4}") == {"a": "off", "b": 1e-4}
+    load_yaml("there", "[" * 50 + "]" * 50)
+    with pytest.raises(ValueError, match=r"^there: YAML must have at most 50 levels, got more$"):
+        load_yaml("there", "[" * 51 + "]" * 51)
 
 
 # Made by the version that composed with Hydra; a recipe's identity never changes, unless its result does on purpose:
