@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Iterator
 from textwrap import shorten
 
-from ssl_bench.recipe.compose import CONFIGS, choices, load_yaml
+from ssl_bench.recipe.compose import CONFIGS, choices
 from ssl_bench.recipe.registry import builtin, installed
+from ssl_bench.recipe.values import load_yaml
 
 Rows = Iterator[tuple[str, str]]  # name, one line about it
 

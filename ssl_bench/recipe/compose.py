@@ -11,17 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.composer import MaxDepthExceededError
-from ruamel.yaml.error import YAMLError
 
 from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.identity import flatten
 from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe
+from ssl_bench.recipe.values import Kind, holds, load_yaml, read_value
 from ssl_bench.runtime.suggestion import nearest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -31,15 +28,8 @@ PLUGINS = ("method", "optimizer", "schedule")  # whose own keys `registry` check
 FOREIGN = {"data": ("dataset", "name"), "model": ("backbone", "name"), **{kind: (kind, "target") for kind in PLUGINS}}
 UNITS = ("steps", "epochs", "fraction")  # of one duration
 
-# What somebody else's study file may hold: a file of a few hundred bytes can mean a billion values.
-YAML_CHARS, YAML_DEPTH, YAML_VALUES = 1 << 16, 50, 100_000
-
 # What other suites call a key, for suggestions.
 ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "dataset": "name", "num_workers": "workers"}
-
-# What is read as YAML on a command line. The rest is text: paths with colons or backslashes, dates, 007, off.
-_NUMBER = r"[+-]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)(e[+-]?\d+)?"
-_YAML_VALUE = re.compile(rf"{_NUMBER}|true|false|null|\[.*\]|\{{.*\}}", re.IGNORECASE | re.DOTALL)
 
 _CHECKER = TypeAdapter(Recipe)
 
@@ -59,7 +49,7 @@ def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
     given = dict(map(_split, overrides))
     tree = _from_files(track, {key: given.pop(key) for key in GROUPS if key in given})
     kinds = _kinds({**tree, **{key: text for key, text in given.items() if key.endswith(".target")}})
-    values = {key: _value(key, text, kinds.get(key)) for key, text in given.items()}
+    values = {key: read_value(key, text, kinds.get(key)) for key, text in given.items()}
     for key in sorted(given):
         _check_key(key, tree)
         for twin in _twins(key):
@@ -214,54 +204,8 @@ def override(plain: Tree, overrides: Sequence[str], allowed: Sequence[str]) -> T
         _check_key(key, {})  # nothing is imported that the record names
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise ValueError(f"{key} is fixed by the run's record (may be set here: {', '.join(allowed)})")
-        plain = _with(plain, {key: _value(key, text, _own_kinds().get(key))})
+        plain = _with(plain, {key: read_value(key, text, _own_kinds().get(key))})
     return plain
-
-
-def load_yaml(where: str, text: str, *, texts: bool = False) -> Any:
-    """Parses YAML 1.2, in which ``off`` and ``no`` are text and ``1e-4`` is a number.
-
-    Args:
-        where: what the text is, for the error.
-        text: the YAML.
-        texts: whether every scalar is text, as it is written.
-
-    Raises:
-        ValueError: one line that names the place; invalid YAML, a key that is given twice, or more than `YAML_CHARS`,
-            `YAML_DEPTH` or `YAML_VALUES` (counted with every alias written out) allow.
-    """
-    if len(text) > YAML_CHARS:
-        raise ValueError(f"{where}: YAML must have at most {YAML_CHARS} characters, got {len(text)}")
-    parser = YAML(typ="base" if texts else "safe", pure=True)
-    parser.max_depth = YAML_DEPTH
-    try:
-        content = parser.load(text)
-    except MaxDepthExceededError:
-        raise ValueError(f"{where}: YAML must have at most {YAML_DEPTH} levels, got more") from None
-    except YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        line = f" in line {mark.line + 1}" if mark else ""
-        problem = " ".join(problem.split()).partition(" with value ")[0]  # a duplicate key's values may be long
-        raise ValueError(f"{where}: invalid YAML{line}: {problem}") from None
-    _count_values(where, content)
-    return content
-
-
-def _count_values(where: str, content: Any) -> None:
-    """Refuses what is too deep or too much, counted as if every alias were written out."""
-    found, level = 0, [content]
-    for _ in range(YAML_DEPTH):
-        level = [
-            item
-            for one in level
-            for item in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
-        ]
-        found += len(level)
-        if not level:
-            return
-        if found > YAML_VALUES:
-            raise ValueError(f"{where}: YAML must have at most {YAML_VALUES} values, got {found} or more")
-    raise ValueError(f"{where}: YAML must have at most {YAML_DEPTH} levels, got more")
 
 
 @cache
@@ -306,62 +250,29 @@ def _split(override: str) -> tuple[str, str]:
     return key, value
 
 
-def _holds(annotation: Any) -> Literal["text", "texts"] | None:
-    """Whether a key's type is text, or a list of texts, so that 007, true and [1] are not read as YAML."""
-    if get_origin(annotation) is Annotated:
-        return _holds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = {_holds(each) for each in get_args(annotation) if each is not type(None)}
-        return kinds.pop() if len(kinds) == 1 else None
-    if get_origin(annotation) is Literal:
-        return "text" if all(isinstance(each, str) for each in get_args(annotation)) else None
-    if get_origin(annotation) in (list, tuple, Sequence):
-        inner = [each for each in get_args(annotation) if each is not Ellipsis]
-        return "texts" if inner and all(each is str for each in inner) else None
-    return "text" if annotation is str else None
-
-
 @cache
-def _own_kinds() -> dict[str, Literal["text", "texts"] | None]:
+def _own_kinds() -> dict[str, Kind | None]:
     """For every key of a recipe but the plug-ins', whether it holds text."""
-    found: dict[str, Literal["text", "texts"] | None] = {}
+    found: dict[str, Kind | None] = {}
     for name, annotation in get_type_hints(Recipe, include_extras=True).items():
         if is_dataclass(annotation) and annotation is not Plugin:
             inner = get_type_hints(annotation, include_extras=True)
-            found |= {f"{name}.{each}": _holds(kind) for each, kind in inner.items()}
+            found |= {f"{name}.{each}": holds(kind) for each, kind in inner.items()}
         else:
-            found[name] = _holds(annotation)
+            found[name] = holds(annotation)
     return found
 
 
-def _kinds(tree: Tree) -> dict[str, Literal["text", "texts"] | None]:
+def _kinds(tree: Tree) -> dict[str, Kind | None]:
     """The same with the keys of the plug-ins that are chosen."""
     found = dict(_own_kinds())
     for kind in PLUGINS:
         target = tree.get(f"{kind}.target") or (tree.get(kind) or {}).get("target")
         if target:
             known = registry.options(registry.resolve(kind, target))
-            found |= {f"{kind}.{name}": _holds(option.annotation) for name, option in known.items()}
+            found |= {f"{kind}.{name}": holds(option.annotation) for name, option in known.items()}
             found[f"{kind}.target"] = "text"
     return found
-
-
-@cache
-def _value(key: str, text: str, holds: Literal["text", "texts"] | None = None) -> Any:
-    """Reads a command line's value: numbers, true, false, null, lists and mappings as YAML, anything else as text.
-
-    Args:
-        key: the key, for the error.
-        text: the value.
-        holds: what the key's type says: "text" is read as it is written (but null), "texts" as a list of such.
-    """
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    if not _YAML_VALUE.fullmatch(text) or (holds == "text" and text.lower() != "null"):
-        return text
-    # YAML would take a glob pattern in a list, [*.bn*], for an alias.
-    quoted = re.sub(r"(?<=[\[,])\s*(\*[^\s,'\"\[\]]*)", r"'\1'", text)
-    return load_yaml(f"{key}={text}", quoted, texts=holds == "texts" and text.startswith("["))
 
 
 def _twins(key: str) -> list[str]:

@@ -22,10 +22,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe.compose import CONFIGS, YAML_CHARS, compose, load_yaml, merge
+from ssl_bench.recipe.compose import CONFIGS, compose, merge
 from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
+from ssl_bench.recipe.values import YAML_CHARS, load_yaml
 from ssl_bench.runtime.suggestion import nearest
 
 STUDIES = CONFIGS / "study"
