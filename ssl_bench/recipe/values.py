@@ -82,18 +82,18 @@ def holds(annotation: Any) -> Kind | None:
 
 
 @cache
-def read_value(key: str, text: str, holds: Kind | None = None) -> Any:
+def read_value(key: str, text: str, kind: Kind | None = None) -> Any:
     """Reads a command line's value: numbers, true, false, null, lists and mappings as YAML, anything else as text.
 
     Args:
         key: the key, for the error.
         text: the value.
-        holds: what the key's type says: "text" is read as it is written (but null), "texts" as a list of such.
+        kind: what the key's type says: "text" is read as it is written (but null), "texts" as a list of such.
     """
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
-    if not _YAML_VALUE.fullmatch(text) or (holds == "text" and text.lower() != "null"):
+    if not _YAML_VALUE.fullmatch(text) or (kind == "text" and text.lower() != "null"):
         return text
     # YAML would take a glob pattern in a list, [*.bn*], for an alias.
     quoted = re.sub(r"(?<=[\[,])\s*(\*[^\s,'\"\[\]]*)", r"'\1'", text)
-    return load_yaml(f"{key}={text}", quoted, texts=holds == "texts" and text.startswith("["))
+    return load_yaml(f"{key}={text}", quoted, texts=kind == "texts" and text.startswith("["))
