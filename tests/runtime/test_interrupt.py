@@ -199,16 +199,6 @@ def test_outside_of_the_steps_a_signal_ends_at_once_but_for_what_is_being_saved(
         os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_nohup_stays_what_it_is() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interrupt() as interrupt:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not interrupt.requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_processes_agree_by_elapsed_time_in_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now, looks = [0.0], []
     monkeypatch.setattr("ssl_bench.runtime.interrupt.time.monotonic", lambda: now[0])
