@@ -113,9 +113,7 @@ class Trainer:
         mark, marked_step = time.perf_counter(), self.step
         for batch in self.pipeline.batches(self.step, rhythm.total):
             self._begin_step()
-            scalars = self.gradient(
-                self.model, batch.views, self.pipeline.n_chunks, self._backward, partial(self._around, batch)
-            )
+            scalars = self.gradient_of(batch, self.pipeline.n_chunks)
             self.random.end_step()
             # The schedule counts optimizer steps: a step that the gradient scaler skips must not advance it.
             multiplier = self.schedule(self.clock)
@@ -163,6 +161,10 @@ class Trainer:
             if stopping:
                 return Outcome("interrupted", self.step)
         return Outcome("finished", self.step)
+
+    def gradient_of(self, batch: Batch, n_chunks: int) -> dict[str, Tensor]:
+        """A step's forward and backward pass; returns its scalars."""
+        return self.gradient(self.model, batch.views, n_chunks, self._backward, partial(self._around, batch))
 
     def _begin_step(self) -> None:
         """Lets the method follow the run, and makes whatever the network draws a function of (seed, step)."""

@@ -96,7 +96,7 @@ def _two_peaks(trainer: Any, tried: int) -> tuple[tuple[int, int], tuple[int, in
     peaks = []
     for one in small:
         torch.cuda.reset_peak_memory_stats(device)
-        trainer.gradient(trainer.model, one.views, 1, trainer.accelerator.backward)
+        trainer.gradient_of(one, 1)
         peaks.append(torch.cuda.max_memory_allocated(device) - held)
         trainer.optimizer.zero_grad(set_to_none=True)
     return sizes, (peaks[0], peaks[1]), free

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import TINY_PRETRAIN
+from tiny_net import TinyTwins
 
 from ssl_bench import pretrain
 from ssl_bench.eval.knn import KNN
 from ssl_bench.training.loop import Trainer
-from ssl_bench.training.out_of_memory import advice, largest_chunk, largest_divisor
+from ssl_bench.training.out_of_memory import _two_peaks, advice, largest_chunk, largest_divisor
 
 
 def test_the_largest_chunk_is_read_off_a_line_through_two_peaks():
@@ -57,3 +58,27 @@ def test_nothing_smaller_is_said_too():
         advice(MemoryError("no"), trainer)
         == "chunk_size=2 does not fit into this memory, nor is there a smaller one: no"
     )
+
+
+def test_the_measured_steps_are_computed_as_the_runs_are(tmp_path, monkeypatch):
+    """In the run's precision: a float32 step needs about twice the memory of the bf16 one that is to fit."""
+    monkeypatch.chdir(tmp_path)
+    seen, forward, line = [], TinyTwins.forward, Trainer._line
+
+    def watched(self, *views):
+        seen.append((len(views[0]), torch.is_autocast_enabled("cpu")))
+        return forward(self, *views)
+
+    def measured(self, rate):
+        with monkeypatch.context() as patch:
+            for name in ("empty_cache", "memory_allocated", "memory_reserved", "max_memory_allocated"):
+                patch.setattr(torch.cuda, name, lambda *_: 0)
+            patch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
+            patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+            assert _two_peaks(self, 96) == ((3, 6), (0, 0), 0)
+        return line(self, rate)
+
+    monkeypatch.setattr(TinyTwins, "forward", watched)
+    monkeypatch.setattr(Trainer, "_line", measured)
+    assert pretrain.main([*TINY_PRETRAIN, "steps=1", "run_dir=r", "eval=none", "precision=bf16"]) == 0
+    assert seen[:3] == [(96, True), (3, True), (6, True)]
