@@ -53,3 +53,14 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def results(run_dir: Path) -> dict[str, Any]:
     """A run's results."""
     return json.loads((run_dir / "results.json").read_text())
+
+
+def fails(capsys: Any, main: Any, words: list[str]) -> str:
+    """The one line of a command that must refuse its words."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return errors[0]

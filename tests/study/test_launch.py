@@ -1,13 +1,10 @@
-"""Launchers and claims: crashes, requeues, signals, several workers at once, dead ones, SLURM."""
+"""The local launcher: crashes, requeues, signals, several workers at once, dead ones, places for cells."""
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +12,12 @@ import pytest
 import yaml
 from waiting import wait_for
 
-from ssl_bench.study import claims as cell_claims
 from ssl_bench.study import launch
 from ssl_bench.study.cells import CellStore
-from ssl_bench.study.claims import CellClaim, holder
 from ssl_bench.study.grid import Cell, Study, load_study
 from ssl_bench.study.launch import LocalLauncher, Slot, slots
 
 FAKE = Path(__file__).resolve().parents[1] / "helpers" / "fake_run.py"
-START_SLURM = "SSL_BENCH_START_SLURM"  # environment variable, explained in CONTRIBUTING.md
 
 CELLS = 6
 
@@ -203,131 +197,6 @@ def test_a_killed_worker_gives_its_cells_back_at_once(tmp_path: Path) -> None:
     assert len(starts(counter)) == CELLS
 
 
-# Claims --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_claim_is_exclusive_until_it_is_released(tmp_path: Path) -> None:
-    first = CellClaim.acquire(tmp_path, "a")
-    assert first is not None
-    assert CellClaim.acquire(tmp_path, "a") is None
-    assert holder(tmp_path, "a") == f"process {os.getpid()} on {os.uname().nodename}"
-    other = CellClaim.acquire(tmp_path, "a.b")  # another name, though it begins alike
-    assert other is not None
-    first.release()
-    first.release()
-    assert holder(tmp_path, "a") is None
-    assert CellClaim.acquire(tmp_path, "a") is not None
-
-
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Pretends to run under another boot of a kernel, on another machine: locks say nothing then."""
-    return lambda boot: monkeypatch.setattr(cell_claims, "_boot", lambda: boot)
-
-
-def test_a_dead_workers_claim_on_another_machine_expires(
-    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    elsewhere("theirs")
-    claim = CellClaim.acquire(tmp_path, "a")
-    assert claim is not None
-    claim._lock.release()  # it dies: the lock is gone, the file stays
-    elsewhere("ours")
-    assert CellClaim.acquire(tmp_path, "a") is None
-    old = time.time() - 100
-    os.utime(claim.path, (old, old))
-    assert CellClaim.acquire(tmp_path, "a", expiry=200) is None
-    assert holder(tmp_path, "a", expiry=90) is None
-    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None  # a clock may have been set: it is watched for a while
-    monkeypatch.setattr(cell_claims, "CONFIRM", 0.0)
-    taken = CellClaim.acquire(tmp_path, "a", expiry=90)
-    assert taken is not None
-    assert [path.name for path in tmp_path.glob("a.claim-*")] == ["a.claim-2"]
-    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
-
-
-def test_clocks_that_were_set_neither_keep_a_dead_claim_nor_end_a_living_one(
-    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(cell_claims.time, "monotonic", lambda: now[0])
-    elsewhere("theirs")
-    claim = CellClaim.acquire(tmp_path, "a")
-    assert claim is not None
-    elsewhere("ours")
-    # The clock was set back by a day, or the holder's runs ahead: the file lies in the future, and nobody touches it.
-    later = time.time() + 86400
-    os.utime(claim.path, (later, later))
-    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
-    now[0] += 91
-    assert holder(tmp_path, "a", expiry=90) is None
-    taken = CellClaim.acquire(tmp_path, "a", expiry=90)
-    assert taken is not None
-    taken.release()
-    # The clock was set forward by a day: the file looks old, but its holder touches it again and again.
-    elsewhere("theirs")
-    living = CellClaim.acquire(tmp_path, "b")
-    assert living is not None
-    elsewhere("ours")
-    for beat in range(20):
-        old = time.time() - 86400 + beat
-        os.utime(living.path, (old, old))
-        assert CellClaim.acquire(tmp_path, "b", expiry=90) is None
-        now[0] += 10
-    # Under one kernel file times mean nothing.
-    here = CellClaim.acquire(tmp_path, "c")
-    assert here is not None
-    os.utime(here.path, (0, 0))
-    assert holder(tmp_path, "c") is not None
-    assert CellClaim.acquire(tmp_path, "c") is None
-
-
-def test_looking_at_a_claim_writes_nothing(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
-    elsewhere("theirs")
-    assert CellClaim.acquire(tmp_path, "a") is not None
-    elsewhere("ours")
-    before = tmp_path.stat().st_mtime_ns
-    assert holder(tmp_path, "a") is not None
-    assert tmp_path.stat().st_mtime_ns == before
-
-
-def test_a_heartbeat_keeps_a_claim(
-    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cell_claims, "BEAT_EVERY", -1.0)
-    elsewhere("theirs")
-    claim = CellClaim.acquire(tmp_path, "a")
-    assert claim is not None
-    old = time.time() - 100
-    os.utime(claim.path, (old, old))
-    claim.beat()
-    elsewhere("ours")
-    assert CellClaim.acquire(tmp_path, "a", expiry=90) is None
-
-
-def test_an_owner_takes_over_from_its_earlier_process(tmp_path: Path, elsewhere: Callable[[str], None]) -> None:
-    elsewhere("the first node's")
-    assert CellClaim.acquire(tmp_path, "a", owner="job 7") is not None
-    elsewhere("the second node's")
-    assert CellClaim.acquire(tmp_path, "a", owner="job 8") is None
-    assert CellClaim.acquire(tmp_path, "a", owner="job 7") is not None
-
-
-def test_who_is_slower_in_taking_over_steps_back(
-    tmp_path: Path, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Both saw the dead generation 1. The faster one made 2, ended, and a third worker has made 1 again.
-    elsewhere("theirs")
-    third = CellClaim.acquire(tmp_path, "a")
-    assert third is not None
-    elsewhere("ours")
-    looks = iter([False])
-    real = cell_claims._alive
-    monkeypatch.setattr(cell_claims, "_alive", lambda *given: next(looks, None) is None and real(*given))
-    assert CellClaim.acquire(tmp_path, "a") is None
-    assert [path.name for path in tmp_path.glob("a.claim-*")] == ["a.claim-1"]
-
-
 # Places --------------------------------------------------------------------------------------------------------------
 
 
@@ -382,80 +251,3 @@ def test_a_gpu_whose_memory_nvidia_smi_does_not_know_takes_one_cell(
         tool.write_text(f"#!/bin/sh\necho '{answer}'\n")
         tool.chmod(0o755)
         assert launch.gpu_memory("0") == memory
-
-
-# SLURM ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def slurm() -> None:
-    """A real one-node cluster, or a skip."""
-    pytest.importorskip("submitit")
-    if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True, check=False).returncode == 0:
-        return
-    if not (script := os.environ.get(START_SLURM)):
-        pytest.skip(f"no SLURM runs here, and {START_SLURM} names no script that starts one")
-    done = subprocess.run([script], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"SLURM does not start: {done.stderr[-200:]}")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("slurm")
-def test_slurm_runs_an_array_and_a_preempted_cell_goes_on(tmp_path: Path) -> None:
-    """Two real runs of digits as a job array; one is preempted on the way, and continues from its checkpoint."""
-    from ssl_bench.study.run import study_main
-
-    content = {
-        "base": {"data": "digits", "model.stem": "imagenet", "batch_size": 32, "log_every": 1, "eval.baseline": False,
-                 "eval.test_every_epochs": 0},
-        "blocks": [{"track": "classify", "axes": [{"steps": [5, 400], "optimizer.lr": [1, 1]}]}],
-    }  # fmt: skip
-    path, runs = tmp_path / "array.yaml", tmp_path / "runs"
-    path.write_text(yaml.safe_dump(content))
-    parameters = {"timeout_min": "30", "cpus_per_task": "1", "partition": "main", "gpus_per_node": "0"}
-    assert study_main(path, runs=runs, launcher="slurm", slurm=parameters) == 0
-    store, (short, long) = CellStore(runs), load_study(path).cells
-    metrics = store.folder(long) / "metrics.jsonl"
-    try:
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, 240)
-        assert store.state(long).status == "running"
-        task = next(folder.name.split("_submitted")[0] for folder in (store.notes / "slurm").glob("*_1_submitted.pkl"))
-        # What SLURM does ahead of a preemption; submitit's handler answers it.
-        subprocess.run(["scancel", "--signal=USR2", task], check=True)
-        wait_for(lambda: store.state(long).status == "interrupted", 60)
-        # A requeued job starts after two minutes by SLURM's own rule; a user may bring that forward.
-        wait_for(lambda: "PENDING" in queue(task), 60)
-        subprocess.run(["scontrol", "update", f"jobid={task}", "starttime=now"], check=False)
-        wait_for(lambda: store.state(long).ended and store.state(short).ended, 400)
-    finally:
-        subprocess.run(["scancel", "--name=ssl-bench-array"], check=False)
-    assert store.state(short).ended
-    sessions = [json.loads(line) for line in (store.folder(long) / "sessions.jsonl").read_text().splitlines()]
-    assert len(sessions) == 2
-    assert sessions[0]["step"] == 0
-    assert sessions[1]["step"] > 0
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 401))
-    assert study_main(path, runs=runs, launcher="slurm") == 0  # nothing left to submit
-
-
-def queue(task: str) -> str:
-    return subprocess.run(["squeue", "-h", "-j", task, "-o", "%T"], capture_output=True, text=True, check=False).stdout
-
-
-def test_slurms_parameters_are_told_apart() -> None:
-    from ssl_bench.study.slurm import _parameters
-
-    assert _parameters({"timeout_min": "90", "mem_gb": "1.5", "partition": "gpu"}) == {
-        "timeout_min": 90,
-        "cpus_per_task": 4,
-        "gpus_per_node": 1,
-        "mem_gb": 1.5,
-        "slurm_additional_parameters": {"partition": "gpu"},
-    }
-    assert _parameters({"gpus_per_node": "4"})["gpus_per_node"] == 4
-    assert "gpus_per_node" not in _parameters({"gpus_per_node": "0"})
-    assert "gpus_per_node" not in _parameters({"gres": "gpu:a100:2"})
-    with pytest.raises(ValueError, match="timeout_min must be a number, got 'a day'"):
-        _parameters({"timeout_min": "a day"})
