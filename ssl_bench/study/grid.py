@@ -95,11 +95,6 @@ class Study:
     cells: tuple[Cell, ...]
 
 
-def shipped() -> list[str]:
-    """The names of the studies in ``configs/study/``."""
-    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
-
-
 def load_study(
     source: str | Path,
     *,
