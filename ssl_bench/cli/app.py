@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ssl_bench.cli import data, report, study
-from ssl_bench.cli.paths import expanded
+from ssl_bench.cli.options import Debug, expanded, finish
 
 app = typer.Typer(
     add_completion=False,
@@ -22,7 +22,6 @@ _VERBATIM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 Trust = Annotated[
     bool, typer.Option("--trust", help="The record may name code to import (package.module:Name) and paths to read.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _version(asked: bool) -> None:
@@ -51,14 +50,13 @@ def list_(
     debug: Debug = False,
 ) -> None:
     """Show what can be named: built in, in configs/, or installed."""
-    from ssl_bench.recipe.command import guarded
 
     def command() -> int:
         from ssl_bench.cli.listing import main
 
         return main(what)
 
-    raise typer.Exit(guarded(command, debug=debug))
+    finish(command, debug)
 
 
 @app.command(context_settings=_VERBATIM)
@@ -134,12 +132,11 @@ def evaluate(
     ssl-bench evaluate data=cifar10 model.name=resnet50 model.stem=imagenet model.checkpoint=FILE
     """
     from ssl_bench.cli.evaluate import evaluate_backbone, main
-    from ssl_bench.recipe.command import guarded
 
     given = overrides or []
     if "=" in run and not Path(run).is_dir():
-        raise typer.Exit(guarded(lambda: evaluate_backbone([run, *given], output), debug=debug))
-    raise typer.Exit(guarded(lambda: main(run, given, trust=trust), debug=debug))
+        finish(lambda: evaluate_backbone([run, *given], output), debug)
+    finish(lambda: main(run, given, trust=trust), debug)
 
 
 @app.command()
@@ -153,9 +150,8 @@ def check_method(
     Outputs, gradients, chunks, two processes and a resume, in float64 on a small network; under a minute on two cores.
     """
     from ssl_bench.cli.check_method import main
-    from ssl_bench.recipe.command import guarded
 
-    raise typer.Exit(guarded(lambda: main(method, overrides or []), debug=debug))
+    finish(lambda: main(method, overrides or []), debug)
 
 
 @app.command()
@@ -180,7 +176,6 @@ def analyze(
     At every snapshot of the run: the Hessian's top eigenvalue and trace, SAM's sharpness, and E|g_B - E g_B|^2 for
     several batch sizes. They go to the run's analysis.json, where the report finds them.
     """
-    from ssl_bench.recipe.command import guarded
 
     def command() -> int:
         from ssl_bench.cli.analyze import Settings, main
@@ -192,7 +187,7 @@ def analyze(
             trust=trust,
         )
 
-    raise typer.Exit(guarded(command, debug=debug))
+    finish(command, debug)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -215,9 +210,8 @@ def demo(
     Barlow Twins under LARS, LAMB and TVLARS on embedded data, in minutes on two cores: no download, no GPU.
     """
     from ssl_bench.cli.demo import main
-    from ssl_bench.recipe.command import guarded
 
-    raise typer.Exit(guarded(lambda: main(folder, steps), debug=debug))
+    finish(lambda: main(folder, steps), debug)
 
 
 data.register(app)

@@ -1,12 +1,12 @@
 """``ssl-bench data list|prepare|verify|clear``: the data sets, and what is kept of them on this machine."""
 
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from ssl_bench.cli.options import Debug, finish
+
 CacheDir = Annotated[str | None, typer.Option(help="The cache; left out: $SSL_BENCH_CACHE or ~/.cache/ssl_bench.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -44,7 +44,7 @@ def list_(cache_dir: CacheDir = None, debug: Debug = False) -> None:
             print(f"  {DOWNLOADS:<40} {size_of(downloads) / 2**20:>9.1f} MiB")
         return 0
 
-    _exit(command, debug)
+    finish(command, debug)
 
 
 @data_app.command()
@@ -74,7 +74,7 @@ def prepare(
         print(f"{data.name}: {sizes}, {len(data.classes)} classes, digest {data.digest}")
         return 0
 
-    _exit(command, debug)
+    finish(command, debug)
 
 
 @data_app.command()
@@ -102,7 +102,7 @@ def verify(
                 print("\n".join(found) if found else f"{copy.folder}: whole ({copy.size / 2**20:.1f} MiB)")
         return 1 if faults else 0
 
-    _exit(command, debug)
+    finish(command, debug)
 
 
 @data_app.command()
@@ -136,10 +136,4 @@ def clear(
             print(f"{directory}: nothing to remove")
         return 0
 
-    _exit(command, debug)
-
-
-def _exit(command: Callable[[], int], debug: bool) -> None:
-    from ssl_bench.recipe.command import guarded
-
-    raise typer.Exit(guarded(command, debug=debug))
+    finish(command, debug)

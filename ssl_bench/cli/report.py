@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssl_bench.cli.paths import expanded
+from ssl_bench.cli.options import Debug, expanded, finish
 
 if TYPE_CHECKING:
     from ssl_bench.records.reader import RunRecord
@@ -20,7 +20,6 @@ class Figures(StrEnum):
 
 
 Runs = Annotated[str, typer.Argument(help="Folder of runs, at any depth.", callback=expanded)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +45,6 @@ def report(
 
     Tables, figures, checked claims and one web page, from the runs' records alone.
     """
-    from ssl_bench.recipe.command import guarded
 
     def write() -> int:
         from ssl_bench.report.build import write_report
@@ -54,12 +52,11 @@ def report(
         print(write_report(runs, output, study=study, figures=figures.value))
         return 0
 
-    raise typer.Exit(guarded(write, debug=debug))
+    finish(write, debug)
 
 
 def leaderboard(runs: Runs, debug: Debug = False) -> None:
     """Print the ranking of the optimizers."""
-    from ssl_bench.recipe.command import guarded
 
     def show() -> int:
         from ssl_bench.report.leaderboard import print_leaderboard
@@ -67,7 +64,7 @@ def leaderboard(runs: Runs, debug: Debug = False) -> None:
         print_leaderboard(runs)
         return 0
 
-    raise typer.Exit(guarded(show, debug=debug))
+    finish(show, debug)
 
 
 def export(
@@ -88,7 +85,6 @@ def export(
     The records are small enough to commit or to send, with local paths shortened; report and leaderboard read the
     copies like the runs. With --to: weights, timm's configuration with this run's mean, std and size, and a model card.
     """
-    from ssl_bench.recipe.command import guarded
 
     def copy() -> int:
         if (output is None) == (to is None):
@@ -104,7 +100,7 @@ def export(
         print(f"{len(export_records(runs, output))} records in {output}")
         return 0
 
-    raise typer.Exit(guarded(copy, debug=debug))
+    finish(copy, debug)
 
 
 def _images_of(record: "RunRecord") -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """``ssl-bench study ...`` and ``ssl-bench tune ...``: their command lines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ssl_bench.cli.paths import expanded
+from ssl_bench.cli.options import Debug, expanded, finish
 
 Name = Annotated[str, typer.Argument(help="A shipped study's name, or the path of a YAML file.", callback=expanded)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for every cell.")]
@@ -30,7 +30,6 @@ PrintCommands = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust", help="The file may name code to import (package.module:Name) and paths to read.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 class _RunByDefault(TyperGroup):
@@ -83,7 +82,7 @@ def run(
             trust=trust,
         )
 
-    _exit(command, debug)
+    finish(command, debug)
 
 
 @study_app.command()
@@ -105,7 +104,7 @@ def status(
         seeds_given = _seeds(seeds)
         return status_main(name, runs=runs, overrides=overrides or [], seeds=seeds_given, data_paths=paths, trust=trust)
 
-    _exit(command, debug)
+    finish(command, debug)
 
 
 def tune(
@@ -137,19 +136,13 @@ def tune(
             trust=trust,
         )
 
-    _exit(command, debug)
+    finish(command, debug)
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to ``ssl-bench``."""
     app.add_typer(study_app, name="study", help="Run a grid of recipes, or show its status.")
     app.command()(tune)
-
-
-def _exit(command: Callable[[], int], debug: bool) -> None:
-    from ssl_bench.recipe.command import guarded
-
-    raise typer.Exit(guarded(command, debug=debug))
 
 
 def _seeds(text: str | None) -> list[int] | None:
