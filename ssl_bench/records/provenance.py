@@ -14,6 +14,7 @@ import torch
 
 import ssl_bench
 from ssl_bench.records.storage import jsonable
+from ssl_bench.runtime.launcher import usable_cores
 
 # Distribution names; at most one of faiss's is installed.
 _PACKAGES = (
@@ -97,12 +98,11 @@ def package_versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """This machine's processor, usable cores, memory (GiB), GPUs and CUDA version."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
     return {
         "cpu": cpu_model(),
-        "cores": cores,
+        "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "cuda": torch.version.cuda if gpus else None,

@@ -54,7 +54,7 @@ def launch(words: Sequence[str], processes: int) -> int:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": "ssl-bench",
         LAUNCHER: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // processes)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // processes)),
     }
     ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in SIGNALS if number not in ignored}
@@ -117,5 +117,6 @@ def _exit_code(codes: Sequence[int], caught: Sequence[int]) -> int:
     return failed[0] if failed else 1 if killed else REQUEUE_EXIT_CODE if any(codes) else 0
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

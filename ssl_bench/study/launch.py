@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
+from ssl_bench.runtime.launcher import usable_cores
 from ssl_bench.runtime.memory import available_memory
 from ssl_bench.runtime.peers import LAUNCHER
 from ssl_bench.study.cells import CellStore, State
@@ -61,7 +62,7 @@ def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
     for name, value in (("workers", workers), ("per_gpu", per_gpu)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    cores, gpus = _cores(), _gpus()
+    cores, gpus = usable_cores(), _gpus()
     if gpus:
         # Every GPU gets its first cell before any gets a second, so that few workers are spread out.
         # In the order of the bus, as nvidia-smi counts them; CUDA's own order is by speed.
@@ -73,10 +74,6 @@ def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
         places = [(None, {})] * count  # type: ignore[list-item]
     threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
     return [Slot(number, {**places[number][1], **threads}, places[number][0]) for number in range(count)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

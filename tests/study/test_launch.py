@@ -202,13 +202,13 @@ def test_a_killed_worker_gives_its_cells_back_at_once(tmp_path: Path) -> None:
 
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpus", list)
-    monkeypatch.setattr(launch, "_cores", lambda: 16)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 16)
     monkeypatch.setattr(launch, "available_memory", lambda: 64 << 30)
     assert [slot.environment for slot in slots()] == [{"OMP_NUM_THREADS": "4"}] * 4
     assert [slot.environment for slot in slots(3)] == [{"OMP_NUM_THREADS": "5"}] * 3
     monkeypatch.setattr(launch, "available_memory", lambda: 9 << 30)
     assert len(slots()) == 2
-    monkeypatch.setattr(launch, "_cores", lambda: 1)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 1)
     assert [slot.environment for slot in slots(4)] == [{"OMP_NUM_THREADS": "1"}] * 4
     with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
         slots(0)
@@ -216,7 +216,7 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cells_spread_over_gpus_before_they_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpus", lambda: ["0", "3"])
-    monkeypatch.setattr(launch, "_cores", lambda: 12)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 12)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots()] == ["0", "3"]
     assert [slot.gpu for slot in slots(per_gpu=2)] == ["0", "3", "0", "3"]
     assert [slot.gpu for slot in slots(3, per_gpu=2)] == ["0", "3", "0"]
