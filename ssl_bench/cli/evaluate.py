@@ -13,10 +13,10 @@ from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import RUN, RecordError, RunRecord, read_run
 from ssl_bench.records.storage import atomic_json, one_line
-from ssl_bench.records.writer import add_evaluations
+from ssl_bench.records.writer import BACKBONE, add_evaluations
 
 if TYPE_CHECKING:
-    from ssl_bench.training.session import Processes
+    from ssl_bench.training.processes import Processes
 
 # Where the images are and what is measured; never which images, which network, or how it was trained.
 MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.workers", "device", "model.checkpoint")
@@ -41,11 +41,9 @@ def main(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = False) ->
     from ssl_bench.training.session import summary
 
     record = read_run(run_dir)
-    weights = Path(run_dir) / "backbone.safetensors"
+    weights = record.folder / BACKBONE
     if not weights.exists():
-        raise RecordError(
-            f"{run_dir} must hold backbone.safetensors to be evaluated, got a run that is {record.status}"
-        )
+        raise RecordError(f"{run_dir} must hold {BACKBONE} to be evaluated, got a run that is {record.status}")
     if any(word.startswith("eval.data=") for word in overrides):  # what the record says of another set's place is void
         overrides = [*(f"eval.data_{key}=null" for key in ("path", "size", "content")), *overrides]
     recipe = recorded(record, overrides, MAY_CHANGE, without=("method", "optimizer", "schedule"), trust=trust)

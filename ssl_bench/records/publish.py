@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ssl_bench.records.reader import RecordError, RunRecord, read_run
 from ssl_bench.records.storage import atomic_file, one_line
-
-WEIGHTS = "backbone.safetensors"
+from ssl_bench.records.writer import BACKBONE
 
 # The images that the backbone was trained for: "mean" and "std" of each channel, for pixels in [0, 1], and "size".
 About = Mapping[str, Any]
@@ -35,9 +34,9 @@ def publish(run_dir: str | Path, output: str | Path, about: Callable[[RunRecord]
         OSError: one line; a file cannot be written.
     """
     record, folder = read_run(run_dir), Path(output)
-    weights = record.folder / WEIGHTS
+    weights = record.folder / BACKBONE
     if not weights.is_file():
-        raise RecordError(f"export: {run_dir} must hold {WEIGHTS}, got a run that is {record.status}")
+        raise RecordError(f"export: {run_dir} must hold {BACKBONE}, got a run that is {record.status}")
     if ":" in record.recipe["model"]["name"]:
         name = record.recipe["model"]["name"]
         raise RecordError(f"export: {run_dir} must hold a model of timm's to be loaded by timm, got {name}")
@@ -92,9 +91,7 @@ def _card(record: RunRecord, config: Mapping[str, Any]) -> str:
         f"| {one['protocol']} | {one['model']} | {_score(one['metrics'])} | {_images(one)} | {one.get('seed')} |"
         for one in evaluations
     ]
-    needs = (
-        "" if not config["architecture"].partition("_cifar")[1] else "import ssl_bench.models.backbone  # the stem\n"
-    )
+    needs = "import ssl_bench.models.backbone  # the stem\n" if "_cifar" in config["architecture"] else ""
     table = ["| protocol | model | score | images | probe seed |", "|---|---|---|---|---|", *rows]
     return "\n".join(
         [

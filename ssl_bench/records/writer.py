@@ -4,9 +4,11 @@
     sessions.jsonl      one line for each start: when, from which step, on how many processes
     metrics.jsonl       one line for each logging interval, by ascending step
     telemetry.parquet   layer statistics (``telemetry/part-*.parquet`` while the run goes on)
+    backbone.safetensors    the trained backbone
     results.json        the end: status and evaluations
     requeue             while a run that a signal stopped waits to be started again
     checkpoints/        see ``ssl_bench.records.checkpoint``
+    snapshots/          see ``ssl_bench.records.snapshots``
 
 A ``step`` is the number of steps completed, in checkpoints, metrics and telemetry alike. NaN and infinity are the
 strings "nan", "inf" and "-inf".
@@ -37,6 +39,8 @@ from ssl_bench.records.storage import atomic_file, atomic_json, jsonable, naming
 from ssl_bench.records.telemetry import TelemetryStore
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_NOTE
+
+BACKBONE = "backbone.safetensors"
 
 Resume = Literal["never", "auto"]
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]

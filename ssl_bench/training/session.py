@@ -14,7 +14,7 @@ from ssl_bench.models.backbone import backbone_bytes
 from ssl_bench.records.checkpoint import Checkpoints
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.records.storage import atomic_file, one_line, remove_atomically
-from ssl_bench.records.writer import Resume, Run
+from ssl_bench.records.writer import BACKBONE, Resume, Run
 from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, Stopped, leave_note
@@ -24,8 +24,6 @@ from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Outcome, Scalars, Trainer
 from ssl_bench.training.processes import Processes
 from ssl_bench.training.rehearsal import every_parameter_used, rehearse_saving
-
-BACKBONE = "backbone.safetensors"
 
 # Standard errors of a guesser's accuracy: a result no more than this above chance is no sign of learning.
 CHANCE_MARGIN = 3.0
