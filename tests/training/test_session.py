@@ -184,11 +184,23 @@ class Forgetful(nn.Linear):
         raise RuntimeError("no such thing")
 
 
+class Mistaken(nn.Linear):
+    """A layer that loads other weights than were saved."""
+
+    def _load_from_state_dict(self, *arguments: object, **more: object) -> None:
+        super()._load_from_state_dict(*arguments, **more)  # type: ignore[arg-type]
+        nn.init.zeros_(self.weight)
+
+
 def test_what_cannot_be_saved_or_loaded_is_refused_before_the_first_step():
     broken = nn.Sequential(Forgetful(2, 2))
     broken.ssl_bench = {"name": "x"}  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"model: its weights must be saved and loaded, which fails: no such thing"):
         rehearse_saving(broken, {})
+    other = nn.Sequential(Mistaken(2, 2))
+    other.ssl_bench = {"name": "x"}  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"model: 0\.weight must be loaded as it was saved, got other values"):
+        rehearse_saving(other, {})
     sound = nn.Sequential(nn.Linear(2, 2))
     sound.ssl_bench = {"name": "x"}  # type: ignore[assignment]
     rehearse_saving(sound, {"optimizer": {"groups": [{"lr": 0.1, "dtype": torch.bfloat16}]}})
