@@ -17,7 +17,7 @@ from ssl_bench.records.storage import atomic_file, one_line, remove_atomically
 from ssl_bench.records.writer import BACKBONE, Resume, Run
 from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
-from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, Stopped, leave_note
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, leave_note
 from ssl_bench.runtime.peers import Watch
 from ssl_bench.training import out_of_memory
 from ssl_bench.training.graphs import GraphedGradient
@@ -92,8 +92,6 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is not None and issubclass(error[0], Stopped):
-            self._leave_note()
         if self.processes.accelerator.trackers:
             self.processes.accelerator.end_training()
         self._run.close()
