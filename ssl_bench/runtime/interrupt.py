@@ -145,8 +145,8 @@ class Interrupt:
 class Agreement:
     """Whether any process was signalled, asked about once in `LOOK_EVERY` seconds, in the same steps on all processes.
 
-    Each look is a collective call. Clocks differ, so the first process says at each look how many steps make the time
-    until the next; a look comes at every step where a step takes longer.
+    Each look is a collective call. Clocks differ, so at each look the largest number of steps that a process counts
+    until the next one holds for all; a look comes at every step where a step takes longer.
 
     Args:
         interrupt: of this process.
@@ -166,8 +166,7 @@ class Agreement:
         pace = (step - self._seen) / max(now - self._at, 1e-6) * LOOK_EVERY
         # At most twice as many as before: one slow look (an evaluation came between) must not decide for minutes.
         every = max(1, min(int(pace), 2 * self._every))
-        mine = float(every) if _rank() == 0 else 0.0
-        stop, steps = _maximum([float(self._interrupt.requested), mine], self._device)
+        stop, steps = _maximum([float(self._interrupt.requested), float(every)], self._device)
         self._seen, self._every, self._next = step, int(steps), step + int(steps)
         self._at = time.monotonic()
         return bool(stop)
@@ -177,12 +176,6 @@ def leave_note(folder: Path) -> None:
     """Leaves the file `REQUEUE_NOTE` in a run's folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REQUEUE_NOTE).write_text(f"{REQUEUE_EXIT_CODE}: start the run again with resume=auto to continue it\n")
-
-
-def _rank() -> int:
-    from ssl_bench.runtime.distributed import rank
-
-    return rank()
 
 
 def _maximum(values: list[float], device: "torch.device | str | None") -> list[float]:
