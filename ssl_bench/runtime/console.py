@@ -24,7 +24,40 @@ class Ticker:
             say(f"  {what}: {done}/{total}")
 
 
-class Tally:
+class _Bar:
+    """A bar on a terminal; elsewhere a line every so often."""
+
+    def __init__(self, title: str, total: int | None, *, enabled: bool = True):
+        self.title, self.total, self.enabled = title, total, enabled
+        self._bar: Any = None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            text = TextColumn("{task.fields[text]}")
+            self._bar = Progress(*columns, text, console=Console(stderr=True), refresh_per_second=4)
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, text="")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, done: int, text: str, *, now: bool = False) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif self.enabled and (now or time.monotonic() - self._said > LINE_EVERY):
+            self._said = time.monotonic()
+            say(f"{self.title}: {text}")
+
+
+class Tally(_Bar):
     """Shows how much of something long is done, with nothing else to say: ``with Tally(...) as done: done(3)``.
 
     Args:
@@ -34,43 +67,19 @@ class Tally:
     """
 
     def __init__(self, title: str, total: int | None, unit: str):
-        self.title, self.total, self.unit = title, total, unit
-        self._bar: Any = None
-        self._said = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4)
-            self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, amount="")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        super().__init__(title, total)
+        self.unit = unit
 
     def __call__(self, done: int) -> None:
         """Takes how much is done by now."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, amount=self._amount(done))
-        elif time.monotonic() - self._said > LINE_EVERY:
-            self._said = time.monotonic()
-            say(f"{self.title}: {self._amount(done)}")
-
-    def _amount(self, done: int) -> str:
         counts = [count for count in (done, self.total) if count is not None]
         if self.unit == "bytes":
-            return "/".join(f"{count / 2**20:.1f}" for count in counts) + " MiB"
-        return "/".join(map(str, counts)) + f" {self.unit}"
+            self._show(done, "/".join(f"{count / 2**20:.1f}" for count in counts) + " MiB")
+        else:
+            self._show(done, "/".join(map(str, counts)) + f" {self.unit}")
 
 
-class Progress:
+class Progress(_Bar):
     """Shows a run's progress; call it after every step.
 
     Args:
@@ -80,41 +89,10 @@ class Progress:
     """
 
     def __init__(self, total: int, title: str, *, enabled: bool = True):
-        self.total, self.title, self.enabled = total, title, enabled
-        self._bar: Any = None
-        self._row: dict[str, float] = {}
-        self._said = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self.enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"), console=Console(stderr=True), refresh_per_second=4,
-            )  # fmt: skip
-            self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, status="")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        super().__init__(title, total, enabled=enabled)
+        self._status = ""
 
     def __call__(self, step: int, row: dict[str, float] | None) -> None:
-        if not self.enabled:
-            return
-        self._row = row or self._row
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=self._status())
-        elif time.monotonic() - self._said > LINE_EVERY or step == self.total:
-            self._said = time.monotonic()
-            say(f"{self.title}: step {step}/{self.total} {self._status()}")
-
-    def _status(self) -> str:
-        if not self._row:
-            return ""
-        return f"loss {self._row['loss']:.4g}, {self._row['images_per_second']:.0f} images/s"
+        if row:
+            self._status = f"loss {row['loss']:.4g}, {row['images_per_second']:.0f} images/s"
+        self._show(step, f"step {step}/{self.total} {self._status}", now=step == self.total)
