@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_bench.recipe.compose import build, compose, override
 from ssl_bench.recipe.content import with_content
-from ssl_bench.recipe.identity import IRRELEVANT, flatten, is_its_path
+from ssl_bench.recipe.identity import flatten, relevant
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import RUN, RecordError, RunRecord, read_run
@@ -113,6 +113,7 @@ def evaluate_backbone(overrides: Sequence[str], output: str) -> int:
     from ssl_bench.training import build as training
     from ssl_bench.training.session import summary
 
+    recipe = with_content(recipe)
     where = training.processes(recipe)
     training.check_images(recipe, recipe.data.size)
     backbone, _ = training.backbone(recipe)
@@ -135,9 +136,7 @@ def _write(recipe: Recipe, where: "Processes", results: list[dict[str, Any]], fo
     sections = {name.partition(".")[0] for name in COUNTS}
     plain = {key: value for key, value in recipe.to_dict().items() if key in sections}
     plain["augment"] = {"stats": recipe.augment.stats}
-    own = is_its_path(recipe.data.name)
-    counted = {k: v for k, v in flatten(plain).items() if k not in IRRELEVANT and (own or k != "data.path")}
-    identity = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(json.dumps(relevant(plain), sort_keys=True).encode()).hexdigest()[:16]
     about = collect_provenance(
         track="evaluate",
         seeds={"run": recipe.seed, "probes": recipe.eval.seed},

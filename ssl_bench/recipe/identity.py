@@ -82,7 +82,7 @@ def counts_by_path(flat: Mapping[str, Any], name: str = "data.name") -> bool:
     return is_its_path(str(flat.get(name))) and flat.get(CONTENTS[name]) is None
 
 
-def _relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of a nested recipe that can change its result, with their values."""
     flat = without_additions(flatten(recipe))
     places = {path for path, name in PLACES.items() if not counts_by_path(flat, name)}
@@ -91,7 +91,7 @@ def _relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity(recipe: Mapping[str, Any]) -> str:
     """16 hex digits that name a nested recipe's experiment: equal if and only if the result must be equal."""
-    return hashlib.sha256(json.dumps(_relevant(recipe), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(relevant(recipe), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -101,7 +101,7 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
         recorded: the recipe of a run on disk, of any age.
         asked: the recipe given now.
     """
-    sides, absent = (_relevant(recorded), _relevant(asked)), object()
+    sides, absent = (relevant(recorded), relevant(asked)), object()
     lines = []
     for key in sorted(sides[0].keys() | sides[1].keys()):
         if sides[0].get(key, absent) != sides[1].get(key, absent):  # as values: 1 and 1.0 are equal

@@ -1,11 +1,13 @@
 """Evaluating a saved run, or a backbone that no run has trained."""
 
 import json
+import shutil
 
 import pytest
 import timm
 import torch
 from commands import TINY_PRETRAIN, results
+from made_data import pixels, write_images
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -64,3 +66,20 @@ def test_evaluate_takes_a_backbone_that_no_run_has_trained(here):
         assert refused.exit_code == 2
         assert message in refused.stderr
     assert not (here / "evaluations").exists()
+
+
+def test_a_backbones_evaluation_is_known_by_what_the_data_holds(here):
+    for number, name in enumerate(("cat", "dog")):
+        for split in ("train", "test"):
+            write_images(here / "set" / split / name, pixels(12, 16, seed=number))
+    shutil.copytree(here / "set", here / "moved")
+    given = ["evaluate", "data=folder", "model.stem=imagenet", "device=cpu", "eval.protocols=[knn-v1]", "-o", "out"]
+
+    def evaluated(folder: str) -> set[str]:
+        done = CliRunner().invoke(cli.app, [*given, f"data.path={folder}"])
+        assert done.exit_code == 0, done.output
+        return {path.name for path in (here / "out").iterdir()}
+
+    assert len(evaluated("set")) == len(evaluated("moved")) == 1
+    write_images(here / "set" / "test" / "cat", pixels(12, 16, seed=9))
+    assert len(evaluated("set")) == 2
