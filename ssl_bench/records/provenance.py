@@ -161,10 +161,7 @@ def _recordable(value: Any) -> Any:
         return f"tensor of {tuple(value.shape)}, {value.dtype}"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    text = str(value)
-    # Python's own text of an object is its address.
-    return (
-        text
-        if type(value).__str__ is not object.__str__ or type(value).__repr__ is not object.__repr__
-        else (f"{type(value).__module__}.{type(value).__qualname__}")
-    )
+    kind = type(value)
+    if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:  # the text would be its address
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return str(value)

@@ -1,6 +1,5 @@
 """From a recipe to networks; a part of `ssl_bench.training.build`."""
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ssl_bench.models.backbone import create_backbone, load_backbone, seeded
 from ssl_bench.models.pretrained import load_published, load_weights
 from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.schema import Recipe
-from ssl_bench.runtime import seeds
+from ssl_bench.runtime import peers, seeds
 from ssl_bench.runtime.console import say
 
 
@@ -56,7 +55,7 @@ def backbone(recipe: Recipe, *, fresh: bool = False) -> tuple[nn.Module, int]:
 
 @cache  # a run also evaluates what it started from
 def _say_once(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if peers.rank() == 0:
         say(line)
 
 
