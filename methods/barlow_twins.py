@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.off_diagonal import off_diagonal_energy
 
 EPS = 1e-5  # added to the variance; the default of batch norm, which the official code uses
@@ -34,8 +34,7 @@ class BarlowTwins(Method):
         lambd: float = 0.0051,
         divisor: int | None = None,
     ) -> None:
-        if not lambd >= 0:
-            raise ValueError(f"barlow_twins: lambd must be >= 0, got {lambd}")
+        check("barlow_twins", ">= 0", lambd=lambd)
         if divisor is not None and divisor < 1:
             raise ValueError(f"barlow_twins: divisor must be > 0 or None, got {divisor}")
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector))

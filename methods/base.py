@@ -1,11 +1,24 @@
 """What all methods share: the contract with the training engine, and the projector."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ssl_bench.methods.views import Crop, View
+
+
+def check(method: str, allowed: Literal["> 0", ">= 0", "in [0, 1]"], **values: float) -> None:
+    """Refuses (ValueError) the first keyword that is not a number as allowed; NaN is none.
+
+    Args:
+        method: the name that errors begin with.
+        allowed: the range.
+        values: keywords and their values.
+    """
+    for name, value in values.items():
+        if not {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1]": 0 <= value <= 1}[allowed]:
+            raise ValueError(f"{method}: {name} must be {allowed}, got {value}")
 
 
 def build_projector(

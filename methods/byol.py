@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.teacher import Teacher, cosine
 
 
@@ -33,8 +33,7 @@ class BYOL(Method):
         predictor: tuple[int, ...] = (4096,),
         momentum: float = 0.996,
     ) -> None:
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"byol: momentum must be in [0, 1], got {momentum}")
+        check("byol", "in [0, 1]", momentum=momentum)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, hidden_bias=True))
         d = projector[-1]
         self.predictor = build_projector(d, (*predictor, d), hidden_bias=True, name="predictor")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 
 
 class CorInfoMax(Method):
@@ -39,13 +39,9 @@ class CorInfoMax(Method):
         forget: float = 0.01,
         eps: float = 1e-8,
     ) -> None:
-        for name, value in (("sim_coeff", sim_coeff), ("cov_coeff", cov_coeff)):
-            if not value >= 0:
-                raise ValueError(f"corinfomax: {name} must be >= 0, got {value}")
-        if not 0 <= forget <= 1:
-            raise ValueError(f"corinfomax: forget must be in [0, 1], got {forget}")
-        if not eps > 0:
-            raise ValueError(f"corinfomax: eps must be > 0, got {eps}")
+        check("corinfomax", ">= 0", sim_coeff=sim_coeff, cov_coeff=cov_coeff)
+        check("corinfomax", "in [0, 1]", forget=forget)
+        check("corinfomax", "> 0", eps=eps)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, hidden_bias=True))
         self.sim_coeff, self.cov_coeff, self.forget, self.eps = sim_coeff, cov_coeff, forget, eps
         # In float64, as in the official code: eigenvalues near eps drown in float32's rounding.

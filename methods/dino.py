@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method
+from ssl_bench.methods.base import Method, check
 from ssl_bench.methods.parts.multi_crop import multi_crop, prediction_loss
 from ssl_bench.methods.parts.teacher import Teacher, cosine
 
@@ -82,14 +82,9 @@ class DINO(Method):
         local_crops: int = 8,
         local_size: int = 0,
     ) -> None:
-        positive = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-        for name, value in {"prototypes": prototypes, **positive, "warmup_teacher_temp": warmup_teacher_temp}.items():
-            if not value > 0:
-                raise ValueError(f"dino: {name} must be > 0, got {value}")
-        shares = {"warmup": warmup, "momentum": momentum, "center_momentum": center_momentum, "frozen": frozen}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"dino: {name} must be in [0, 1], got {value}")
+        check("dino", "> 0", prototypes=prototypes, student_temp=student_temp, teacher_temp=teacher_temp)
+        check("dino", "> 0", warmup_teacher_temp=warmup_teacher_temp)
+        check("dino", "in [0, 1]", warmup=warmup, momentum=momentum, center_momentum=center_momentum, frozen=frozen)
         if not projector or min(projector) < 1:
             raise ValueError(f"dino: projector must be one or more widths > 0, got {tuple(projector)}")
         head = nn.Sequential(_bottleneck(feature_dim, projector, batch_norm), Prototypes(projector[-1], prototypes))

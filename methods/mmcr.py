@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.views import Crop
 
 
@@ -38,8 +38,7 @@ class MMCR(Method):
     ) -> None:
         if crops < 2:
             raise ValueError(f"mmcr: crops must be >= 2, got {crops}")
-        if not lmbda >= 0:
-            raise ValueError(f"mmcr: lmbda must be >= 0, got {lmbda}")
+        check("mmcr", ">= 0", lmbda=lmbda)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector))
         self.views = (Crop(),) * crops
         self.lmbda = lmbda

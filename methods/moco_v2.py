@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.memory_queue import Queue
 from ssl_bench.methods.parts.teacher import Teacher
 
@@ -42,10 +42,8 @@ class MoCoV2(Method):
         temperature: float = 0.2,
         momentum: float = 0.999,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"moco_v2: temperature must be > 0, got {temperature}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"moco_v2: momentum must be in [0, 1], got {momentum}")
+        check("moco_v2", "> 0", temperature=temperature)
+        check("moco_v2", "in [0, 1]", momentum=momentum)
         head = build_projector(feature_dim, projector, hidden_norm=False, last_bias=True)
         super().__init__(backbone, feature_dim, head)
         self.teacher = Teacher(self.backbone, self.projector)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.nt_xent import info_nce
 from ssl_bench.methods.parts.teacher import Teacher, cosine
 
@@ -46,10 +46,8 @@ class MoCoV3(Method):
         momentum: float = 0.99,
         freeze_patch_embed: bool | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"moco_v3: temperature must be > 0, got {temperature}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"moco_v3: momentum must be in [0, 1], got {momentum}")
+        check("moco_v3", "> 0", temperature=temperature)
+        check("moco_v3", "in [0, 1]", momentum=momentum)
         patches = getattr(backbone, "patch_embed", None)
         if freeze_patch_embed and patches is None:
             raise ValueError("moco_v3: freeze_patch_embed must be null or false without a patch_embed, got true")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.memory_queue import Queue
 from ssl_bench.methods.parts.nt_xent import info_nce
 
@@ -35,8 +35,7 @@ class NNCLR(Method):
         queue: int = 98304,
         temperature: float = 0.1,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"nnclr: temperature must be > 0, got {temperature}")
+        check("nnclr", "> 0", temperature=temperature)
         head, d = build_projector(feature_dim, projector), projector[-1]
         super().__init__(backbone, feature_dim, nn.Sequential(*head, nn.BatchNorm1d(d)))
         self.predictor = build_projector(d, (*predictor, d), last_bias=True, name="predictor")

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.nt_xent import nt_xent
 
 
@@ -28,8 +28,7 @@ class SimCLR(Method):
         projector: tuple[int, ...] = (2048, 4096),
         temperature: float = 0.5,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"simclr: temperature must be > 0, got {temperature}")
+        check("simclr", "> 0", temperature=temperature)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, last_norm=True))
         self.temperature = temperature
 

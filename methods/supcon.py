@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.nt_xent import mean_log_sum_exp
 from ssl_bench.methods.views import Crop, Labels, View
 
@@ -34,8 +34,7 @@ class SupCon(Method):
         projector: tuple[int, ...] = (2048, 128),
         temperature: float = 0.1,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"supcon: temperature must be > 0, got {temperature}")
+        check("supcon", "> 0", temperature=temperature)
         head = build_projector(feature_dim, projector, hidden_norm=False, last_bias=True)
         super().__init__(backbone, feature_dim, head)
         self.temperature = temperature

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.multi_crop import multi_crop, prediction_loss
 
 
@@ -81,15 +81,9 @@ class SwAV(Method):
         local_crops: int = 6,
         local_size: int = 0,
     ) -> None:
-        positive = {"prototypes": prototypes, "temperature": temperature, "epsilon": epsilon, "iterations": iterations}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"swav: {name} must be > 0, got {value}")
-        for name, value in (("frozen", frozen), ("queue_start", queue_start)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"swav: {name} must be in [0, 1], got {value}")
-        if queue < 0:
-            raise ValueError(f"swav: queue must be >= 0, got {queue}")
+        check("swav", "> 0", prototypes=prototypes, temperature=temperature, epsilon=epsilon, iterations=iterations)
+        check("swav", "in [0, 1]", frozen=frozen, queue_start=queue_start)
+        check("swav", ">= 0", queue=queue)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, hidden_bias=True))
         self.views = multi_crop(
             "swav", backbone, global_scale=global_scale, local_scale=local_scale, local_crops=local_crops,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.teacher import Teacher, cosine
 
 
@@ -37,11 +37,8 @@ class TiCo(Method):
         rho: float = 8.0,
         momentum: float = 0.99,
     ) -> None:
-        for name, value in (("beta", beta), ("momentum", momentum)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"tico: {name} must be in [0, 1], got {value}")
-        if not rho >= 0:
-            raise ValueError(f"tico: rho must be >= 0, got {rho}")
+        check("tico", "in [0, 1]", beta=beta, momentum=momentum)
+        check("tico", ">= 0", rho=rho)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector))
         self.teacher = Teacher(self.backbone, self.projector)
         self.beta, self.rho, self.momentum = beta, rho, momentum

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.off_diagonal import off_diagonal_energy
 
 EPS = 1e-4  # added to the variance; paper, eq. 2
@@ -35,9 +35,7 @@ class VICReg(Method):
         std_coeff: float = 25.0,
         cov_coeff: float = 1.0,
     ) -> None:
-        for name, value in (("sim_coeff", sim_coeff), ("std_coeff", std_coeff), ("cov_coeff", cov_coeff)):
-            if not value >= 0:
-                raise ValueError(f"vicreg: {name} must be >= 0, got {value}")
+        check("vicreg", ">= 0", sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
         super().__init__(backbone, feature_dim, build_projector(feature_dim, projector, hidden_bias=True))
         self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
 

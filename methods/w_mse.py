@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_bench.methods.base import Method, build_projector
+from ssl_bench.methods.base import Method, build_projector, check
 
 
 class WMSE(Method):
@@ -38,8 +38,7 @@ class WMSE(Method):
         head = build_projector(feature_dim, projector)  # a last bias would be centred away
         if sub_batch is not None and sub_batch <= projector[-1]:
             raise ValueError(f"w_mse: sub_batch must be > the projector's last width {projector[-1]}, got {sub_batch}")
-        if not 0 <= eps <= 1:
-            raise ValueError(f"w_mse: eps must be in [0, 1], got {eps}")
+        check("w_mse", "in [0, 1]", eps=eps)
         super().__init__(backbone, feature_dim, head)
         self.sub_batch, self.eps = sub_batch, eps
 
