@@ -4,27 +4,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, check
 from ssl_bench.methods.parts.multi_crop import multi_crop, prediction_loss
+from ssl_bench.methods.parts.prototypes import Prototypes
 from ssl_bench.methods.parts.teacher import Teacher, cosine
-
-
-class Prototypes(nn.Linear):
-    """Cosines with K prototypes: the official code's weight-normalised last layer, its gain fixed at 1."""
-
-    learning: Tensor
-
-    def __init__(self, dim: int, prototypes: int) -> None:
-        super().__init__(dim, prototypes, bias=False)
-        self.register_buffer("learning", torch.ones(()))  # 0 while the layer is frozen
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(n, ..., D) -> (n, ..., K)."""
-        fixed = self.weight.detach()
-        weight = fixed + self.learning * (self.weight - fixed)  # the same value; the gradient times ``learning``
-        return F.linear(F.normalize(z, dim=-1), F.normalize(weight))
 
 
 class DINO(Method):
@@ -87,7 +71,8 @@ class DINO(Method):
         check("dino", "in [0, 1]", warmup=warmup, momentum=momentum, center_momentum=center_momentum, frozen=frozen)
         if not projector or min(projector) < 1:
             raise ValueError(f"dino: projector must be one or more widths > 0, got {tuple(projector)}")
-        head = nn.Sequential(_bottleneck(feature_dim, projector, batch_norm), Prototypes(projector[-1], prototypes))
+        bottleneck = _bottleneck(feature_dim, projector, batch_norm)
+        head = nn.Sequential(bottleneck, Prototypes(projector[-1], prototypes, cosine=True))
         super().__init__(backbone, feature_dim, head)
         self.views = multi_crop(
             "dino", backbone, global_scale=global_scale, local_scale=local_scale, local_crops=local_crops,

@@ -6,29 +6,7 @@ from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.multi_crop import multi_crop, prediction_loss
-
-
-@torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int, log_weight: Tensor | None = None) -> Tensor:
-    """Assigns rows to prototypes, each row once in all and each prototype equally often (Cuturi 2013).
-
-    In logarithms, so that no epsilon overflows. The last normalisation is that of the rows.
-
-    Args:
-        scores: (N, K) similarities of the rows to the prototypes.
-        epsilon: weight of the assignment's entropy, > 0; smaller is sharper.
-        iterations: normalisations of prototypes and rows, >= 1.
-        log_weight: (N, 1) 0 for a row that counts among a prototype's, -inf for one that does not; None = all count.
-
-    Returns:
-        (N, K) shares, each row's sum 1.
-    """
-    log_q = scores / epsilon
-    for _ in range(iterations):
-        counted = log_q if log_weight is None else log_q + log_weight
-        log_q = log_q - counted.logsumexp(0, keepdim=True)
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)
-    return log_q.exp()
+from ssl_bench.methods.parts.prototypes import Prototypes, sinkhorn
 
 
 class SwAV(Method):
@@ -58,7 +36,6 @@ class SwAV(Method):
         ValueError: a value out of its range, or small crops that the backbone cannot take.
     """
 
-    learning: Tensor
     queue: Tensor | None
     queue_weight: Tensor
     entering: Tensor
@@ -89,10 +66,9 @@ class SwAV(Method):
             "swav", backbone, global_scale=global_scale, local_scale=local_scale, local_crops=local_crops,
             local_size=local_size, blur_p=0.5, solarize_p=0.0,
         )  # fmt: skip
-        self.prototypes = nn.Linear(projector[-1], prototypes, bias=False)
+        self.prototypes = Prototypes(projector[-1], prototypes)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.frozen, self.queue_start = frozen, queue_start
-        self.register_buffer("learning", torch.ones(()))  # 0 while the prototypes are frozen
         self.register_buffer("queue", torch.zeros(2, queue, projector[-1]) if queue else None)
         if queue:
             self.register_buffer("queue_weight", torch.full((queue, 1), -torch.inf))  # 0 where there is an image
@@ -102,18 +78,14 @@ class SwAV(Method):
     def begin_step(self, progress: float) -> None:
         """Normalises the prototypes; ends their freeze, and opens the queue, when it is time."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
-        self.learning.fill_(progress >= self.frozen)
+        self.prototypes.learning.fill_(progress >= self.frozen)
         if self.queue is not None:
             self.entering.fill_(0.0 if progress >= self.queue_start else -torch.inf)
 
     def forward(self, *crops: Tensor) -> dict[str, Tensor]:
         """Scores each crop's normalised embedding against the prototypes, (n, crops, K), each crop in its own pass."""
         z = [F.normalize(self.embed(x)) for x in crops]
-        fixed = self.prototypes.weight.detach()
-        weight = fixed + self.learning * (
-            self.prototypes.weight - fixed
-        )  # the same value; the gradient times ``learning``
-        return {"scores": F.linear(torch.stack(z, 1), weight), "z1": z[0].detach(), "z2": z[1].detach()}
+        return {"scores": self.prototypes(torch.stack(z, 1)), "z1": z[0].detach(), "z2": z[1].detach()}
 
     def loss(self, scores: Tensor, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Cross-entropy of every crop's softmax to the large crops' assignments, over all pairs of different crops.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_bench.methods import Crop, SwAV
-from ssl_bench.methods.swav import sinkhorn
+from ssl_bench.methods.parts.prototypes import sinkhorn
 
 
 def swav(**options):
