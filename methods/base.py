@@ -21,6 +21,13 @@ def check(method: str, allowed: Literal["> 0", ">= 0", "in [0, 1]"], **values: f
             raise ValueError(f"{method}: {name} must be {allowed}, got {value}")
 
 
+def check_scales(method: str, **scales: Sequence[float]) -> None:
+    """Refuses (ValueError) the first range of a crop's share of the image's area that is not within (0, 1]."""
+    for name, scale in scales.items():
+        if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+            raise ValueError(f"{method}: {name} must be 0 < low <= high <= 1, got {tuple(scale)}")
+
+
 def build_projector(
     feature_dim: int,
     widths: tuple[int, ...],

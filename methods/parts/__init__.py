@@ -1,1 +1,1 @@
-"""Arithmetic that several methods share: contrastive losses, queues, teachers, prototypes, multi-crop."""
+"""Arithmetic that several methods share: contrastive losses, queues, teachers, prototypes, multi-crop, patches."""

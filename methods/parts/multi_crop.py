@@ -6,7 +6,7 @@ The large crops give the targets, and every crop predicts those of the other one
 import torch
 from torch import Tensor, nn
 
-from ssl_bench.methods.base import check
+from ssl_bench.methods.base import check, check_scales
 from ssl_bench.methods.views import Crop
 
 LOCAL_SHARE = 96 / 224  # of the images' side; the small crops of SwAV and DINO on ImageNet
@@ -36,9 +36,7 @@ def multi_crop(
     Raises:
         ValueError: a value out of its range, or small crops that the backbone cannot take.
     """
-    for name, scale in (("global_scale", global_scale), ("local_scale", local_scale)):
-        if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
-            raise ValueError(f"{method}: {name} must be 0 < low <= high <= 1, got {tuple(scale)}")
+    check_scales(method, global_scale=global_scale, local_scale=local_scale)
     check(method, ">= 0", local_crops=local_crops, local_size=local_size)
     large = Crop(scale=global_scale, blur_p=blur_p, solarize_p=solarize_p)
     if not local_crops:
