@@ -99,7 +99,8 @@ class SwAV(Method):
         """
         codes = torch.stack([self._codes(scores[:, crop].detach(), crop) for crop in (0, 1)], 1)  # (N, 2, K)
         if self.queue is not None:
-            n, entering = len(z1), torch.stack([z1, z2]).detach()
+            order = z1[:, 0].argsort()  # the rows' own, as in `Queue`: the batch's depends on processes and chunks
+            n, entering = len(z1), torch.stack([z1, z2])[:, order].detach()
             self.queue.copy_(torch.cat([entering, self.queue[:, :-n]], 1))
             self.queue_weight.copy_(torch.cat([self.entering.expand(n, 1), self.queue_weight[:-n]]))
         return {"loss": prediction_loss(scores, codes, self.temperature)}
