@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from lightly.loss import NegativeCosineSimilarity
-from method_cases import assert_contract, assert_follows, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_follows, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 
 from ssl_bench.methods import BYOL
@@ -30,10 +30,6 @@ def paper(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 def test_loss_and_gradient_are_the_papers():
     outputs = rows("p1", "p2", "z1", "z2")
     assert_same_loss(method().loss(*outputs)["loss"], paper(*outputs), outputs)
-    p1, p2, z1, z2 = (output.detach() for output in outputs)
-    assert torch.autograd.gradcheck(
-        lambda a, b: method().loss(a, b, z1, z2)["loss"], (p1.requires_grad_(), p2.requires_grad_())
-    )
 
 
 def test_loss_is_lightlys():
@@ -62,17 +58,13 @@ def test_forward_predicts_with_the_student_and_targets_with_the_teacher():
 
 
 def test_default_heads_are_the_papers():
-    heads = BYOL(network(), 16)
+    heads = BYOL(network(), FEATURES)
     shapes = [
         [(m.in_features, m.out_features) for m in h if isinstance(m, nn.Linear)]
         for h in (heads.projector, heads.predictor)
     ]
-    assert shapes == [[(16, 4096), (4096, 256)], [(256, 4096), (4096, 256)]]
+    assert shapes == [[(FEATURES, 4096), (4096, 256)], [(256, 4096), (4096, 256)]]
     assert heads.momentum == 0.996
-
-
-def test_a_step_keeps_the_contract():
-    assert_contract(method)
 
 
 @pytest.mark.parametrize(

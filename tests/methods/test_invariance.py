@@ -16,13 +16,21 @@ from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 
 # Numbers that a full-size method would have, made small.
-OPTIONS = {"dino": {"prototypes": 32}, "swav": {"prototypes": 24}, "moco_v2": {"queue": 40}, "nnclr": {"queue": 40}}
+OPTIONS = {
+    "dino": {"prototypes": 32},
+    "swav": {"prototypes": 24},
+    "moco_v2": {"queue": 40},  # not a multiple of the batch
+    "nnclr": {"queue": 40},
+    "mae": {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2},  # the default takes 100 times as long
+    "mmcr": {"crops": 3, "lmbda": 0.1},
+}
+QUEUE = {**OPTIONS["swav"], "queue": 48, "queue_start": 0.0}
 OUTSIDE = "tiny_net:DropoutTwins"  # whose random numbers belong to the images
 
 
 def cases() -> dict[str, Case]:
     known = {name: Case(name, OPTIONS.get(name, {})) for name in METHODS}
-    return known | {"dropout": Case(OUTSIDE)}
+    return known | {"swav with a queue": Case("swav", QUEUE), "dropout": Case(OUTSIDE)}
 
 
 N = 24
@@ -117,6 +125,22 @@ def test_the_tests_could_see_it(single):
     """With batch norm over chunks the gradient is another one."""
     far, _ = distance(single["barlow_twins"]["whole"], single["barlow_twins"]["chunked"])
     assert far > 0.01
+
+
+@pytest.mark.parametrize("name", cases())
+def test_everything_that_trains_gets_a_gradient(single, name):
+    trained = {f"gradient of {part}" for part, p in cases()[name].build().named_parameters() if p.requires_grad}
+    state = single[name]["whole"]
+    assert trained == {part for part in state if part.startswith("gradient")}
+    assert all(state[part].isfinite().all() and state[part].any() for part in trained)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_run_goes_on_from_its_state(name):
+    method, resumed = cases()[name].build(), cases()[name].build()
+    train(method)
+    resumed.load_state_dict(method.state_dict())
+    assert distance(train(method, steps=1), train(resumed, steps=1))[0] == 0.0
 
 
 @pytest.mark.parametrize("name", cases())

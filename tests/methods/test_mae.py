@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from crop_cases import assert_chunks_are_the_whole, inputs, small_vit, smooth_net
+from method_cases import inputs, network, small_vit
 from torch import Tensor, nn
 
 from ssl_bench.methods import MAE, Crop, Noise
@@ -114,10 +114,6 @@ def test_equal_numbers_mask_the_same_patches_in_any_batch():
     torch.testing.assert_close(method(x, noise)["error"][3:], method(x[3:], noise[3:])["error"], rtol=1e-12, atol=0)
 
 
-def test_chunks_are_the_whole():
-    assert_chunks_are_the_whole(mae())
-
-
 def test_under_autocast_the_error_is_float32():
     method = mae().float()
     x, noise = (view.float() for view in inputs(method.views, 4))
@@ -142,7 +138,7 @@ class Assembled(nn.Module):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (smooth_net, "must be a vit_. of timm with a position for each patch, got Sequential"),
+        (network, "must be a vit_. of timm with a position for each patch, got Sequential"),
         (lambda: timm.create_model("resnet18"), "must be a vit_. of timm with a position for each patch, got ResNet"),
         (
             lambda: timm.create_model("vit_relpos_small_patch16_224", img_size=32),

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from lightly.loss import NTXentLoss
-from method_cases import assert_contract, assert_follows, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_follows, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,11 +55,6 @@ def test_loss_is_lightlys_with_a_memory_bank():
         assert_same_loss(moco.loss(*outputs)["loss"], expected, outputs)
 
 
-def test_gradient_is_that_of_finite_differences():
-    q, k = rows("q", "k")
-    assert torch.autograd.gradcheck(lambda a: method().loss(a, k)["loss"], (q,))
-
-
 def test_the_teachers_momentum_is_constant():
     assert_follows(method(momentum=0.9), lambda _progress: 0.9)
 
@@ -88,16 +83,11 @@ def test_the_queue_is_in_the_state_and_goes_on_where_it_was():
 
 
 def test_defaults_are_the_papers():
-    moco = MoCoV2(network(), 16)
+    moco = MoCoV2(network(), FEATURES)
     assert [type(m) for m in moco.projector] == [nn.Linear, nn.ReLU, nn.Linear]
     assert [(m.out_features, m.bias is not None) for m in moco.projector[::2]] == [(2048, True), (128, True)]
     assert moco.queue.rows.shape == (65536, 128)
     assert (moco.temperature, moco.momentum) == (0.2, 0.999)
-
-
-@pytest.mark.parametrize("size", [16, 24])
-def test_a_step_keeps_the_contract(size):
-    assert_contract(lambda: method(queue=size))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from method_cases import assert_contract, assert_follows, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_follows, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,10 +40,6 @@ def test_loss_and_gradient_are_the_papers(temperature):
     outputs = rows("q1", "q2", "k1", "k2")
     moco = method(temperature=temperature)
     assert_same_loss(moco.loss(*outputs)["loss"], paper(*outputs, temperature), outputs)
-    q1, q2, k1, k2 = (output.detach() for output in outputs)
-    assert torch.autograd.gradcheck(
-        lambda a, b: moco.loss(a, b, k1, k2)["loss"], (q1.requires_grad_(), q2.requires_grad_())
-    )
 
 
 def test_the_teachers_momentum_goes_to_one_along_a_cosine():
@@ -64,7 +60,7 @@ def test_queries_come_from_the_predictor_and_keys_from_the_teacher():
 
 def test_default_heads_are_the_papers():
     """Batch norm after every layer, the last one of each head without parameters."""
-    moco = MoCoV3(network(), 16)
+    moco = MoCoV3(network(), FEATURES)
     hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
     assert [type(m) for m in moco.projector] == [*hidden, *hidden, nn.Linear, nn.BatchNorm1d]
     assert [type(m) for m in moco.predictor] == [*hidden, nn.Linear, nn.BatchNorm1d]
@@ -89,10 +85,6 @@ def test_a_vits_patch_projection_is_frozen_unless_told_otherwise(freeze, frozen)
     assert torch.equal(moco.teacher.backbone.patch_embed.proj.weight, before) == frozen
     trained = {name.split(".")[0] for name, p in moco.backbone.named_parameters() if p.grad is not None}
     assert trained == {"cls_token", "pos_embed", "blocks", "norm"} | (set() if frozen else {"patch_embed"})
-
-
-def test_a_step_keeps_the_contract():
-    assert_contract(method)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
-from method_cases import assert_contract, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_same_loss, build, network, rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,11 +58,6 @@ def test_the_neighbours_are_lightlys():
     torch.testing.assert_close(nnclr._nearest(z), theirs(z.detach(), update=False), rtol=0, atol=0)
 
 
-def test_gradient_is_that_of_finite_differences():
-    p1, p2, z1, z2 = rows("p1", "p2", "z1", "z2")
-    assert torch.autograd.gradcheck(lambda a, b: method().loss(a, b, z1, z2)["loss"], (p1, p2))
-
-
 def test_the_support_set_is_in_the_state_and_goes_on_where_it_was():
     nnclr, resumed = method(queue=7), method(queue=7)
     names = ("p1", "p2", "z1", "z2")
@@ -74,20 +69,15 @@ def test_the_support_set_is_in_the_state_and_goes_on_where_it_was():
 
 
 def test_defaults_are_the_papers():
-    nnclr = NNCLR(network(), 16)
+    nnclr = NNCLR(network(), FEATURES)
     for ours, theirs in (
-        (nnclr.projector, NNCLRProjectionHead(16, 2048, 256)),
+        (nnclr.projector, NNCLRProjectionHead(FEATURES, 2048, 256)),
         (nnclr.predictor, NNCLRPredictionHead(256, 4096, 256)),
     ):
         kinds = [[(type(m), [tuple(p.shape) for p in m.parameters()]) for m in h] for h in (ours, theirs.layers)]
         assert kinds[0] == kinds[1]
     assert nnclr.queue.rows.shape == (98304, 256)
     assert nnclr.temperature == 0.1
-
-
-@pytest.mark.parametrize("size", [16, 24])
-def test_a_step_keeps_the_contract(size):
-    assert_contract(lambda: method(queue=size))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
-from method_cases import assert_contract, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 
 from ssl_bench.methods import SimSiam
@@ -30,10 +30,6 @@ def paper(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 def test_loss_and_gradient_are_the_papers():
     outputs = rows("p1", "p2", "z1", "z2")
     assert_same_loss(method().loss(*outputs)["loss"], paper(*outputs), outputs)
-    p1, p2, z1, z2 = (output.detach() for output in outputs)
-    assert torch.autograd.gradcheck(
-        lambda a, b: method().loss(a, b, z1, z2)["loss"], (p1.requires_grad_(), p2.requires_grad_())
-    )
 
 
 def test_loss_is_lightlys():
@@ -63,19 +59,15 @@ def test_the_stop_gradient_is_on_the_target_alone():
 
 def test_default_heads_are_lightlys():
     """(Which are the official code's.)"""
-    heads = SimSiam(network(), 16)
+    heads = SimSiam(network(), FEATURES)
     for ours, theirs in (
-        (heads.projector, SimSiamProjectionHead(16, 2048, 2048)),
+        (heads.projector, SimSiamProjectionHead(FEATURES, 2048, 2048)),
         (heads.predictor, SimSiamPredictionHead(2048, 512, 2048)),
     ):
         kinds = [[(type(m), [tuple(p.shape) for p in m.parameters()]) for m in h] for h in (ours, theirs.layers)]
         assert kinds[0] == kinds[1]
     assert not heads.projector[-1].affine
     assert isinstance(heads.predictor[-1], nn.Linear)
-
-
-def test_a_step_keeps_the_contract():
-    assert_contract(method)
 
 
 @pytest.mark.parametrize(

