@@ -17,6 +17,7 @@ from ssl_bench.eval.features import eval_mode, gather_rows, shard
 from ssl_bench.eval.linear_augmented import LINEAR_AUG, RELEASED_PROBE
 
 N = 23  # not divisible by 2 or 3 processes, nor by the batch of 4
+LABEL_FREE = ["rankme-v1", "alpha-req-v1", "lidar-v1", "alignment-uniformity-v1"]
 SMALL_PROBES = [
     replace(LINEAR_AUG, name="aug", epochs=3, lr=10.0, batch_size=10),  # batches of 10, 10, and 3
     replace(RELEASED_PROBE, name="released", epochs=3, lr=10.0, batch_size=8, replicas=2),
@@ -159,6 +160,12 @@ def sharded() -> dict[str, Any]:
         evaluate(diverged, splits, ["knn-v1"], to_float, rank=rank, world_size=world_size)
     except ValueError as error:
         results["diverged"] = str(error)
+    projector = nn.Linear(9, 8, bias=False)
+    nn.init.eye_(projector.weight)
+    for where, world in (("alone", {}), ("over all", {"rank": rank, "world_size": world_size})):
+        label_free: dict[str, Any] = {"augment": Shift(), "projector": projector, "batch_size": 16, **world}
+        found = evaluate(Backbone(dim=9), splits, LABEL_FREE, to_float, **label_free)
+        results[f"label-free {where}"] = {result["protocol"]: result["metrics"] for result in found}
     for probe in SMALL_PROBES:
         for where, world in (("alone", {}), ("over all", {"rank": rank, "world_size": world_size})):
             metrics = probe(Probe(Backbone(dropout=0.0), splits, to_float, augment=Shift(), batch_size=4, **world))
@@ -173,6 +180,11 @@ def test_several_processes_equal_one(world_size: int, tmp_path: Path) -> None:
     assert alone.shape == (N, 6)
     assert results[0]["evaluate over all"] == results[0]["evaluate alone"]
     assert all(result["evaluate over all"] == [] for result in results[1:])
+    label_free = results[0]["label-free over all"]
+    assert label_free == {
+        name: pytest.approx(metrics, rel=1e-4) for name, metrics in results[0]["label-free alone"].items()
+    }
+    assert list(label_free) == LABEL_FREE
     for result in results:
         assert result["diverged"].startswith("knn-v1: train features must be finite, got 23 of 23")
         assert torch.equal(result["features4"], alone)  # bitwise: the batches are the same ones

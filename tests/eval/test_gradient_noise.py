@@ -64,7 +64,7 @@ def test_for_a_mean_over_samples_it_falls_as_one_over_b(model: Regression) -> No
     for size in (2, 8, 32):
         draws = [
             measure_gradient_noise(model, closures(model, samples_of(x, seed), size), batch_norm="eval").squared_error
-            for seed in range(60)
+            for seed in range(20)
         ]
         scaled.append(size * sum(draws) / len(draws))
     assert scaled[1] == pytest.approx(scaled[0], rel=0.1)

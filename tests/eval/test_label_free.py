@@ -1,14 +1,10 @@
 """The label-free measures: each equal to its formula, right on known data, independent of how it is run."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from eval_doubles import Backbone, Images, Shift, Splits, assert_unchanged, state, to_float
 from torch import Tensor, nn
-from torchrun import torchrun
 
 from ssl_bench.eval import Probe, evaluate
 from ssl_bench.eval.alignment_uniformity import alignment, uniformity
@@ -144,21 +140,3 @@ def test_each_image_gets_the_same_views_whatever_the_batch(splits: Splits) -> No
     assert views[0].shape == (3, 60, 6)
     torch.testing.assert_close(*views)
     assert not torch.allclose(views[0][0], views[0][1])
-
-
-def shared() -> dict[str, dict[str, float]]:
-    """On each of two processes."""
-    splits = Splits(Images(61), Images(33, seed=1))
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
-    projector = nn.Linear(9, 8, bias=False)
-    nn.init.eye_(projector.weight)
-    settings = {"augment": Shift(), "projector": projector, "batch_size": 16}
-    alone, together = (evaluate(Backbone(dim=9), splits, NAMES, to_float, **settings, **more) for more in ({}, where))
-    return {result["protocol"]: result["metrics"] for result in (together or alone)}
-
-
-def test_two_processes_find_the_same(tmp_path: Path) -> None:
-    first, second = torchrun(shared, 2, tmp_path)  # the second has no results of its own, and measured alone
-    assert set(first) == set(NAMES)
-    for name in NAMES:
-        assert first[name] == pytest.approx(second[name], rel=1e-4)
