@@ -71,8 +71,8 @@ class SwAV(Method):
         self.frozen, self.queue_start = frozen, queue_start
         self.register_buffer("queue", torch.zeros(2, queue, projector[-1]) if queue else None)
         if queue:
-            self.register_buffer("queue_weight", torch.full((queue, 1), -torch.inf))  # 0 where there is an image
-            self.register_buffer("entering", torch.full((1, 1), -torch.inf))  # the weight of the next ones
+            self.register_buffer("queue_weight", torch.zeros(queue, 1))  # 1 where there is an image
+            self.register_buffer("entering", torch.zeros(1, 1))  # the weight of the next ones
 
     @torch.no_grad()
     def begin_step(self, progress: float) -> None:
@@ -80,7 +80,7 @@ class SwAV(Method):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
         self.prototypes.learning.fill_(progress >= self.frozen)
         if self.queue is not None:
-            self.entering.fill_(0.0 if progress >= self.queue_start else -torch.inf)
+            self.entering.fill_(progress >= self.queue_start)
 
     def forward(self, *crops: Tensor) -> dict[str, Tensor]:
         """Scores each crop's normalised embedding against the prototypes, (n, crops, K), each crop in its own pass."""
@@ -113,5 +113,5 @@ class SwAV(Method):
         if length % n:  # else which images leave the queue would depend on their order in the batch
             raise ValueError(f"swav: queue must be a multiple of the batch of {n} images, got {length}")
         everything = torch.cat([scores, F.linear(self.queue[crop], self.prototypes.weight.detach())])
-        log_weight = torch.cat([torch.zeros_like(scores[:, :1]), self.queue_weight])
+        log_weight = torch.cat([torch.zeros_like(scores[:, :1]), self.queue_weight.log()])
         return sinkhorn(everything, self.epsilon, self.iterations, log_weight)[:n]

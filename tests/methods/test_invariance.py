@@ -24,7 +24,7 @@ OPTIONS = {
     "mae": {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2},  # the default takes 100 times as long
     "mmcr": {"crops": 3, "lmbda": 0.1},
 }
-QUEUE = {**OPTIONS["swav"], "queue": 48, "queue_start": 0.0}
+QUEUE = {**OPTIONS["swav"], "queue": 72}  # which two steps do not fill
 OUTSIDE = "tiny_net:DropoutTwins"  # whose random numbers belong to the images
 
 

@@ -78,8 +78,8 @@ def test_images_of_the_last_steps_are_assigned_along_with_the_batch():
     before = ours.queue.clone()
     ours.begin_step(0.1)  # not yet time
     ours.loss(*outputs(seed=5))
-    assert ours.queue_weight[:10].isinf().all()
-    assert (ours.queue_weight[10:] == 0).all()
+    assert (ours.queue_weight[:10] == 0).all()
+    assert (ours.queue_weight[10:] == 1).all()
     assert torch.equal(ours.queue[:, 10:], before[:, :10])
 
 
