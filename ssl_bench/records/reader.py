@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
@@ -17,8 +17,8 @@ FORMAT = 1  # of a run directory; another number is refused by name
 
 Ending = Literal["finished", "diverged", "collapsed", "at chance"]
 
-# How a run can fail; its words in this order. Records of before there was "at chance" call that "collapsed" too.
-FAILURES = ("diverged", "collapsed", "at chance")
+# How a run can fail, in the order of its printed words. Records of before there was "at chance" say "collapsed".
+FAILURES: tuple[Ending, ...] = get_args(Ending)[1:]
 
 RUN, METRICS, RESULTS, SESSIONS = "run.json", "metrics.jsonl", "results.json", "sessions.jsonl"
 

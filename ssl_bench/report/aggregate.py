@@ -31,9 +31,9 @@ _OBSERVING = frozenset(
         *("eval.data", "eval.data_size", "eval.data_content"),  # what is measured there has a protocol of its own
     }
 )
-# A run that ended like this has no accuracy of its own. It counts as chance, or an optimizer that loses seeds would
-# rank by those that it did not lose.
-LOST = frozenset(FAILURES)
+# What "lost" means, for readers. A lost run has no accuracy of its own and counts as chance, or an optimizer that loses
+# seeds would rank by those that it did not lose.
+LOST = "diverged, collapsed or stayed at chance"
 _PLUGINS = ("method", "optimizer", "schedule")  # sections of a recipe whose options depend on their target
 
 
@@ -91,8 +91,8 @@ class Result:
 
     @property
     def lost(self) -> bool:
-        """Whether it diverged, collapsed or stayed at chance: its model is worth a guess."""
-        return self.status in LOST
+        """Whether it diverged, collapsed or stayed at chance: its model is worth a guess, and counts as one."""
+        return self.status in FAILURES
 
     def clock(self, name: str) -> float | None:
         """The last logged value of a clock ("epochs", "seconds"); None where it logged none."""
@@ -154,7 +154,7 @@ class Cell:
 
     @property
     def failed(self) -> bool:
-        """Whether every run diverged, collapsed or stayed at chance."""
+        """Whether every run was lost."""
         return all(result.lost for result in self.results)
 
     def finished(self, protocol: str) -> dict[int, float]:
@@ -163,7 +163,7 @@ class Cell:
         return {result.seed: result.scores[protocol].top1 for result in ended}
 
     def top1(self, protocol: str) -> dict[int, float]:
-        """Percent by seed, of the runs that ended: one that diverged or collapsed counts as chance."""
+        """Percent by seed, of the runs that ended, those lost at chance."""
         lost = {result.seed: self.chance for result in self.results if result.lost}
         return dict(sorted((self.finished(protocol) | lost).items()))
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Literal
 
 from ssl_bench.records.reader import FAILURES
-from ssl_bench.report.aggregate import Cell, Collection
+from ssl_bench.report.aggregate import LOST, Cell, Collection
 from ssl_bench.report.inference import COVERAGE, summarize
 from ssl_bench.report.protocols import beside_paper
 from ssl_bench.report.scope import EPOCHS, cut_short, epochs_trained, short
@@ -24,8 +24,8 @@ BOLD_MARGIN = 1.0
 
 # Stands wherever an interval or a mean does; the page prints a note once, under the first table that has it.
 INTERVALS = (
-    "Mean ± sample standard deviation over n seeds, of the last epoch; n = 1 has no deviation. A seed that diverged or "
-    "collapsed counts as chance, in means, intervals and ranks alike, and is named. 95% interval: Student's, over "
+    "Mean ± sample standard deviation over n seeds, of the last epoch; n = 1 has no deviation. A seed that "
+    f"{LOST} counts as chance, in means, intervals and ranks alike, and is named. 95% interval: Student's, over "
     "seeds. Measured on normal samples (benchmarks/coverage.py) it holds the mean in "
     + ", ".join(f"{student:.0f}% at n = {n}" for n, (student, _) in COVERAGE.items())
     + f" (the BCa bootstrap at n = 3: {COVERAGE[3][1]:.0f}%). No interval knows of failures that no seed has shown: "
@@ -67,7 +67,7 @@ def table1() -> dict[Key, PaperCell]:
 def bold_verdict(cell: Cell, rivals: Sequence[Cell], protocol: str) -> Verdict:
     """Whether our runs confirm a number that the paper prints bold, by the paper's own rule, on the means.
 
-    A seed that diverged or collapsed counts as chance; a cell of which every run failed is never ahead.
+    A lost seed counts as chance; a cell of which every run was lost is never ahead.
 
     Args:
         cell: ours, where the paper's number is bold.

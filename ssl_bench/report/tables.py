@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeGuard
 
+from ssl_bench.records.reader import FAILURES
+
 Value = str | int | float | None
 
 SETTING = ("problem", "data set", "batch size")  # the first columns of most tables
@@ -17,9 +19,7 @@ SETTING = ("problem", "data set", "batch size")  # the first columns of most tab
 # Printed in place of a number.
 _WORDS = (
     "–",
-    "diverged",
-    "collapsed",
-    "at chance",
+    *FAILURES,
     "interrupted",
     "running",
     "not measured",

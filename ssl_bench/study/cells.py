@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssl_bench.records.lock import is_claimed
-from ssl_bench.records.reader import RUN, RecordError, read_head, read_results
+from ssl_bench.records.reader import RUN, Ending, RecordError, read_head, read_results
 from ssl_bench.records.storage import atomic_json
 from ssl_bench.runtime.paths import file_name
 from ssl_bench.study.claims import CellClaim, holder
 from ssl_bench.study.grid import Cell
 
-Status = Literal["finished", "diverged", "collapsed", "at chance", "failed", "running", "interrupted", "missing"]
+Status = Literal[Ending, "failed", "running", "interrupted", "missing"]
 STATUSES: tuple[Status, ...] = get_args(Status)
-ENDED: frozenset[Status] = frozenset(("finished", "diverged", "collapsed", "at chance"))
+ENDED: frozenset[Status] = frozenset(get_args(Ending))
 LOG_LINES = 30  # of a failed run's output, kept with the error
 
 

@@ -183,7 +183,7 @@ function chart(title, xLabel, series, {range = null, logs = false, logX = logs, 
     for (const index of bars ? points : []) {
       const [x, y, high, low] = [px(line.x[index]) + aside, py(line.y[index]), py(line.high[index]), py(line.low[index])];
       svg.append(make("svg:path", {d: `M${x - 3} ${high}h6m-3 0V${low}m-3 0h6`, stroke: color, fill: "none", "stroke-width": 1.3}));
-      if (line.lost[index]) svg.append(make("svg:path", {class: "lost", d: `M${x - 5} ${y - 5}l10 10m0 -10l-10 10`}, make("svg:title", {}, "a run diverged or collapsed")));
+      if (line.lost[index]) svg.append(make("svg:path", {class: "lost", d: `M${x - 5} ${y - 5}l10 10m0 -10l-10 10`}, make("svg:title", {}, "a run diverged, collapsed or stayed at chance")));
     }
     if (line.low && !bars) svg.append(make("svg:polygon", {points: [...at(line.low), ...at(line.high).reverse()].join(" "), fill: color, opacity: 0.15}));
     for (const index of points.length <= 8 ? points : []) svg.append(make("svg:circle", {cx: px(line.x[index]) + aside, cy: py(line.y[index]), r: bars ? 3.2 : 2.5, fill: color}));
@@ -331,7 +331,7 @@ function overview() {
   const names = [...new Set(data.overview.flatMap(({series}) => series.map((line) => line.name)))];
   const charts = data.overview.map(({title, series}) => chart(title, "best top-1 (%) against the batch size", series.map((line) => ({...line, ...look(line.name)})), {logX: true, bars: true}));
   return [legend(names, names.map(look)), make("div", {class: "charts"}, ...charts),
-    make("p", {class: "quiet"}, "Each optimizer at the best of its variants and learning rates; bars: 95% intervals over seeds; ×: a run diverged or collapsed there.")];
+    make("p", {class: "quiet"}, "Each optimizer at the best of its variants and learning rates; bars: 95% intervals over seeds; ×: a run diverged, collapsed or stayed at chance there.")];
 }
 
 document.getElementById("answer").textContent = data.answer;

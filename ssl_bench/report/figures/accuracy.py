@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ssl_bench.report import comparisons
-from ssl_bench.report.aggregate import Cell, Collection, Setting
+from ssl_bench.report.aggregate import LOST, Cell, Collection, Setting
 from ssl_bench.report.claims.evidence import Load, is_warm
 from ssl_bench.report.comparisons import Arm
 from ssl_bench.report.curves import Array
@@ -65,7 +65,7 @@ def best_by_batch_size(grouped: Grouped) -> Iterator[tuple[Plate, Figure]]:
     legend_below(figure, looks=looks, shown=(arm.optimizer for arms in grouped.values() for arm in arms))
     caption = (
         "Each optimizer at the best of its variants and learning rates; bars: Student's 95% interval over seeds, "
-        "none for n = 1; ×: a run of the optimizer diverged or collapsed there."
+        f"none for n = 1; ×: a run of the optimizer {LOST} there."
     )
     yield Plate("best-accuracy", "Best accuracy against the batch size", caption), figure
 
@@ -164,7 +164,7 @@ def learning_rates(problem: str, dataset: str, here: Grouped, looks: Looks) -> I
     legend_below(figure, looks=looks, shown=[arm.name for arms in here.values() for arm in arms])
     caption = (
         "Mean and sample deviation over seeds at the last epoch, lost seeds at chance; × on the axis: every seed "
-        "diverged or collapsed. Paper: figure 5."
+        f"{LOST}. Paper: figure 5."
     )
     title = f"Accuracy against the learning rate: {problem}, {dataset}"
     yield Plate(name_of("learning-rate", problem, dataset), title, caption), figure
