@@ -299,10 +299,10 @@ def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
 
     Args:
         recipe: nested; its seed and everything that cannot change a result are left out.
-        less: more dotted keys to leave out.
+        less: more dotted keys, or whole sections, to leave out.
     """
     relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
-    relevant = {name: value for name, value in relevant.items() if name not in less}
+    relevant = {n: value for n, value in relevant.items() if n not in less and n.split(".")[0] not in less}
     if counts_by_path(flatten(recipe)):  # elsewhere the path only says where the same files lie
         relevant["data.path"] = lookup(recipe, "data.path")
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,11 +1,10 @@
 """A checked claim: its estimate, its verdict, its evidence, and the pairs of runs that several claims compare."""
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_bench.recipe.identity import flatten
 from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.inference import Estimate
@@ -73,12 +72,12 @@ def warm_and_cold(collection: Collection) -> Iterable[Pair]:
     groups: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for cell in collection.cells:
         if cell.optimizer in ("LARS", "LAMB", "LAMBC"):
-            groups[cell.setting, cell.optimizer, cell.lr].append(cell)
+            groups[cell.setting, cell_key(cell.recipe, less=("schedule",))].append(cell)
     for cells in groups.values():
         for warm in filter(is_warm, cells):
             for cold in cells:
                 if not is_warm(cold):
-                    yield from _pairs(warm, cold, ("schedule",))
+                    yield from _by_seed(warm, cold)
 
 
 def warm_lars_and_tvlars(collection: Collection) -> Iterable[Pair]:
@@ -86,19 +85,22 @@ def warm_lars_and_tvlars(collection: Collection) -> Iterable[Pair]:
     rivals: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for cell in collection.cells:
         if cell.optimizer == "TVLARS":
-            rivals[cell.setting, cell.lr].append(cell)
+            rivals[_but_optimizer(cell)].append(cell)
     for warm in collection.cells:
         if warm.optimizer == "LARS" and is_warm(warm):
-            for rival in rivals[warm.setting, warm.lr]:
-                yield from _pairs(warm, rival, _OF_THE_OPTIMIZER)
+            for rival in rivals[_but_optimizer(warm)]:
+                yield from _by_seed(warm, rival)
 
 
-def _pairs(one: Cell, other: Cell, sections: Container[str]) -> Iterable[Pair]:
-    """Two cells with each seed that both have; none if their recipes differ outside these sections."""
-    names = {name for cell in (one, other) for name in flatten(cell.recipe) if name.split(".")[0] in sections}
-    if cell_key(one.recipe, less=names) == cell_key(other.recipe, less=names):
-        shared = {result.seed for result in one.results} & {result.seed for result in other.results}
-        yield from ((one, other, seed) for seed in sorted(shared))
+def _but_optimizer(cell: Cell) -> tuple[Any, ...]:
+    """Equal for cells that may be compared: they differ in nothing but the optimizer, at one learning rate."""
+    return cell.setting, cell.lr, cell_key(cell.recipe, less=_OF_THE_OPTIMIZER)
+
+
+def _by_seed(one: Cell, other: Cell) -> Iterable[Pair]:
+    """Two cells with each seed that both have."""
+    shared = {result.seed for result in one.results} & {result.seed for result in other.results}
+    yield from ((one, other, seed) for seed in sorted(shared))
 
 
 def is_warm(cell: Cell) -> bool:
