@@ -16,7 +16,7 @@ from ssl_bench.report.across_settings import (
     stratified_bootstrap,
 )
 from ssl_bench.report.aggregate import Cell, Collection, Result, Setting
-from ssl_bench.report.claims.analysis import read_analysis
+from ssl_bench.report.claims.analysis import analysis_of
 from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.claims.sharpness import noise_scale
 from ssl_bench.report.comparisons import WITHIN, Arm, arms, best_arms
@@ -248,7 +248,7 @@ def critical_batches(collection: Collection, load: Load) -> Table:
 
 
 def _noise_scales(run: Result) -> list[float]:
-    analysis = read_analysis(run.record.folder)
+    analysis = analysis_of(run)
     rows = analysis.gradient_noise if analysis else ()
     return [scale for row in rows if "squared_error" in row and (scale := noise_scale(row)) is not None]
 

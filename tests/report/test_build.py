@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from synthetic_runs import write_run
+from synthetic_runs import analysis_of, write_run
 from typer.testing import CliRunner
 
 from ssl_bench.cli.report import register
 from ssl_bench.report import build
 from ssl_bench.report.build import Loader, all_tables, write_report
+from ssl_bench.report.claims import analysis
 from ssl_bench.report.leaderboard import read_collection
 from ssl_bench.report.scope import coverage
 from ssl_bench.study.grid import load_study
@@ -170,3 +174,20 @@ def test_few_layers_are_kept_and_all_can_be_had_again(tmp_path: Path, monkeypatc
     assert reads == ["0", "1", "2", "0", "1", "2"]
     assert load(collection.results[2]).has("weight_norm")
     assert len(reads) == 6  # the last one is kept
+
+
+def test_a_report_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[Path] = Counter()
+
+    def counted(read_file: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def reads(folder: Path) -> Any:
+            read[folder / read_file.__name__] += 1
+            return read_file(folder)
+
+        return reads
+
+    for module, name in ((analysis, "read_analysis"), (build, "load_metrics"), (build, "load_layers")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    write_run(tmp_path / "runs" / "a", steps=20, analysis=analysis_of((5, 10), (50, 20), noise={64: 4.0, 256: 1.0}))
+    write_report(tmp_path / "runs", tmp_path / "out")
+    assert list(read.values()) == [1, 1, 1]

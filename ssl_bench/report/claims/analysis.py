@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +147,17 @@ def read_analysis(folder: Path) -> Analysis | None:
     return Analysis(settings if isinstance(settings, dict) else {}, sharpness, noise, found)
 
 
+@cache
+def analysis_of(result: Result) -> Analysis | None:
+    """That of a run of the report, read once: claims, tables, figures and the page all ask for it."""
+    return read_analysis(result.record.folder)
+
+
 def analyzed(collection: Collection) -> Iterator[Analyzed]:
     """The runs that have an analysis, in the tables' order."""
     for cell in collection.cells:
         for result in cell.results:
-            analysis = read_analysis(result.record.folder)
+            analysis = analysis_of(result)
             if analysis is not None:
                 yield Analyzed(cell, result, analysis)
 

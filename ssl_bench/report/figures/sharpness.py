@@ -13,10 +13,10 @@ from ssl_bench.report.claims.analysis import (
     MEASURES,
     Analyzed,
     NoiseCurve,
+    analysis_of,
     analyzed,
     measured_how,
     noise_curves,
-    read_analysis,
 )
 from ssl_bench.report.curves import rounded
 from ssl_bench.report.figures.drawing import Plate, depth_colors, legend_below, looks_of, note, plain
@@ -141,7 +141,7 @@ def claim_charts(collection: Collection) -> dict[str, list[Group]]:
 
 def tables_of(result: Result) -> dict[str, Any] | None:
     """A run's analysis for its cell's detail: settings, and the rows as printed tables; None where there is none."""
-    analysis = read_analysis(result.record.folder)
+    analysis = analysis_of(result)
     if analysis is None:
         return None
     tables = []
