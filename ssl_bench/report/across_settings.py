@@ -5,7 +5,6 @@ edge of the statistical precipice", the package rliable).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -115,20 +114,9 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-@dataclass(frozen=True)
-class PowerLaw:
-    """y = factor x^exponent, by least squares on the logarithms."""
-
-    factor: float
-    exponent: float
-
-
-def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """Fits a power law to positive numbers; None unless x has two different values."""
-    if len(set(x)) < 2:
-        return None
-    exponent, intercept = np.polyfit(np.log(x), np.log(y), 1)
-    return PowerLaw(float(np.exp(intercept)), float(exponent))
+def power_law(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """The exponent p of y ~ x^p, by least squares on the logarithms; None unless x has two different values."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(set(x)) > 1 else None
 
 
 def critical_batch(sizes: Sequence[float], steps: Sequence[float]) -> tuple[float, float] | None:

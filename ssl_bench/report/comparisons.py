@@ -8,17 +8,12 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 from ssl_bench.report.across_settings import performance_profile, share_near_best
 from ssl_bench.report.aggregate import Cell, Collection, Setting
-from ssl_bench.report.inference import (
-    Paired,
-    best_of_k,
-    holm,
-    paired_difference,
-    two_level,
-)
+from ssl_bench.report.inference import Paired, best_of_k, holm, paired_difference, two_level
 from ssl_bench.report.results import INTERVALS, record_of
 from ssl_bench.report.scope import epochs_trained, short
 from ssl_bench.report.tables import SETTING, Table, Value, between, number, points, signed
@@ -43,17 +38,21 @@ class Arm:
     protocol: str
     cells: tuple[Cell, ...]
 
-    @property
+    @cached_property
     def best(self) -> Cell | None:
         """The cell of the highest mean, lost seeds at chance; None where no run has ended with an accuracy."""
         ended = [cell for cell in self.cells if cell.finished(self.protocol)]
         return max(ended, key=lambda cell: cell.summary(self.protocol).mean or 0.0, default=None)
 
+    @cached_property
+    def stands_for(self) -> Cell | None:
+        """The cell that it is compared by: the best one, else one that lost every run; None where none has ended."""
+        return self.best or next((cell for cell in self.cells if cell.failed), None)
+
     @property
     def top1(self) -> float | None:
-        """The best cell's mean, percent; chance where every run failed, None where none has ended."""
-        best = self.best or next((cell for cell in self.cells if cell.failed), None)
-        return best.summary(self.protocol).mean if best else None
+        """That cell's mean, percent, which is chance where every run was lost; None where none has ended."""
+        return self.stands_for.summary(self.protocol).mean if self.stands_for else None
 
     @property
     def optimizer(self) -> str:
@@ -117,7 +116,7 @@ def at_their_best(contenders: Sequence[Arm]) -> list[Comparison]:
     """Every pair of a setting's arms, each at its best learning rate: one family of tests."""
     pairs = []
     for left, right in combinations(contenders, 2):
-        one, other = (arm.best or next((cell for cell in arm.cells if cell.failed), None) for arm in (left, right))
+        one, other = left.stands_for, right.stands_for
         if one is not None and other is not None:
             pairs.append((f"best: {number(one.lr)}, {number(other.lr)}", left, right, one, other))
     return _family(pairs)

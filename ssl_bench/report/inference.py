@@ -14,8 +14,8 @@ CONFIDENCE = 0.95
 
 # How often a nominal 95% interval of n normal values holds the true mean, in percent: Student's, and the BCa
 # bootstrap's, which knows only the values it was given (of three there are ten resamples). Measured by
-# benchmarks/coverage.py; up to
-# n = 20 Student's is the better one in every population there, skewed ones and such with outliers too.
+# benchmarks/coverage.py; up to n = 20 Student's is the better one in every population there, skewed ones and such with
+# outliers too.
 COVERAGE = {2: (95.3, 50.0), 3: (94.8, 72.4), 5: (95.2, 83.8), 10: (95.2, 89.7)}
 
 

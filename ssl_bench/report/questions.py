@@ -4,11 +4,11 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 import numpy as np
 
 from ssl_bench.report.across_settings import (
-    PowerLaw,
     chance_of_being_best,
     critical_batch,
     power_law,
@@ -127,17 +127,17 @@ def rate_scaling(collection: Collection) -> Table:
         for arm in here:
             for seed, best in _best_rates(arm).items():
                 by_seed[seed][arm.setting.batch_size] = best
-        laws = {
-            seed: law
+        exponents = {
+            seed: exponent
             for seed, best in by_seed.items()
-            if (law := power_law(list(best), [rate for rate, _ in best.values()])) is not None
+            if (exponent := power_law(list(best), [rate for rate, _ in best.values()])) is not None
         }
-        estimate = pooled([[law.exponent for law in laws.values()]])
+        estimate = pooled([list(exponents.values())])
         if estimate is None:
             continue
-        edges = [edge for seed in laws for _, edge in by_seed[seed].values()]
-        sizes = sorted({size for seed in laws for size in by_seed[seed]})
-        means = {size: _geometric_mean([by_seed[s][size][0] for s in laws if size in by_seed[s]]) for size in sizes}
+        edges = [edge for seed in exponents for _, edge in by_seed[seed].values()]
+        sizes = sorted({size for seed in exponents for size in by_seed[seed]})
+        means = {size: geometric_mean([by_seed[s][size][0] for s in exponents if size in by_seed[s]]) for size in sizes}
         ends = estimate.interval
         fits = "undecided (n = 1)" if ends is None else " and ".join(
             rule for rule, exponent in RULES.items() if ends[0] <= exponent <= ends[1]
@@ -147,16 +147,19 @@ def rate_scaling(collection: Collection) -> Table:
                 *(problem, dataset, name, ", ".join(f"{size}: {mean:.3g}" for size, mean in means.items())),
                 *(f"{sum(edges)} of {len(edges)}", f"{estimate.mean:.2f}", between(ends), fits),
             ),
-            *(_law_record((problem, dataset, name), seed, law, by_seed[seed]) for seed, law in laws.items()),
+            *(
+                _law_record((problem, dataset, name), seed, exponent, by_seed[seed])
+                for seed, exponent in exponents.items()
+            ),
         )
     return table
 
 
 def _law_record(
-    place: tuple[str, str, str], seed: int, law: PowerLaw, best: Mapping[int, tuple[float, bool]]
+    place: tuple[str, str, str], seed: int, exponent: float, best: Mapping[int, tuple[float, bool]]
 ) -> dict[str, Value]:
     record: dict[str, Value] = dict(zip(("problem", "dataset", "arm"), place, strict=True))
-    record |= {"seed": seed, "exponent": law.exponent}
+    record |= {"seed": seed, "exponent": exponent}
     return record | {f"best_lr_{size}": rate for size, (rate, _) in sorted(best.items())}
 
 
@@ -220,8 +223,8 @@ def critical_batches(collection: Collection, load: Load) -> Table:
             continue
         ends = estimate.interval and (math.exp(estimate.interval[0]), math.exp(estimate.interval[1]))
         reaching = {size: [each[size] for each in steps.values() if size in each] for size in runs}
-        means = {size: _geometric_mean(found) for size, found in reaching.items() if found}
-        least = _geometric_mean([fit[0] for fit in fits.values()])
+        means = {size: geometric_mean(found) for size, found in reaching.items() if found}
+        least = geometric_mean([fit[0] for fit in fits.values()])
         measured = [scale for found in runs.values() for run, _ in found for scale in _noise_scales(run)]
         noise = float(np.median(measured)) if measured else None
         table.add(
@@ -251,10 +254,6 @@ def _noise_scales(run: Result) -> list[float]:
     analysis = analysis_of(run)
     rows = analysis.gradient_noise if analysis else ()
     return [scale for row in rows if "squared_error" in row and (scale := noise_scale(row)) is not None]
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 # Early and late ------------------------------------------------------------------------------------------------------
@@ -335,8 +334,8 @@ def methods(collection: Collection) -> Table:
         alike = len({arm.protocol for arm in row.values()}) == 1
         texts = {}
         for name, arm in row.items():
-            cell = arm.best or next(cell for cell in arm.cells if cell.failed)
-            texts[name] = cell.text(arm.protocol) + ("" if alike else f", {arm.protocol}")
+            if arm.stands_for:
+                texts[name] = arm.stands_for.text(arm.protocol) + ("" if alike else f", {arm.protocol}")
         tops = {f"top1_{name}": arm.top1 for name, arm in row.items()}
         place: dict[str, Value] = {"dataset": dataset, "batch_size": batch_size, "optimizer": optimizer}
         shown = (texts.get(name, "–") for name in names)
@@ -385,11 +384,10 @@ def _shared_scores(collection: Collection) -> Iterator[tuple[Setting, dict[str, 
     for setting, contenders in arms(collection).items():
         found[setting] = {}
         for arm in best_arms(contenders):
-            cell = arm.best or next(cell for cell in arm.cells if cell.failed)
-            room = 100 - cell.chance
-            found[setting][arm.optimizer] = (
-                [(top1 - cell.chance) / room for top1 in cell.top1(arm.protocol).values()] if room else []
-            )
+            cell = arm.stands_for
+            if cell is not None and cell.chance < 100:
+                scores = cell.top1(arm.protocol).values()
+                found[setting][arm.optimizer] = [(top1 - cell.chance) / (100 - cell.chance) for top1 in scores]
     # An optimizer that few settings have would leave few settings to compare by: it needs more than half of them.
     counts = Counter(name for row in found.values() for name in row)
     names = [name for name, count in counts.items() if 2 * count > len(found)]
