@@ -1,40 +1,26 @@
 """Groups runs into cells: runs whose recipes differ only in the seed form one cell, with a mean and a deviation."""
 
-import hashlib
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, StrictStr, ValidationError
 
-from ssl_bench.recipe.identity import IRRELEVANT, PLACES, counts_by_path, flatten, is_its_path, without_additions
+from ssl_bench.recipe.identity import is_its_path
 from ssl_bench.records.reader import FAILURES, RunRecord, Skipped
 from ssl_bench.report.inference import Summary, summarize, t_interval, test_set_error
 from ssl_bench.report.protocols import MONITORS, among_ours, ordered
+from ssl_bench.report.recipes import cell_key, lookup, variants
 from ssl_bench.report.tables import Value, is_number, on_one_line, one_line
 
 OPTIMIZER_NAMES = {"lars": "LARS", "lamb": "LAMB", "lambc": "LAMBC", "tvlars": "TVLARS", "sgd": "SGD", "adamw": "AdamW"}
 
-# Axes of every table, so never part of a variant's name.
-_AXES = frozenset(
-    {"seed", "track", "data.name", "data.path", "batch_size", "method.target", "optimizer.target", "optimizer.lr"}
-)
-# What is measured during a run and does not change its result.
-_OBSERVING = frozenset(
-    {
-        *("telemetry.every", "eval.protocols", "eval.baseline", "eval.batch_size"),
-        *("eval.online_every_epochs", "eval.test_every_epochs"),
-        *("eval.data", "eval.data_size", "eval.data_content"),  # what is measured there has a protocol of its own
-    }
-)
 # What "lost" means, for readers. A lost run has no accuracy of its own and counts as chance, or an optimizer that loses
 # seeds would rank by those that it did not lose.
 LOST = "diverged, collapsed or stayed at chance"
-_PLUGINS = ("method", "optimizer", "schedule")  # sections of a recipe whose options depend on their target
 
 
 class Setting(NamedTuple):
@@ -294,30 +280,6 @@ class _Recipe(BaseModel):
     schedule: _Target | None = None
 
 
-def cell_key(recipe: Mapping[str, Any], *, less: Container[str] = ()) -> str:
-    """16 hex digits, a hash of the recipe.
-
-    Args:
-        recipe: nested; its seed and everything that cannot change a result are left out.
-        less: more dotted keys, or whole sections, to leave out.
-    """
-    relevant = _comparable(recipe) | {name: lookup(recipe, name) for name in _AXES - {"seed", "data.path"}}
-    relevant = {n: value for n, value in relevant.items() if n not in less and n.split(".")[0] not in less}
-    if counts_by_path(flatten(recipe)):  # elsewhere the path only says where the same files lie
-        relevant["data.path"] = lookup(recipe, "data.path")
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def lookup(recipe: Mapping[str, Any], dotted: str, default: Any = None) -> Any:
-    """A value of a nested recipe by its dotted key."""
-    value: Any = recipe
-    for part in dotted.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return default
-        value = value[part]
-    return value
-
-
 def _result(record: RunRecord) -> Result:
     """A run's scores; several evaluations by one protocol, under several probe seeds, become one: their mean."""
     found: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
@@ -364,25 +326,13 @@ def _cell(key: str, results: list[Result]) -> Cell:
 
 def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
     """Names what distinguishes cells of one optimizer that share problem, data set and batch size."""
-
-    def printed(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else "none" if value is None else one_line(value)
-
     families: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         families[cell.problem, cell.dataset, cell.optimizer].append(cell)
     named = []
     for family in families.values():
-        recipes = {cell.key: _comparable(cell.recipe) for cell in family}
-        by_batch: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for cell in family:
-            by_batch[cell.batch_size].append(recipes[cell.key])
-        found = {name for group in by_batch.values() for name in _varying(group)}
-        varying = sorted(found, key=lambda name: (name.split(".")[0], not name.endswith(".target"), name))
-        for cell in family:
-            flat = recipes[cell.key]
-            parts = [f"{name.removesuffix('.target')}={printed(flat[name])}" for name in varying if name in flat]
-            named.append(replace(cell, variant=on_one_line(", ".join(parts))))
+        names = variants([cell.recipe for cell in family])
+        named += [replace(cell, variant=name) for cell, name in zip(family, names, strict=True)]
     # Texts that are cut for readers may agree where the values do not.
     seen = Counter((cell.setting, cell.optimizer, cell.variant, cell.lr) for cell in named)
     return [
@@ -391,25 +341,6 @@ def _with_variants(cells: Sequence[Cell]) -> list[Cell]:
         else replace(cell, variant=f"{cell.variant} #{cell.key[:6]}")
         for cell in named
     ]
-
-
-def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    flat = without_additions(flatten(dict(recipe)))
-    return {name: value for name, value in flat.items() if name not in IRRELEVANT | _AXES | _OBSERVING | PLACES.keys()}
-
-
-def _varying(recipes: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Keys with more than one value; a plug-in's options are compared among recipes with the same plug-in."""
-    varying = set()
-    for name in {name for recipe in recipes for name in recipe}:
-        target = f"{name.split('.')[0]}.target"
-        groups: dict[Any, set[str]] = defaultdict(set)
-        for recipe in recipes:
-            plugin = recipe.get(target) if name.split(".")[0] in _PLUGINS and name != target else None
-            groups[plugin].add(json.dumps(recipe.get(name)))
-        if any(len(values) > 1 for values in groups.values()):
-            varying.add(name)
-    return varying
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ssl_bench.records.reader import RunRecord
-from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
+from ssl_bench.report.aggregate import Cell, Collection, Result
+from ssl_bench.report.recipes import cell_key, lookup
 from ssl_bench.report.tables import Table, is_number
 
 if TYPE_CHECKING:  # the grid needs all of the recipe's machinery, the leaderboard does not

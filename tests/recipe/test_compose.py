@@ -9,7 +9,7 @@ from ssl_bench.data.dataset import DATASETS
 from ssl_bench.recipe.compose import build, choices, compose, merge, override
 from ssl_bench.recipe.identity import ADDED, NAMED_DATA, differences, flatten, without_additions
 from ssl_bench.recipe.values import load_yaml
-from ssl_bench.report.aggregate import cell_key
+from ssl_bench.report.recipes import cell_key
 
 RECORDS = Path(__file__).resolve().parents[2] / "results"
 

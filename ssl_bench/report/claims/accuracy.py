@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ssl_bench.report.aggregate import Cell, Collection, lookup
+from ssl_bench.report.aggregate import Cell, Collection
 from ssl_bench.report.claims.evidence import (
     Claim,
     Load,
@@ -21,6 +21,7 @@ from ssl_bench.report.claims.evidence import (
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.inference import Estimate, pooled
 from ssl_bench.report.protocols import beside_paper
+from ssl_bench.report.recipes import lookup
 from ssl_bench.report.results import BOLD_MARGIN
 from ssl_bench.report.scope import cut_short
 from ssl_bench.report.tables import SETTING, Table, is_number, number, points, signed

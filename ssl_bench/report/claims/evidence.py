@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_bench.report.aggregate import Cell, Collection, Result, cell_key, lookup
+from ssl_bench.report.aggregate import Cell, Collection, Result
 from ssl_bench.report.curves import Curves
 from ssl_bench.report.inference import Estimate
+from ssl_bench.report.recipes import cell_key, lookup
 from ssl_bench.report.tables import Table
 
 Verdict = Literal["supported", "contradicted", "mixed", "undecided", "undecided (n = 1)", "not reached", "not measured"]

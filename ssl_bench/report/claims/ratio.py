@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 
-from ssl_bench.report.aggregate import Collection, lookup
+from ssl_bench.report.aggregate import Collection
 from ssl_bench.report.claims.evidence import Claim, Load, grouped, run_of, verdict_of, warm_and_cold
 from ssl_bench.report.curves import RATIO, Curves
 from ssl_bench.report.inference import pooled
+from ssl_bench.report.recipes import lookup
 from ssl_bench.report.tables import SETTING, Table, is_number, number
 
 PHI_NOTE = (

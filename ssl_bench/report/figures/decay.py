@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 
 from matplotlib.figure import Figure
 
-from ssl_bench.report.aggregate import Cell, Collection, lookup
+from ssl_bench.report.aggregate import Cell, Collection
 from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.curves import Array, thin
 from ssl_bench.report.figures.accuracy import Grouped, mean_curves
 from ssl_bench.report.figures.drawing import Plate, depth_colors, legend_below, looks_of, note, plain
+from ssl_bench.report.recipes import lookup
 from ssl_bench.report.tables import is_number, name_of, number
 
 Grid = Mapping[tuple[float, int], list[Cell]]  # TVLARS's cells by lambda and batch size
