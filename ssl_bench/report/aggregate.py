@@ -284,7 +284,7 @@ def _result(record: RunRecord) -> Result:
     """A run's scores; several evaluations by one protocol, under several probe seeds, become one: their mean."""
     found: dict[str, dict[str, list[Score]]] = {"trained": defaultdict(list), "untrained": defaultdict(list)}
     for entry in (record.results or {}).get("evaluations", []):
-        model, protocol, metrics = entry.get("model", "trained"), entry["protocol"], entry["metrics"]
+        model, protocol, metrics = entry.get("model", "trained"), one_line(entry["protocol"]), entry["metrics"]
         top1 = metrics.get("top1")  # evaluators from outside may measure something else
         if model in found and protocol not in MONITORS and is_number(top1) and 0 <= top1 <= 100:
             numbered = ((name.removeprefix("top1_seed"), value) for name, value in metrics.items())

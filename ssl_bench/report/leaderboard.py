@@ -80,7 +80,6 @@ def print_leaderboard(runs: str | Path) -> None:
     """Prints the leaderboard and each problem's results in the terminal."""
     from rich.console import Console
     from rich.table import Table as Rich
-    from rich.text import Text
 
     def of(found: Collection) -> list[Table]:
         accuracies = (results.results_table(found, problem) for problem in found.problems)
@@ -88,16 +87,16 @@ def print_leaderboard(runs: str | Path) -> None:
 
     collection = read_collection(runs)
     tables, collection = with_sound_runs(collection, lambda found: (of(found), found), of)
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
     console.print(answer(collection) + "\n")
     seen = set[str]()
     for table in tables:
         shown = [name not in _NOT_IN_TERMINAL for name in table.columns]
-        rich = Rich(title=Text(table.title), title_justify="left")
+        rich = Rich(title=table.title, title_justify="left")
         for name, right in compress(zip(table.columns, table.numeric(), strict=True), shown):
             rich.add_column(name, justify="right" if right else "left")
         for row in table.rows:
-            rich.add_row(*(Text(on_one_line(cell)) for cell in compress(row, shown)))
+            rich.add_row(*compress(row, shown))
         console.print(rich)
         for note in table.notes:
             if note not in seen:
