@@ -85,6 +85,16 @@ def test_the_reason_is_told(sound: Path, tmp_path: Path, file: str, old: str, ne
     assert reason[:20] in answer.output.replace("\n", " ")
 
 
+@pytest.mark.parametrize(("file", "lacking"), [("telemetry.parquet", "layers"), ("metrics.jsonl", "curves")])
+def test_a_damaged_file_of_curves_costs_no_numbers(sound: Path, tmp_path: Path, file: str, lacking: str) -> None:
+    shutil.copytree(sound, tmp_path / "runs")
+    (tmp_path / "runs" / "victim" / file).write_text("{}\n{}\n")
+    write_report(tmp_path / "runs", tmp_path / "out", figures="none")
+    assert "TVLARS" in (tmp_path / "out" / "tables" / "leaderboard.csv").read_text()
+    skipped = (tmp_path / "out" / "report.md").read_text().split("## Skipped")[1]
+    assert f"the report shows this run without its {lacking}" in skipped
+
+
 def test_a_run_that_no_schema_refuses_is_found_and_left_out(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
