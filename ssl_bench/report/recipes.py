@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from ssl_bench.recipe.identity import IRRELEVANT, PLACES, counts_by_path, flatten, is_its_path, without_additions
+from ssl_bench.recipe.identity import IRRELEVANT, PLACES, counts_by_path, flatten, without_additions
 from ssl_bench.report.tables import on_one_line, one_line
 
 # Axes of every table, so never part of a variant's name.
