@@ -14,14 +14,13 @@ from ssl_bench.records.reader import Skipped
 from ssl_bench.records.storage import one_line
 from ssl_bench.report import comparisons, questions, results
 from ssl_bench.report.aggregate import Collection, Result
-from ssl_bench.report.answer import answer
 from ssl_bench.report.claims import ERRATA, check_claims
 from ssl_bench.report.claims.evidence import Load
 from ssl_bench.report.claims.ratio import phi_table
 from ssl_bench.report.curves import Array, Curves, Layers, load_layers, load_metrics
 from ssl_bench.report.figures.drawing import Plate
 from ssl_bench.report.figures.plates import Choice, is_cut, write_figures
-from ssl_bench.report.leaderboard import read_collection, with_sound_runs
+from ssl_bench.report.leaderboard import answer, read_collection, with_sound_runs
 from ssl_bench.report.page import Contents, write_page
 from ssl_bench.report.scope import counts, coverage, scope
 from ssl_bench.report.tables import Table, markdown, on_one_line

@@ -6,7 +6,7 @@ from synthetic_runs import write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import gather
-from ssl_bench.report.answer import answer
+from ssl_bench.report.leaderboard import answer
 
 
 def told(folder: Path) -> str:

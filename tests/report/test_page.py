@@ -14,9 +14,9 @@ from synthetic_runs import analysis_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
-from ssl_bench.report.answer import answer as answer_of
 from ssl_bench.report.build import Loader, report_of
 from ssl_bench.report.curves import Curves
+from ssl_bench.report.leaderboard import answer as answer_of
 from ssl_bench.report.page import images_per_step, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
