@@ -6,7 +6,6 @@ images: Pillow holds the GIL for most of a 32x32 JPEG, and two threads were meas
 
 import io
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ssl_bench.data.raw import RawImage, RawSplit
 from ssl_bench.runtime.interrupt import stop_if_requested
+from ssl_bench.runtime.launcher import usable_cores
 
 Shape = tuple[int, int, int]  # (3, H, W)
 
@@ -122,7 +122,7 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 
     _, height, width = shape
     length = block_images(shape)
     images = islice(split.images(), first * length, None)
-    threads = (os.cpu_count() or 1) if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
+    threads = usable_cores() if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
     with ThreadPoolExecutor(threads) as pool:
         for start in range(first * length, len(split), length):
             raws = list(islice(images, min(length, len(split) - start)))

@@ -13,7 +13,7 @@ _CODE = frozenset(
     {"data", "data.name", "model", "model.name", "eval.data", "eval.protocols"}
     | {f"{kind}{end}" for kind in ("method", "optimizer", "schedule") for end in ("", ".target")}
 )
-_PATHS = frozenset({"data.path", "data.cache_dir", "eval.data_path"})
+_PATHS = frozenset({"data.path", "data.cache_dir", "eval.data_path", "model.checkpoint", "model.pretrained"})
 
 
 def refuse_untrusted(source: str, values: Mapping[str, Any], given: Collection[str] = ()) -> None:
@@ -28,7 +28,7 @@ def refuse_untrusted(source: str, values: Mapping[str, Any], given: Collection[s
         ValueError: one line that names the key, the value and ``--trust``.
     """
     for key, value in values.items():
-        if key in given or value is None or value == "null":
+        if key in given or str(value).lower() in ("none", "null", "true", "false"):  # published weights are no path
             continue
         if key in _CODE and ":" in str(value):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ssl_bench.records.reader import RecordError, RunRecord, read_run
+from ssl_bench.records.reader import RecordError, RunRecord, images_looked_at, read_run, score
 from ssl_bench.records.storage import atomic_file, one_line
 from ssl_bench.records.writer import BACKBONE
 
@@ -88,7 +88,7 @@ def _card(record: RunRecord, config: Mapping[str, Any]) -> str:
     length = f"{recipe['steps']} steps" if recipe.get("steps") else f"{recipe['epochs']:g} epochs"
     evaluations = (record.results or {}).get("evaluations", [])
     rows = [
-        f"| {one['protocol']} | {one['model']} | {_score(one['metrics'])} | {_images(one)} | {one.get('seed')} |"
+        f"| {one['protocol']} | {one['model']} | {score(one)} | {images_looked_at(one)} | {one.get('seed')} |"
         for one in evaluations
     ]
     needs = "import ssl_bench.models.backbone  # the stem\n" if "_cifar" in config["architecture"] else ""
@@ -132,16 +132,6 @@ def _card(record: RunRecord, config: Mapping[str, Any]) -> str:
             "",
         ]
     )
-
-
-def _score(metrics: Mapping[str, Any]) -> str:
-    if "top1" in metrics:
-        return f"top-1 {metrics['top1']:.2f}%"
-    return ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if not key.startswith("n_"))
-
-
-def _images(entry: Mapping[str, Any]) -> Any:
-    return entry["metrics"].get("n_images", entry.get("n_test"))
 
 
 def _numbers(values: list[float]) -> str:

@@ -12,12 +12,13 @@ from torch import nn
 from ssl_bench.eval.collapse import collapsed
 from ssl_bench.models.backbone import backbone_bytes
 from ssl_bench.records.checkpoint import Checkpoints
+from ssl_bench.records.reader import images_looked_at, score
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.records.storage import atomic_file, one_line, remove_atomically
 from ssl_bench.records.writer import BACKBONE, Resume, Run
 from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
-from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, leave_note
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, leave_note, stop_if_requested
 from ssl_bench.runtime.peers import Watch
 from ssl_bench.training import out_of_memory
 from ssl_bench.training.graphs import GraphedGradient
@@ -155,6 +156,7 @@ class Session:
                 if self._interrupt.agreed(self.processes.device):
                     return Outcome("interrupted", outcome.step)
         if outcome.status == "finished":
+            stop_if_requested("evaluation")  # a signal that came after all had agreed that there was none
             trainer.evaluation_point(outcome.step).__enter__()  # and there it stays, to be evaluated and saved
         return outcome
 
@@ -313,13 +315,9 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     if results["status"] == "diverged":
         where = f" (first in {results['layer']})" if results["layer"] else ""
         return [f"  loss or gradient not finite from step {results['step']} on{where}; not evaluated"]
-    lines = []
-    width = max([18, *(len(entry["protocol"]) for entry in results.get("evaluations", []))])
-    for entry in results.get("evaluations", []):
-        metrics = entry["metrics"]
-        counted = {"n_test", "n_images"}
-        all_of_them = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in counted)
-        headline = f"top-1 {metrics['top1']:.2f}%" if "top1" in metrics else all_of_them
-        images = metrics.get("n_images", entry["n_test"])  # of the train set, where no test image was looked at
-        lines.append(f"  {entry['protocol']:<{width}} {entry['model']:<10} {headline} of {images}")
-    return lines
+    entries = results.get("evaluations", [])
+    width = max([18, *(len(entry["protocol"]) for entry in entries)])
+    return [
+        f"  {entry['protocol']:<{width}} {entry['model']:<10} {score(entry)} of {images_looked_at(entry)}"
+        for entry in entries
+    ]

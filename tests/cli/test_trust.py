@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ssl_bench import cli, pretrain
 
-PATHS = ("data.path", "eval.data_path")
+PATHS = ("data.path", "eval.data_path", "model.checkpoint", "model.pretrained")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def test_evaluate_builds_no_more_than_it_needs(theirs: Path, key: str) -> None:
     [
         ("data.name", "evil:find"), ("model.name", "evil:net"), ("eval.protocols", ["evil:Probe"]),
         ("data.path", "/theirs"), ("eval.data", "evil:find"), ("eval.data_path", "/theirs"),
+        ("model.checkpoint", "/theirs"), ("model.pretrained", "/theirs"),
         ("method.target", "evil:Method"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from tiny_disk import mounted
 from torch import nn
 
 from ssl_bench import pretrain
+from ssl_bench.runtime.interrupt import Interrupt
 from ssl_bench.training.rehearsal import every_parameter_used, rehearse_saving
 from ssl_bench.training.session import Session
 
@@ -80,6 +81,22 @@ def test_a_signal_in_the_last_step_spares_the_evaluation(here, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Session, "progress", signalled)
+        assert pretrain.main(WORDS) == 75
+    assert (here / "r/checkpoints/step-00000012").is_dir()
+    assert not (here / "r/results.json").exists()
+    assert pretrain.main(WORDS) == 0
+
+
+def test_a_signal_after_all_agreed_that_there_was_none_spares_the_evaluation_too(here, monkeypatch):
+    real = Interrupt.agreed
+
+    def signalled(self: Interrupt, *device: object) -> bool:
+        answer = real(self, *device)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "agreed", signalled)
         assert pretrain.main(WORDS) == 75
     assert (here / "r/checkpoints/step-00000012").is_dir()
     assert not (here / "r/results.json").exists()
