@@ -1,10 +1,12 @@
 """Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230)."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.off_diagonal import off_diagonal_energy
+from ssl_bench.methods.parts.share import WHOLE, Share
 
 EPS = 1e-5  # added to the variance; the default of batch norm, which the official code uses
 
@@ -52,10 +54,25 @@ class BarlowTwins(Method):
         Returns:
             "loss", and detached "on_diagonal" and "off_diagonal", the two sums, not weighted.
         """
-        n = self.divisor or len(z1)
-        z1 = F.batch_norm(z1, None, None, training=True, eps=EPS)  # biased variance
-        z2 = F.batch_norm(z2, None, None, training=True, eps=EPS)
-        on_diagonal = (1 - (z1 * z2).sum(dim=0) / n).square().sum()
-        off_diagonal = off_diagonal_energy(z1, z2) / n**2
+        return self.sharded_loss(WHOLE, z1, z2)
+
+    def sharded_loss(self, share: Share, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """The same from this process's rows (n, D)."""
+        n = self.divisor or share.processes * len(z1)
+        z1, z2 = _standardise(share, z1, z2)
+        on_diagonal = (1 - share.total((z1 * z2).sum(dim=0)) / n).square().sum()
+        off_diagonal = off_diagonal_energy(z1, z2, share) / n**2
         loss = on_diagonal + self.lambd * off_diagonal
         return {"loss": loss, "on_diagonal": on_diagonal.detach(), "off_diagonal": off_diagonal.detach()}
+
+
+def _standardise(share: Share, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean 0 and variance 1 (biased) of each dimension over the global batch, each view by itself."""
+    if share.processes == 1:
+        a, b = (F.batch_norm(z, None, None, training=True, eps=EPS) for z in (z1, z2))
+        return a, b
+    mean = share.mean(torch.stack([z1.mean(dim=0), z2.mean(dim=0)]))
+    z1, z2 = z1 - mean[0], z2 - mean[1]
+    var = share.mean(torch.stack([z1.square().mean(dim=0), z2.square().mean(dim=0)]))
+    inv_std = (var + EPS).rsqrt()
+    return z1 * inv_std[0], z2 * inv_std[1]

@@ -1,6 +1,6 @@
 """What all methods share: the contract with the training engine, and the projector."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -98,6 +98,9 @@ class Method(nn.Module):
             rows of one chunk, nothing is gathered, and chunks are accumulated.
         evaluated: the submodule that is evaluated and saved as the trained backbone.
         spread_of: the output whose spread is logged as ``z_std``, if the method has it.
+        sharded_loss: optional, ``(share, **outputs)``: ``loss`` of the global batch again, from this process's rows
+            (n, ...) and a `ssl_bench.methods.parts.share.Share`. Where a class has it beside its ``loss``, several
+            processes call it instead, so that each computes its share of what would else run whole on every one.
 
     Raises:
         ValueError: if ``feature_dim`` differs from the backbone's own ``num_features`` (timm sets it).
@@ -107,6 +110,7 @@ class Method(nn.Module):
     per_sample = False
     evaluated = "backbone"
     spread_of = "z1"
+    sharded_loss: Callable[..., dict[str, Tensor]]
 
     def __init__(self, backbone: nn.Module, feature_dim: int, projector: nn.Module) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.nt_xent import nt_xent
+from ssl_bench.methods.parts.share import WHOLE, Share
 
 
 class SimCLR(Method):
@@ -42,4 +43,8 @@ class SimCLR(Method):
         Returns:
             "loss".
         """
-        return {"loss": nt_xent(z1, z2, self.temperature)}
+        return self.sharded_loss(WHOLE, z1, z2)
+
+    def sharded_loss(self, share: Share, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """The same from this process's rows (n, D): its 2n anchors among all views."""
+        return {"loss": nt_xent(z1, z2, self.temperature, share)}

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.nt_xent import mean_log_sum_exp
+from ssl_bench.methods.parts.share import WHOLE, Share
 from ssl_bench.methods.views import Crop, Labels, View
 
 
@@ -56,9 +57,14 @@ class SupCon(Method):
         Returns:
             "loss".
         """
+        return self.sharded_loss(WHOLE, z1, z2, labels)
+
+    def sharded_loss(self, share: Share, z1: Tensor, z2: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The same from this process's rows (n, ...): its 2n anchors among all views."""
         z1, z2 = F.normalize(z1), F.normalize(z2)
-        alike = (labels[:, None] == labels).to(z1.dtype)  # (N, N)
-        others = 2 * alike.sum(dim=1) - 1  # (N,) views of the anchor's class, without itself
-        of_class = alike @ (z1 + z2)  # (N, D) their sum, with itself: an anchor's similarities to its positives add up
-        positive = sum(((z * (of_class - z)).sum(dim=1) / others).mean() for z in (z1, z2)) / 2 / self.temperature
-        return {"loss": mean_log_sum_exp(torch.cat([z1, z2]), self.temperature) - positive}
+        alike = (labels[:, None] == share.gather(labels)).to(z1.dtype)  # (n, N)
+        others = 2 * alike.sum(dim=1) - 1  # (n,) views of the anchor's class, without itself
+        of_class = alike @ share.gather(z1 + z2)  # (n, D) their sum, with itself: an anchor's similarities add up
+        positive1, positive2 = (((z * (of_class - z)).sum(dim=1) / others).mean() for z in (z1, z2))
+        positive = share.mean(positive1 + positive2) / 2 / self.temperature
+        return {"loss": mean_log_sum_exp(torch.cat([z1, z2]), self.temperature, share) - positive}

@@ -1,10 +1,12 @@
 """VICReg (Bardes et al. 2022, arXiv 2105.04906)."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_bench.methods.base import Method, build_projector, check
 from ssl_bench.methods.parts.off_diagonal import off_diagonal_energy
+from ssl_bench.methods.parts.share import WHOLE, Share
 
 EPS = 1e-4  # added to the variance; paper, eq. 2
 
@@ -51,14 +53,19 @@ class VICReg(Method):
         Returns:
             "loss", and detached "invariance", "variance" and "covariance", the terms without their weights.
         """
-        n, d = z1.shape
-        invariance = F.mse_loss(z1, z2)
+        return self.sharded_loss(WHOLE, z1, z2)
+
+    def sharded_loss(self, share: Share, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """The same from this process's rows (n, D)."""
+        n, d = share.processes * len(z1), z1.shape[1]
+        invariance = share.mean(F.mse_loss(z1, z2))
         variance, covariance = z1.new_zeros(()), z1.new_zeros(())
-        for z in (z1, z2):
-            centred = z - z.mean(dim=0)
-            std = (centred.square().sum(dim=0) / (n - 1) + EPS).sqrt()
+        means = share.mean(torch.stack([z1.mean(dim=0), z2.mean(dim=0)]))  # (2, D)
+        for z, mean in zip((z1, z2), means, strict=True):
+            centred = z - mean
+            std = (share.total(centred.square().sum(dim=0)) / (n - 1) + EPS).sqrt()
             variance = variance + F.relu(1 - std).mean() / 2
-            covariance = covariance + off_diagonal_energy(centred) / (n - 1) ** 2 / d
+            covariance = covariance + off_diagonal_energy(centred, share=share) / (n - 1) ** 2 / d
         loss = self.sim_coeff * invariance + self.std_coeff * variance + self.cov_coeff * covariance
         terms = {"invariance": invariance, "variance": variance, "covariance": covariance}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}

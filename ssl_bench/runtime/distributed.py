@@ -1,6 +1,13 @@
 """Collectives that make a run the same experiment on any number of processes.
 
 Every function also works in a single process without a process group, where it costs nothing.
+
+How the gradient is split, to which all backward passes here and in `ssl_bench.methods.parts` keep: every process
+back-propagates the same loss L of the global batch, and its rows get the gradient of the sum of these W equal losses,
+W dL/d(rows). Carried through the network that is W times its rows' part of the parameters' gradient, and
+DistributedDataParallel's average over the W processes is dL/d(parameters) exactly. So the backward pass of a sum over
+processes is a sum over processes. Where all of them go on to compute the same from a tensor, that would add up W equal
+gradients, and W times one's own is the same without communication.
 """
 
 from typing import Any
@@ -52,8 +59,12 @@ def _all_gather(x: Tensor) -> Tensor:
     return out
 
 
-def _refuse_uneven(x: Tensor) -> None:
-    """Raises on every process if the shapes differ between processes."""
+def refuse_uneven(x: Tensor) -> None:
+    """Checks that a tensor has one shape on all processes.
+
+    Raises:
+        ValueError: on every process, if it has not.
+    """
     key = (x.shape, x.dtype)
     # Reading the shapes back waits for the device, so on a GPU each shape is checked at its first use only.
     if x.device.type != "cpu" and key in _verified_shapes:
@@ -81,9 +92,8 @@ class _Gather(torch.autograd.Function):
 def gather(x: Tensor) -> Tensor:
     """Concatenates the processes' rows, differentiably, so that each process computes the loss of the global batch.
 
-    The backward pass returns world_size times the local slice of the gradient, without communication: every process
-    computes the same global loss, so its parameters' gradient is W times its own rows' share, and
-    DistributedDataParallel's average over the W processes is exactly the gradient of the global loss.
+    The backward pass returns world_size times the local slice of the gradient, without communication, because every
+    process goes on to compute the same (see above). What is used otherwise on each takes `gather_share`.
 
     Args:
         x: (n, ...) this process's rows, of the same shape on every process.
@@ -96,8 +106,53 @@ def gather(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    _refuse_uneven(x)
+    refuse_uneven(x)
     return _Gather.apply(x)
+
+
+class _GatherShare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = slice(rank() * x.shape[0], (rank() + 1) * x.shape[0])
+        return _all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)[ctx.rows]
+
+
+def gather_share(x: Tensor) -> Tensor:
+    """`gather` for what each process goes on to use in its own way: the gradients of all are added up.
+
+    Args:
+        x: (n, ...) of the same shape on every process, which is not checked.
+    """
+    return x if world_size() == 1 else _GatherShare.apply(x)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sums a tensor over the processes, differentiably: every process gets the sum.
+
+    Args:
+        x: of the same shape on every process, which is not checked.
+    """
+    return x if world_size() == 1 else _Total.apply(x)
+
+
+def _summed(x: Tensor) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out)
+    return out
 
 
 def assert_equal_parameters(module: nn.Module) -> None:

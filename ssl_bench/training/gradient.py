@@ -1,12 +1,14 @@
 """Forward and backward of one step: one path for whole and chunked batches, one process and several.
 
-The network's outputs are gathered to the global batch and become leaves of the loss's own graph ("GradCache", Gao et
-al. 2021); the loss's gradient with respect to them is then carried through the network. With chunks, a first pass
-without a graph makes the outputs, and each chunk is embedded again for its backward pass.
+The network's outputs become leaves of the loss's own graph ("GradCache", Gao et al. 2021), which gathers them to the
+global batch, or in which the processes share the work (``sharded_loss``); the loss's gradient with respect to them is
+then carried through the network. With chunks, a first pass without a graph makes the outputs, and each chunk is
+embedded again for its backward pass. How the gradient is split over processes: `ssl_bench.runtime.distributed`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from ssl_bench.methods.base import Method
-from ssl_bench.runtime.distributed import gather
+from ssl_bench.methods.parts.share import WHOLE, Share
+from ssl_bench.runtime.distributed import gather, gather_share, rank, refuse_uneven, total, world_size
 
 Views = Callable[[int], tuple[Tensor, ...]]
 Backward = Callable[[Tensor], None]
@@ -89,17 +92,46 @@ def global_loss(method: Method, outputs: Mapping[str, Tensor]) -> Terms:
     """
     rows = {name: _full_precision(output) for name, output in outputs.items()}
     with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
-        if not method.per_sample:
+        sharded = world_size() > 1 and shards(method)
+        share, loss = WHOLE, method.loss
+        if sharded:
+            share = Share(world_size(), rank(), total, gather_share)
+            loss = partial(method.sharded_loss, share)
+            for output in rows.values():
+                refuse_uneven(output)
+        elif not method.per_sample:
             rows = {name: gather(output) for name, output in rows.items()}
-            if (n := len(next(iter(rows.values())))) < 2:
-                raise ValueError(f"{_name(method)}: the global batch must have >= 2 images, got {n}")
-        terms = method.loss(**rows)
+        n = share.processes * len(next(iter(rows.values())))
+        if n < 2 and not method.per_sample:
+            raise ValueError(f"{_name(method)}: the global batch must have >= 2 images, got {n}")
+        terms = loss(**rows)
         if not isinstance(terms, dict) or not isinstance(terms.get("loss"), Tensor) or terms["loss"].ndim:
             raise ValueError(f"{_name(method)}: loss must return a dict with the scalar 'loss', got {_shown(terms)}")
         if method.spread_of in rows:
             with torch.no_grad():
-                terms["z_std"] = F.normalize(rows[method.spread_of].flatten(1)).std(dim=0).mean()
+                terms["z_std"] = _spread(F.normalize(rows[method.spread_of].flatten(1)), share)
     return terms
+
+
+def shards(method: Method) -> bool:
+    """Whether several processes compute the method's loss together, each for its own rows (``sharded_loss``).
+
+    Not if a subclass, or this one object, has a ``loss`` of its own: then that is the loss, and gets all rows.
+    """
+    if method.per_sample:
+        return False
+    for names in (vars(method), *map(vars, type(method).__mro__)):
+        if "sharded_loss" in names or "loss" in names:
+            return "sharded_loss" in names
+    return False
+
+
+def _spread(z: Tensor, share: Share) -> Tensor:
+    """The mean over dimensions of all rows' standard deviation (unbiased); z (n, D) are this process's rows."""
+    if share.processes == 1:
+        return z.std(dim=0).mean()
+    centred = z - share.mean(z.mean(dim=0))
+    return (share.total(centred.square().sum(dim=0)) / (share.processes * len(z) - 1)).sqrt().mean()
 
 
 def unwrap(model: nn.Module) -> Method:

@@ -188,3 +188,12 @@ def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, ca
     assert results["optimizers"]["steps"]["ours LARS"]["ms"] > 0
     assert str(BENCHMARKS.parent) not in (tmp_path / "out.json").read_text()
     assert "memory: done" in capsys.readouterr().out
+
+
+def test_every_shared_loss_is_timed_in_both_forms(load):
+    rows = load("invariance").loss_times(shrink=64, turns=1)
+    assert [(row["method"], row["n"], row["d"]) for row in rows] == [
+        ("simclr", 16, 16), ("supcon", 32, 2), ("barlow_twins", 32, 16), ("barlow_twins", 8, 32), ("vicreg", 32, 16),
+        ("vicreg", 8, 32),
+    ]  # fmt: skip
+    assert all(row["shared_over_whole"] > 0 for row in rows)
