@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from ssl_bench.models.small_maps import SmallMapConv2d
 from ssl_bench.optim import LARS, Telemetry, build_groups
 from ssl_bench.recipe.compose import compose
 from ssl_bench.recipe.schema import Recipe
+from ssl_bench.runtime.tf32 import tf32_products
 from ssl_bench.training import build
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
@@ -162,9 +164,9 @@ def build_trainer(
         seed=0, batch_size=sizes.batch, chunk_size=sizes.chunk,
         rank=0, world_size=1, device=device,
     )  # fmt: skip
-    gradient: Callable[..., Any] = compute_gradient
+    gradient: Callable[..., Any] = partial(compute_gradient, tf32=True)
     if graphs and pipeline.n_chunks == 1:
-        gradient = GraphedGradient(compute_gradient, task, _insist)
+        gradient = GraphedGradient(gradient, task, _insist)
     if compile_options is not None:
         for part in task.children():
             part.compile(**compile_options)
@@ -194,7 +196,9 @@ def bare(trainer: Trainer) -> Steps:
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            method.loss(**model(*inputs))["loss"].backward()
+            outputs = model(*inputs)
+            with tf32_products():
+                method.loss(**outputs)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

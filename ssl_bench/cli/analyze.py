@@ -7,7 +7,6 @@ holdout and augmentation are measured on the same batch.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,28 +108,27 @@ def main(run_dir: str, settings: Settings, overrides: Sequence[str] = (), *, tru
         place.say(f"step {step}: left out, the run kept no weights there")
     task, losses = _task(place, recipe, settings)
     found: dict[str, list[dict[str, float]]] = {"sharpness": [], "gradient_noise": []}
-    with _full_float32():
-        about = {
-            "settings": dataclasses.asdict(settings),
-            "measured": now(),
-            "device": str(place.device),
-            "code": code_version(),
-            "packages": package_versions(),
-            "hardware": hardware(),
-            "torch": torch_settings(),
-        }
-        for step in steps:
-            try:
-                snapshots.load(step, task)
-                sharp = {"step": step, **_sharpness(task, losses, settings)}
-                noise = [{"step": step, **_noise(task, losses, size, settings)} for size in settings.noise_batch_sizes]
-            except ValueError as error:
-                place.say(f"step {step}: left out, {error}")
-                continue
-            found["sharpness"].append(sharp)
-            found["gradient_noise"] += noise
-            atomic_json(Path(run_dir) / ANALYSIS_FILE, {**about, **found})  # a snapshot can take minutes
-            place.say(_line(sharp, noise))
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "measured": now(),
+        "device": str(place.device),
+        "code": code_version(),
+        "packages": package_versions(),
+        "hardware": hardware(),
+        "torch": torch_settings(),
+    }
+    for step in steps:
+        try:
+            snapshots.load(step, task)
+            sharp = {"step": step, **_sharpness(task, losses, settings)}
+            noise = [{"step": step, **_noise(task, losses, size, settings)} for size in settings.noise_batch_sizes]
+        except ValueError as error:
+            place.say(f"step {step}: left out, {error}")
+            continue
+        found["sharpness"].append(sharp)
+        found["gradient_noise"] += noise
+        atomic_json(Path(run_dir) / ANALYSIS_FILE, {**about, **found})  # a snapshot can take minutes
+        place.say(_line(sharp, noise))
     if not found["sharpness"]:
         raise ValueError(f"{run_dir}: no snapshot could be measured")
     place.say(f"{Path(run_dir) / ANALYSIS_FILE}: {len(found['sharpness'])} snapshots")
@@ -152,21 +150,6 @@ def _planned(record: RunRecord) -> set[int]:
     shares = record.recipe.get("checkpoint", {}).get("snapshots", [])
     last = record.metrics[-1]["step"] if record.metrics else 0
     return {step for step in (round(share * total) for share in shares) if step <= last}
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Convolutions and matrix products without TF32, which rounds to 10 bits; restored afterwards."""
-    import torch
-
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
 
 
 Losses = Callable[[int, int], Iterator[Callable[[], Any]]]  # (batch size, batches) -> closures of the loss

@@ -214,7 +214,7 @@ class EvalOptions:
     )
     batch_size: PositiveInt = key(1000, "images per forward pass, on each process")
     seed: Count = key(0, "seed of the probes, independent of the run's")
-    precision: Literal["fp32", "bf16"] = key("fp32", "precision of the feature extraction")
+    precision: Literal["fp32", "bf16"] = key("fp32", "precision of the feature extraction; fp32 is without TF32")
 
 
 @dataclass
@@ -287,7 +287,9 @@ class Recipe:
         "loss, as in the TVLARS authors' Barlow Twins, amounts to 1 / number of GPUs.)",
     )
     seed: Count = key(0, "seed of the initial weights, the sample order and the augmentation")
-    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "precision of the forward pass; losses are always fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = key(
+        "fp32", "precision of the forward pass; losses are always fp32, with TF32 on a GPU unless this is fp32"
+    )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = the GPU if there is one")
     compile: bool = key(False, "torch.compile the network and, on a GPU, the augmentation; false = off")
     cuda_graphs: bool | None = key(

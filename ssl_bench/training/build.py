@@ -162,6 +162,10 @@ def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.
     return made, make(**passed, **plan.schedule)
 
 
+def _loss_in_tf32(recipe: Recipe) -> bool:
+    return recipe.precision != "fp32"
+
+
 def _rhythm(recipe: Recipe, plan: Plan, where: Processes) -> Rhythm:
     checkpoint = recipe.checkpoint
     every = checkpoint.every_steps if checkpoint.every_steps is not None else plan.every(checkpoint.every_epochs or 0)
@@ -190,9 +194,9 @@ def trainer(
     made, schedule = optimizer(recipe, task, plan)
     if hasattr(made, "micro_gradients"):
         made.micro_gradients = MicroBatches.of(plan.optimizer, task, batches, where)
-    gradient: Callable[..., dict[str, Tensor]] = compute_gradient
+    gradient: Callable[..., dict[str, Tensor]] = partial(compute_gradient, tf32=_loss_in_tf32(recipe))
     if _graphs_steps(recipe, where):
-        gradient = GraphedGradient(compute_gradient, task, partial(_without_graphs, recipe, where))
+        gradient = GraphedGradient(gradient, task, partial(_without_graphs, recipe, where))
     if recipe.compile:
         for part in task.children():
             part.compile()
@@ -241,6 +245,7 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
             "schedule": plan.schedule,
         },
         "cuda_graphs": _graphs_steps(recipe, where),
+        "tf32": "the loss's matrix products" if where.device.type == "cuda" and _loss_in_tf32(recipe) else "nowhere",
         "evaluated": trainer.module.evaluated,
         "evaluated_weights": str(getattr(trainer.evaluation_point, "about", "the last step's")),
         "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ssl_bench.methods.base import Method
 from ssl_bench.methods.parts.share import WHOLE, Share
 from ssl_bench.runtime.distributed import gather, gather_share, rank, refuse_uneven, total, world_size
+from ssl_bench.runtime.tf32 import tf32_products
 
 Views = Callable[[int], tuple[Tensor, ...]]
 Backward = Callable[[Tensor], None]
@@ -32,7 +33,13 @@ def plain(_chunk: int) -> AbstractContextManager:
 
 
 def compute_gradient(
-    model: nn.Module, views: Views, n_chunks: int, backward: Backward, context: Context = plain
+    model: nn.Module,
+    views: Views,
+    n_chunks: int,
+    backward: Backward,
+    context: Context = plain,
+    *,
+    tf32: bool = False,
 ) -> Terms:
     """Computes the loss of the global batch, and adds its gradient to the parameters' ``grad``.
 
@@ -47,6 +54,7 @@ def compute_gradient(
         n_chunks: >= 1.
         backward: computes gradients from the loss (``accelerator.backward``, which scales it under fp16).
         context: what surrounds the forward pass of a chunk: autocast, and the chunk's random numbers.
+        tf32: let a GPU multiply the loss's float32 matrices in TF32 (more digits than bfloat16 outputs have).
 
     Returns:
         the method's scalars, detached; with ``per_sample`` the mean over this process's rows.
@@ -57,17 +65,17 @@ def compute_gradient(
     """
     method = unwrap(model)
     if method.per_sample:
-        return _accumulate(model, method, views, n_chunks, backward, context)
+        return _accumulate(model, method, views, n_chunks, backward, context, tf32)
     if n_chunks == 1:
         outputs = _forward(model, views, 0, context)
         leaves = _leaves(outputs)
-        terms = _loss(method, leaves, backward)
+        terms = _loss(method, leaves, backward, tf32)
         _carry(outputs, _gradients(method, leaves, 1)[0])
         return terms
     device = next(method.parameters()).device
     drawn = random_state(device)
     leaves = _leaves(_outputs_without_graph(model, method, views, n_chunks, context))
-    terms = _loss(method, leaves, backward)
+    terms = _loss(method, leaves, backward, tf32)
     gradients = _gradients(method, leaves, n_chunks)
     set_random_state(device, drawn)
     for chunk in range(n_chunks):
@@ -146,7 +154,7 @@ def unwrap(model: nn.Module) -> Method:
 
 
 def _accumulate(
-    model: nn.Module, method: Method, views: Views, n_chunks: int, backward: Backward, context: Context
+    model: nn.Module, method: Method, views: Views, n_chunks: int, backward: Backward, context: Context, tf32: bool
 ) -> Terms:
     """Averages loss and gradient over equal chunks: exact, because the loss is a mean over rows."""
     total: Terms = {}
@@ -154,7 +162,7 @@ def _accumulate(
         with _reduce_gradients(model, last=chunk == n_chunks - 1):
             outputs = _forward(model, views, chunk, context)
             leaves = _leaves(outputs)
-            share = _loss(method, leaves, lambda loss: backward(loss / n_chunks))
+            share = _loss(method, leaves, lambda loss: backward(loss / n_chunks), tf32)
             _carry(outputs, _gradients(method, leaves, 1)[0])
         for name, term in share.items():
             total[name] = total[name] + term / n_chunks if name in total else term / n_chunks
@@ -214,11 +222,12 @@ def _leaves(outputs: Terms) -> Terms:
     }
 
 
-def _loss(method: Method, leaves: Terms, backward: Backward) -> Terms:
+def _loss(method: Method, leaves: Terms, backward: Backward, tf32: bool) -> Terms:
     """Back-propagates the loss to the leaves; returns its terms, without their graph."""
-    terms = global_loss(method, leaves)
-    _refuse_parameters(method, leaves, terms["loss"])
-    backward(terms["loss"])
+    with tf32_products(tf32):
+        terms = global_loss(method, leaves)
+        _refuse_parameters(method, leaves, terms["loss"])
+        backward(terms["loss"])
     return {name: term.detach() for name, term in terms.items()}
 
 

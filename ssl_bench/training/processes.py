@@ -18,6 +18,7 @@ from ssl_bench.runtime import peers
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.distributed import all_objects
 from ssl_bench.runtime.suggestion import nearest
+from ssl_bench.runtime.tf32 import forbid_tf32
 
 # What `accelerate launch` puts into the environment of every process, and what has no effect on a result: the recipe
 # says the rest (precision, compile, device), so these change nothing, and other values are named in the first line.
@@ -101,7 +102,7 @@ class Processes:
 
 
 def processes(recipe: Recipe) -> Processes:
-    """The processes and the device that a recipe asks for.
+    """The processes and the device that a recipe asks for; float32 means float32 from here on, without TF32.
 
     Raises:
         ValueError: in one line; the recipe does not fit this machine, or the processes differ in what they run.
@@ -115,6 +116,7 @@ def processes(recipe: Recipe) -> Processes:
     peers.adopt()
     if peers.world_size() > 1 and not torch.distributed.is_initialized():
         peers.meet("gloo" if on_cpu else "nccl")
+    forbid_tf32()
     # Accelerate keeps the first recipe's precision for the life of the process; the next one may have another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

@@ -75,7 +75,9 @@ def test_the_commands_take_the_gpu(gpu, tmp_path, track, overrides, graphs):
     assert "diverged" in ended.stderr
     assert "CUDA graph" not in ended.stderr  # nobody warns that something could not be recorded
     assert "null GPU" in (tmp_path / "r/sessions.jsonl").read_text()
-    assert json.loads((tmp_path / "r/run.json").read_text())["cuda_graphs"] is graphs
+    record = json.loads((tmp_path / "r/run.json").read_text())
+    assert record["cuda_graphs"] is graphs
+    assert record["tf32"] == "the loss's matrix products"
 
 
 def test_what_cannot_be_a_graph_is_refused_in_one_line(gpu, tmp_path):
