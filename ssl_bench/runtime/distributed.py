@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_bench.runtime.sync_batchnorm import SyncBatchNorm
+from ssl_bench.runtime.sync_batchnorm import SyncBatchNorm, gather_rows
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _verified_shapes: set[tuple[torch.Size, torch.dtype]] = set()
@@ -51,14 +51,6 @@ def all_objects(value: Any) -> list[Any]:
     return found
 
 
-def _all_gather(x: Tensor) -> Tensor:
-    """(n, ...) of the same shape on every process -> (W * n, ...) in rank order; no gradient."""
-    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    # The list form, because the name of the one-tensor form changes between torch releases.
-    dist.all_gather(list(out.chunk(world_size())), x.contiguous())
-    return out
-
-
 def refuse_uneven(x: Tensor) -> None:
     """Checks that a tensor has one shape on all processes.
 
@@ -71,7 +63,7 @@ def refuse_uneven(x: Tensor) -> None:
         return
     shape = torch.zeros(1, 8, dtype=torch.int64, device=x.device)
     shape[0, : x.ndim + 1] = torch.tensor([x.ndim, *x.shape], dtype=torch.int64)
-    shapes = _all_gather(shape).cpu()
+    shapes = gather_rows(shape).cpu()
     if not (shapes == shapes[0]).all():
         got = [tuple(row[1 : 1 + int(row[0])].tolist()) for row in shapes]
         raise ValueError(f"gather: x must have one shape on all processes, got shapes {got} on ranks 0, 1, ...")
@@ -82,7 +74,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = slice(rank() * x.shape[0], (rank() + 1) * x.shape[0])
-        return _all_gather(x)
+        return gather_rows(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -114,7 +106,7 @@ class _GatherShare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = slice(rank() * x.shape[0], (rank() + 1) * x.shape[0])
-        return _all_gather(x)
+        return gather_rows(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -171,7 +163,7 @@ def assert_equal_parameters(module: nn.Module) -> None:
         return
     names, parameters = zip(*module.named_parameters(), strict=True)
     bits = [p.detach().contiguous().view(_INTEGER[p.element_size()]) for p in parameters]
-    sums = _all_gather(torch.stack([b.sum(dtype=torch.int64) for b in bits])[None]).cpu()  # (W, P)
+    sums = gather_rows(torch.stack([b.sum(dtype=torch.int64) for b in bits])[None]).cpu()  # (W, P)
     differs = sums != sums[0]
     if differs.any():
         first = int(differs.any(dim=0).nonzero()[0])

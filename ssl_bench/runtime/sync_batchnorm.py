@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+# In one tensor, so that nothing is copied afterwards (NCCL's list form copies once a process); torch 2.14 renames it.
+_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """(n, ...) of the same shape on every process -> (W * n, ...) in rank order; no gradient."""
+    out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+    _gather_single(out, x.contiguous())
+    return out
+
 
 class _Normalize(torch.autograd.Function):
     """Standardises with the statistics of all processes; also returns the mean, biased variance and count."""
@@ -24,15 +34,14 @@ class _Normalize(torch.autograd.Function):
         statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
         wide = x.to(statistics)
         dims = [d for d in range(x.ndim) if d != 1]
-        count = wide.new_tensor([x.numel() // x.shape[1]])
-        local_var, local_mean = torch.var_mean(wide, dims, correction=0)
-        sums = torch.cat([count, local_mean * count])
-        dist.all_reduce(sums)
-        count, mean = sums[:1], sums[1:] / sums[:1]
+        own = torch.cat([wide.new_tensor([x.numel() // x.shape[1]]), *torch.var_mean(wide, dims, correction=0)])
+        counts, variances, means = gather_rows(own[None]).tensor_split(
+            [1, 1 + x.shape[1]], dim=1
+        )  # (W, 1), (W, C) twice
+        count = counts.sum(dim=0)
+        mean = (means * counts).sum(dim=0) / count
         # Centred at the global mean: sums of raw squares would cancel where |mean| >> std.
-        squares = (local_var + (local_mean - mean).square()) * (x.numel() // x.shape[1])
-        dist.all_reduce(squares)
-        var = squares / count
+        var = ((variances + (means - mean).square()) * counts).sum(dim=0) / count
         inv_std = (var + eps).rsqrt()
         scale = inv_std if weight is None else inv_std * weight
         out = (wide - _channels(mean, x)) * _channels(scale, x)
@@ -84,9 +93,7 @@ class _NormalizeByKernels(torch.autograd.Function):
         x = x.contiguous(memory_format=_layout(x))
         mean, inv_std = torch.batch_norm_stats(x, eps)
         count = mean.new_full((1,), x.numel() // x.shape[1])  # filled on the device: no copy, no wait
-        own = torch.cat([mean, inv_std, count])
-        everyone = own.new_empty(dist.get_world_size(), len(own))
-        dist.all_gather(list(everyone.unbind()), own)
+        everyone = gather_rows(torch.cat([mean, inv_std, count])[None])
         means, inv_stds, counts = everyone.tensor_split([len(mean), 2 * len(mean)], dim=1)
         if running_mean is None:  # without running statistics the kernel would want the counts in x's dtype
             running_mean, running_var = torch.zeros_like(mean), torch.ones_like(mean)

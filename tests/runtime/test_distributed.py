@@ -7,6 +7,7 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrun import torchrun
 
 from ssl_bench.runtime.distributed import (
@@ -94,6 +95,30 @@ def half_precision(rows: slice) -> dict[str, Any]:
     return {"out": out.detach(), "running_var": layer.running_var, "dtypes": dtypes}
 
 
+class Collectives(TorchDispatchMode):
+    """The names of the collectives that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_layer(*, by_kernels: bool) -> list[str]:
+    layer, x = synchronize_batch_norm(nn.BatchNorm2d(6)), torch.randn(4, 6, 2, 2).requires_grad_()
+    if by_kernels:
+        layer._by_operations = layer._by_kernels
+    with Collectives() as forward:
+        out = layer(x)
+    with Collectives() as backward:
+        out.sum().backward()
+    return [*forward.seen, *backward.seen]
+
+
 def gathering() -> dict[str, Any]:
     me = rank()
     x = torch.arange(6.0).view(2, 3).add(10 * me).requires_grad_()
@@ -134,6 +159,7 @@ def worker() -> dict[str, Any]:
     if world_size() > 1:
         with batch_norm_kernels.on_the_cpu():
             results |= {f"{case} by kernels": normalise(case, rows, by_kernels=True) for case in NORMS}
+            results["collectives"] = [collectives_of_a_layer(by_kernels=kernels) for kernels in (False, True)]
         results |= {"gathering": gathering(), "checking": checking(), "place": [rank(), world_size()]}
     return results
 
@@ -171,6 +197,11 @@ def test_batch_norm_keeps_half_precision_and_takes_statistics_in_float32(single,
     for result in several:
         torch.testing.assert_close(result["half"]["running_var"], single["half"]["running_var"], rtol=1e-5, atol=0)
         assert result["half"]["dtypes"] == ["torch.bfloat16", "torch.bfloat16", "torch.float32", "torch.float32"]
+
+
+def test_a_batch_norm_takes_one_collective_in_each_direction_and_copies_nothing_after_it(several):
+    for result in several:
+        assert result["collectives"] == [["_allgather_base_", "allreduce_"]] * 2  # not allgather_, into a list
 
 
 def test_the_converted_layer_shares_parameters_buffers_and_names(monkeypatch):
