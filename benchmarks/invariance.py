@@ -6,7 +6,7 @@
 Each number compares the scalars, all gradients, parameters and buffers after two optimizer steps, relative to each
 tensor's largest entry. "fixed" = batch norm by fixed statistics, because it sees a chunk; the other columns have it by
 the batch (of a chunk) over all processes. A replay stands for a CUDA graph, on the CPU by the tests' tape; the suite
-replays whole batches on one process only.
+replays whole batches on one process only. "recomputed" = recompute=blocks beside the plain step, on 1 to 3 processes.
 
 With --loss-times, forward and backward of the loss alone on two processes with one thread each, float32: whole on each
 from gathered rows, and shared (``sharded_loss``), in turns. Processor seconds of a process, communication included, and
@@ -32,6 +32,7 @@ COLUMNS = {
     "W = 2, 2 chunks": (2, "chunked"),
     "W = 3, 2 chunks": (3, "chunked"),
     "replayed": "replay",
+    "recomputed": "recomputed",
 }
 
 
@@ -86,6 +87,10 @@ def measure() -> list[dict[str, Any]]:
             if what == "chunks":
                 pair = alone[name]["whole, fixed statistics"], alone[name]["chunked, fixed statistics"]
                 row[column] = distance(*pair)[0]
+            elif what == "recomputed":
+                row[column] = max(
+                    distance(one[name]["whole"], one[name][what])[0] for one in [alone, *several[2], *several[3]]
+                )
             elif what == "replay":
                 row[column] = replay_distance(case)
             else:

@@ -102,6 +102,8 @@ def _cross_check(recipe: Recipe) -> None:
     from ssl_bench.data.sampler import images_per_chunk
 
     images_per_chunk(recipe.batch_size, recipe.chunk_size, world_size=1)  # the processes are not known yet
+    if recipe.compile and recipe.recompute != "none":
+        raise ValueError(f"recompute must be none with compile=true, got {recipe.recompute}")
     if not 0 < recipe.augment.crop_scale[0] <= recipe.augment.crop_scale[1]:
         raise ValueError(f"augment.crop_scale must be 0 < low <= high <= 1, got {recipe.augment.crop_scale}")
     if recipe.augment.blur_sigma[0] > recipe.augment.blur_sigma[1]:

@@ -33,6 +33,7 @@ from ssl_bench.training.evaluation_point import evaluation_point
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
+from ssl_bench.training.memory.recompute import recompute_blocks, recomputed
 from ssl_bench.training.micro_gradients import MicroBatches
 from ssl_bench.training.plan import Plan, Rhythm
 from ssl_bench.training.processes import Processes, processes
@@ -109,6 +110,8 @@ def _graph_obstacle(recipe: Recipe, where: Processes) -> str | None:
         return f"there are {where.world_size} processes"
     if recipe.chunk_size not in (None, recipe.batch_size):
         return "chunk_size splits the batch"
+    if recipe.recompute != "none":
+        return f"recompute={recipe.recompute} keeps track of random numbers on the host"
     return "fp16's gradient scaler waits for the device" if recipe.precision == "fp16" else None
 
 
@@ -191,6 +194,8 @@ def trainer(
     task = task.to(where.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if where.world_size > 1 and recipe.sync_batch_norm:
         synchronize_batch_norm(task)  # in place: a method is no batch norm itself
+    if recipe.recompute == "blocks":
+        recompute_blocks(task)
     made, schedule = optimizer(recipe, task, plan)
     if hasattr(made, "micro_gradients"):
         made.micro_gradients = MicroBatches.of(plan.optimizer, task, batches, where)
@@ -246,6 +251,7 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
         },
         "cuda_graphs": _graphs_steps(recipe, where),
         "tf32": "the loss's matrix products" if where.device.type == "cuda" and _loss_in_tf32(recipe) else "nowhere",
+        "recomputed": recomputed(trainer.module),
         "evaluated": trainer.module.evaluated,
         "evaluated_weights": str(getattr(trainer.evaluation_point, "about", "the last step's")),
         "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",

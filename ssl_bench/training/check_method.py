@@ -27,6 +27,7 @@ from ssl_bench.models.backbone import seeded
 from ssl_bench.recipe import registry
 from ssl_bench.runtime.distributed import rank, synchronize_batch_norm, world_size
 from ssl_bench.training.gradient import compute_gradient, unwrap
+from ssl_bench.training.memory.recompute import recompute_blocks
 from ssl_bench.training.sample_random import SampleRandom
 
 N = 24  # images of the global batch: divisible by 1, 2, 3 and 4 processes, and so is a chunk
@@ -126,7 +127,13 @@ def inputs(method: Method) -> tuple[Tensor, ...]:
 
 
 def train(
-    method: Method, chunk_size: int = N, order: Tensor | None = None, *, steps: int = STEPS, gradient: Any = None
+    method: Method,
+    chunk_size: int = N,
+    order: Tensor | None = None,
+    *,
+    steps: int = STEPS,
+    gradient: Any = None,
+    recompute: bool = False,
 ) -> State:
     """Trains some steps on the fixed views, on this process's share of them.
 
@@ -136,6 +143,7 @@ def train(
         order: (N,) the images' order in the batch; None = as they are.
         steps: at least 1.
         gradient: given the method, makes what stands in for `compute_gradient` (a replay).
+        recompute: compute the blocks again in the backward pass.
 
     Returns:
         the last step's scalars and gradients, and parameters and buffers after it, by name.
@@ -144,6 +152,8 @@ def train(
     places = torch.arange(N) if order is None else order  # an image keeps its random numbers wherever it stands
     positions = [torch.arange(N)[part] for part in local_positions(N, chunk_size, rank(), world_size())]
     synchronize_batch_norm(method)
+    if recompute:
+        recompute_blocks(method)
     model: nn.Module = DistributedDataParallel(method, gradient_as_bucket_view=True) if world_size() > 1 else method
     random = SampleRandom(torch.device("cpu"))
     compute: Gradient = compute_gradient if gradient is None else gradient(method)
@@ -173,10 +183,11 @@ def train(
 
 
 def states(case: Case) -> dict[str, State]:
-    """The state after training at this number of processes, whole and in chunks, with and without batch norm."""
+    """The state after training at this number of processes: whole, in chunks, by blocks, without batch norm."""
     return {
         "whole": train(case.build()),
         "chunked": train(case.build(), CHUNK),
+        "recomputed": train(case.build(), recompute=True),
         "whole, fixed statistics": train(case.build(batch_norm=False)),
         "chunked, fixed statistics": train(case.build(batch_norm=False), CHUNK),
     }
@@ -226,6 +237,7 @@ def findings(case: Case) -> Iterator[Finding]:
     yield _equal("the order of the images does not matter", *_permuted(case))
     frozen = train(case.build(batch_norm=False))
     yield _equal(f"{N // CHUNK} chunks = the whole batch", frozen, train(case.build(batch_norm=False), CHUNK))
+    yield _equal("blocks computed twice = once", whole, train(case.build(), recompute=True))
     yield _resumed(case)
     apart = _two_processes(case)
     if isinstance(apart, Finding):

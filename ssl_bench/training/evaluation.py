@@ -17,7 +17,7 @@ from ssl_bench.eval.probe import Probe
 from ssl_bench.methods.base import Method
 from ssl_bench.methods.classifier import Classifier
 from ssl_bench.runtime.console import Ticker
-from ssl_bench.training.out_of_memory import evaluating
+from ssl_bench.training.memory.out_of_memory import evaluating
 from ssl_bench.training.processes import Processes
 
 SPREAD_IMAGES = 256  # enough to tell a collapse, and quick

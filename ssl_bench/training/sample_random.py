@@ -7,13 +7,14 @@ a CUDA graph, which reads the step's key from memory.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 _MASK = 0xFFFFFFFF
 _aten = torch.ops.aten
@@ -68,12 +69,20 @@ class SampleRandom:
         self._drawn |= mode.calls > 0
 
 
+def numbers_from_here() -> Callable[[], AbstractContextManager] | None:
+    """Makes contexts that repeat what the forward pass under way draws from now on; None if nothing looks after it."""
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        if isinstance(mode, _Mode):
+            return partial(_Mode, mode.key, mode.positions, mode.calls)
+    return None
+
+
 class _Mode(TorchDispatchMode):
     """Answers torch's random operations; each call has its own numbers, the same at each pass through the network."""
 
-    def __init__(self, key: Tensor, positions: Tensor) -> None:
+    def __init__(self, key: Tensor, positions: Tensor, calls: int = 0) -> None:
         super().__init__()
-        self.key, self.positions, self.calls = key, positions, 0
+        self.key, self.positions, self.calls = key, positions, calls
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -20,9 +20,9 @@ from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Agreement, Interrupt, leave_note, stop_if_requested
 from ssl_bench.runtime.peers import Watch
-from ssl_bench.training import out_of_memory
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Outcome, Scalars, Trainer
+from ssl_bench.training.memory import out_of_memory
 from ssl_bench.training.processes import Processes
 from ssl_bench.training.rehearsal import every_parameter_used, rehearse_saving
 

@@ -108,7 +108,7 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("name", cases())
-@pytest.mark.parametrize("how", ["whole", "chunked", "chunked, fixed statistics"])
+@pytest.mark.parametrize("how", ["whole", "chunked", "chunked, fixed statistics", "recomputed"])
 def test_several_processes_are_one(single, several, name, how):
     for result in several:
         far, where = distance(single[name][how], result[name][how])
@@ -119,6 +119,12 @@ def test_several_processes_are_one(single, several, name, how):
 def test_chunks_are_the_whole_batch_where_batch_norm_does_not_see_them(single, name):
     far, where = distance(single[name]["whole, fixed statistics"], single[name]["chunked, fixed statistics"])
     assert far <= TOLERANCE, where
+
+
+@pytest.mark.parametrize("name", cases())
+def test_blocks_that_are_computed_twice_change_nothing(single, several, name):
+    for result in [single, *several]:
+        assert distance(result[name]["whole"], result[name]["recomputed"])[0] == 0.0
 
 
 def test_the_tests_could_see_it(single):

@@ -64,6 +64,7 @@ TINY = ["data=digits", "batch_size=64", "steps=8", "log_every=8", "run_dir=r", "
         ("pretrain", ["checkpoint.every_steps=4", "checkpoint.snapshots=[0]", "eval.online_every_epochs=0.1"], True),
         ("pretrain", ["method=simclr", "optimizer=lamb", "deterministic=true"], True),
         ("pretrain", ["method=vicreg", "optimizer=tvlars", "chunk_size=16"], False),
+        ("pretrain", ["recompute=blocks"], False),
         ("classify", ["eval.test_every_epochs=0.1"], True),
         ("classify", ["precision=fp16", "optimizer=sgd"], False),
         ("classify", ["cuda_graphs=false", "data.resident=false"], False),
@@ -84,6 +85,7 @@ def test_what_cannot_be_a_graph_is_refused_in_one_line(gpu, tmp_path):
     for overrides, why in (
         (["precision=fp16"], "fp16's gradient scaler waits for the device"),
         (["chunk_size=16"], "chunk_size splits the batch"),
+        (["recompute=blocks"], "recompute=blocks keeps track of random numbers on the host"),
     ):
         ended = run(gpu, ROOT / "ssl_bench/pretrain.py", *TINY, "cuda_graphs=true", *overrides, cwd=tmp_path)
         assert ended.returncode == 2

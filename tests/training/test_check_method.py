@@ -61,13 +61,13 @@ class Faulty(Method):
 def test_a_method_from_outside_passes_and_says_so(capsys):
     assert main("test_check_method:Outside", ["method.scale=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:5] for line in lines[:-1]] == ["ok   "] * 9
+    assert [line[:5] for line in lines[:-1]] == ["ok   "] * 10
     assert lines[0] == "ok   outputs have one row an image: z1 (24, 12), z2 (24, 12)"
     assert lines[-1] == "test_check_method:Outside: keeps the contract"
 
 
 def test_the_function_for_pytest_takes_a_class_and_its_keywords():
-    assert len(check_method(Outside, scale=0.5)) == 9
+    assert len(check_method(Outside, scale=0.5)) == 10
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import TINY_PRETRAIN
-from tiny_net import TinyTwins
+from tiny_net import TinyNet, TinyTwins
 
 from ssl_bench import pretrain
 from ssl_bench.eval.knn import KNN
 from ssl_bench.training.loop import Trainer
-from ssl_bench.training.out_of_memory import _two_peaks, advice, largest_chunk, largest_divisor
+from ssl_bench.training.memory import out_of_memory
+from ssl_bench.training.memory.out_of_memory import _two_peaks, advice, largest_chunk, largest_divisor
+from ssl_bench.training.memory.recompute import recompute_blocks, recomputed
 
 
 def test_the_largest_chunk_is_read_off_a_line_through_two_peaks():
@@ -42,8 +44,9 @@ def test_it_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, capsys, whe
         assert errors == ["error: eval.batch_size must be smaller for this memory, got 1000: CUDA out of memory"]
     else:
         assert errors == [
-            "error: chunk_size must be smaller for this memory, got 96 images: try chunk_size=48 (half of what did not "
-            "fit); resume=auto continues from the last checkpoint (CUDA out of memory)"
+            "error: recompute must be blocks, or chunk_size smaller, for this memory, got none and 96 images: try "
+            "recompute=blocks (the same result) or chunk_size=48 (half of what did not fit); resume=auto continues "
+            "from the last checkpoint (CUDA out of memory)"
         ]
     assert pretrain.main(words) == 0
     assert f"continuing r from step {6 if where == 'evaluation' else 4}" in capsys.readouterr().err
@@ -52,12 +55,36 @@ def test_it_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, capsys, whe
 def test_nothing_smaller_is_said_too():
     trainer = SimpleNamespace(
         pipeline=SimpleNamespace(batch_size=6, n_chunks=3), accelerator=SimpleNamespace(num_processes=1),
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), module=TinyTwins(TinyNet(), 32, projector=(8, 8)),
     )  # fmt: skip
+    way = "recompute=blocks (the same result); resume=auto continues from the last checkpoint (no)"
+    assert advice(MemoryError("no"), trainer).endswith(f"got none and 2 images: try {way}")
+    recompute_blocks(trainer.module)
     assert (
         advice(MemoryError("no"), trainer)
         == "chunk_size=2 does not fit into this memory, nor is there a smaller one: no"
     )
+
+
+@pytest.mark.parametrize(
+    ("free", "ways"),
+    [  # a plain step needs 1000 bytes an image, one with blocks computed twice 100; 0.9 of what is free counts
+        (12_000, "recompute=blocks (the same result, by the measured peak of smaller ones it fits) or chunk_size=8 ("),
+        (6_000, "recompute=blocks chunk_size=48 (by the measured peak of smaller ones) or chunk_size=4 ("),
+    ],
+)
+def test_both_ways_are_measured(monkeypatch, free, ways):
+    trainer = SimpleNamespace(
+        pipeline=SimpleNamespace(batch_size=96, n_chunks=1), accelerator=SimpleNamespace(num_processes=1),
+        device=torch.device("cuda"), module=TinyTwins(TinyNet(), 32, projector=(8, 8)),
+    )  # fmt: skip
+
+    def peaks(trainer, _tried):
+        image = 100 if recomputed(trainer.module) else 1000
+        return (2, 4), (2 * image, 4 * image), free
+
+    monkeypatch.setattr(out_of_memory, "_two_peaks", peaks)
+    assert f"got none and 96 images: try {ways}by the measured peak" in advice(MemoryError("no"), trainer)
 
 
 def test_the_measured_steps_are_computed_as_the_runs_are(tmp_path, monkeypatch):

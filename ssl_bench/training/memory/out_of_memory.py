@@ -1,4 +1,4 @@
-"""What to do when a step does not fit into the device's memory: one line with the chunk_size that would fit."""
+"""What to do when a step does not fit into the device's memory: one line with recompute=blocks, or a chunk_size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
+
+from ssl_bench.training.memory.recompute import recompute_blocks, recomputed
 
 MARGIN = 0.9  # of the memory that the fit counts on: fragments, and what the optimizer allocates at its first step
 
@@ -42,20 +45,41 @@ def advice(error: BaseException, trainer: Any) -> str:
     batch, world_size = pipeline.batch_size, trainer.accelerator.num_processes
     tried = batch // pipeline.n_chunks
     text = str(error).partition(". ")[0]
-    fits = None
-    if trainer.device.type == "cuda" and world_size == 1:  # with several, the others do not take part in a measurement
-        try:
-            fits, how = largest_chunk(*_two_peaks(trainer, tried), batch=batch), "by the measured peak of smaller ones"
-        except Exception:  # not even those, or the network takes no such batch
-            fits = None
-    if fits is None:
+    fits, how = _measured(trainer, tried), "by the measured peak of smaller ones"
+    if fits is None or fits == tried:
         fits, how = largest_divisor(batch, tried // 2, world_size), "half of what did not fit"
-    if fits is None:
+    ways = [] if fits is None else [f"chunk_size={fits} ({how})"]
+    must, got = "chunk_size must be smaller for this memory", f"{tried} images"
+    if not recomputed(trainer.module) and not _is_compiled(trainer.module):
+        must, got = "recompute must be blocks, or chunk_size smaller, for this memory", f"none and {tried} images"
+        ways.insert(0, _recomputing(trainer, tried))
+    if not ways:
         return f"chunk_size={tried} does not fit into this memory, nor is there a smaller one: {text}"
-    return (
-        f"chunk_size must be smaller for this memory, got {tried} images: try chunk_size={fits} ({how}); "
-        f"resume=auto continues from the last checkpoint ({text})"
-    )
+    return f"{must}, got {got}: try {' or '.join(ways)}; resume=auto continues from the last checkpoint ({text})"
+
+
+def _recomputing(trainer: Any, tried: int) -> str:
+    recompute_blocks(trainer.module)  # to measure: the run is over
+    fits = _measured(trainer, tried)
+    if fits is None or fits == tried:
+        return f"recompute=blocks (the same result{', by the measured peak of smaller ones it fits' * bool(fits)})"
+    return f"recompute=blocks chunk_size={fits} (by the measured peak of smaller ones)"
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.children())
+
+
+def _measured(trainer: Any, tried: int) -> int | None:
+    """The largest chunk up to the one tried that should fit as the network is now; None where it cannot be measured."""
+    if trainer.device.type != "cuda" or trainer.accelerator.num_processes > 1:  # the others would not take part
+        return None
+    batch = trainer.pipeline.batch_size
+    try:
+        fits = largest_chunk(*_two_peaks(trainer, tried), batch=batch)
+        return None if fits is None else largest_divisor(batch, min(fits, tried), 1)
+    except Exception:  # not even those, or the network takes no such batch
+        return None
 
 
 def largest_chunk(sizes: tuple[int, int], peaks: tuple[int, int], free: int, *, batch: int) -> int | None:
