@@ -91,7 +91,9 @@ def evaluate(
     afterwards, bit for bit.
 
     Args:
-        backbone, dataset, transform: see `Probe`.
+        backbone: see `Probe`.
+        dataset: see `Probe`.
+        transform: see `Probe`.
         evaluators: evaluators, or keys of `EVALUATORS`.
         settings: `Probe`'s keywords: seed, device, precision, batch_size, augment, rank, world_size, on_progress.
 

@@ -32,7 +32,8 @@ class Teacher(nn.Module):
         """teacher <- momentum teacher + (1 - momentum) student, in one pass over the parameters.
 
         Args:
-            backbone, projector: the student's.
+            backbone: the student's.
+            projector: the student's.
             momentum: in [0, 1].
         """
         teacher: list[Tensor] = list(self.parameters())
