@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ssl_bench.recipe.command import leave, run_command
+from ssl_bench.runtime.callable_module import make_callable
 
 if TYPE_CHECKING:
     from ssl_bench.recipe.schema import Recipe
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command: composes the recipe from ``argv`` and runs it."""
     return run_command("classify", run, sys.argv[1:] if argv is None else argv)
 
+
+make_callable(__name__, "ssl_bench.cli.api:classify")
 
 if __name__ == "__main__":
     leave(main())

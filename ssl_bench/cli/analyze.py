@@ -81,7 +81,7 @@ def main(run_dir: str, settings: Settings, overrides: Sequence[str] = (), *, tru
         run_dir: the run's folder; it was run with ``checkpoint.snapshots``.
         settings: see there.
         overrides: ``key=value`` for the keys in ``MAY_CHANGE``.
-        trust: as for `ssl_bench.cli.evaluate.main`.
+        trust: as for `ssl_bench.cli.evaluate.evaluate_run`.
 
     Raises:
         ValueError, OSError: one line; no such run, no snapshots, settings out of range, or a key that would change

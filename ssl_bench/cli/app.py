@@ -131,12 +131,17 @@ def evaluate(
     A backbone is a timm name, with weights of timm's or of a file:
     ssl-bench evaluate data=cifar10 model.name=resnet50 model.stem=imagenet model.checkpoint=FILE
     """
-    from ssl_bench.cli.evaluate import evaluate_backbone, main
+    from ssl_bench.cli.evaluate import evaluate_backbone, evaluate_run
 
-    given = overrides or []
-    if "=" in run and not Path(run).is_dir():
-        finish(lambda: evaluate_backbone([run, *given], output), debug)
-    finish(lambda: main(run, given, trust=trust), debug)
+    def command() -> int:
+        given = overrides or []
+        if "=" in run and not Path(run).is_dir():
+            evaluate_backbone([run, *given], output)
+        else:
+            evaluate_run(run, given, trust=trust)
+        return 0
+
+    finish(command, debug)
 
 
 @app.command()

@@ -25,13 +25,18 @@ MAY_CHANGE = ("eval", "data.path", "data.cache_dir", "data.resident", "data.work
 COUNTS = ("data", "model", "eval", "augment.stats", "device", "seed")
 
 
-def main(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
+def evaluate_run(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = False) -> list[dict[str, Any]]:
     """Evaluates the backbone of a run that has ended, beside the one it started from, and adds to the run's results.
+
+    Prints them too.
 
     Args:
         run_dir: the run's folder.
         overrides: ``key=value`` for the keys in ``MAY_CHANGE``.
         trust: whether the record may name code to import and paths to read (see `ssl_bench.recipe.trust`).
+
+    Returns:
+        the evaluations, as `ssl_bench.training.evaluation` gives them.
 
     Raises:
         ValueError, OSError: no such run, no backbone in it, a key that would change what the run was, or code or a path
@@ -57,7 +62,7 @@ def main(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = False) ->
         # Printed first: a folder that may only be read costs nobody the measurement.
         print("\n".join(summary({"status": "finished", "evaluations": results})), flush=True)
         add_evaluations(run_dir, results)
-    return 0
+    return results
 
 
 def recorded(
@@ -70,10 +75,10 @@ def recorded(
         overrides: ``key=value``.
         allowed: the keys that may be set.
         without: the plug-ins that are not needed, and so not imported.
-        trust: see `main`.
+        trust: see `evaluate_run`.
 
     Raises:
-        ValueError: one line; see `main`.
+        ValueError: one line; see `evaluate_run`.
     """
     source = str(record.folder / RUN)
     plain = override(record.recipe, overrides, allowed)
@@ -89,7 +94,7 @@ def recorded(
         raise RecordError(f"{source}: damaged: the recipe cannot be read ({one_line(error)})") from error
 
 
-def evaluate_backbone(overrides: Sequence[str], output: str) -> int:
+def evaluate_backbone(overrides: Sequence[str], output: str) -> list[dict[str, Any]]:
     """Evaluates a backbone that no run has trained, and leaves a record: recipe, versions and results in one JSON file.
 
     With weights (``model.checkpoint``, ``model.pretrained``) they are the "trained" model, beside the same network with
@@ -98,6 +103,9 @@ def evaluate_backbone(overrides: Sequence[str], output: str) -> int:
     Args:
         overrides: ``key=value`` and ``group=choice`` of the sections in ``COUNTS``.
         output: the folder for the file.
+
+    Returns:
+        the evaluations.
 
     Raises:
         ValueError, OSError: in one line; a key that does not count here, or as `compose` and `build.backbone`.
@@ -126,7 +134,7 @@ def evaluate_backbone(overrides: Sequence[str], output: str) -> int:
     if where.main:
         path = _write(recipe, where, results, Path(output))
         print("\n".join([*summary({"status": "finished", "evaluations": results}), f"  {path}"]))
-    return 0
+    return results
 
 
 def _write(recipe: Recipe, where: "Processes", results: list[dict[str, Any]], folder: Path) -> Path:

@@ -42,21 +42,35 @@ def run_command(track: str, run: "Callable[[Recipe], int]", argv: Sequence[str])
 
             print_help(recipe)
             return 0
-        # Until the run's session has handlers of its own (and the file to lock), while torch is imported.
-        with Interrupt(at_once=True):
-            try:
-                peers.follow_parent()
-                peers.adopt()
-                from ssl_bench.recipe.content import with_content
-
-                recipe = with_content(recipe)
-                return run(recipe)
-            except Stopped:
-                if peers.rank() == 0:
-                    leave_note(Path(recipe.folder()))
-                raise
+        return run_recipe(recipe, run)[1]
 
     return guarded(command, debug="--debug" in argv)
+
+
+def run_recipe(recipe: "Recipe", run: "Callable[[Recipe], int]") -> "tuple[Recipe, int]":
+    """Runs a recipe in this process, of a command or of a notebook.
+
+    Returns:
+        the recipe with what it is about filled in (`ssl_bench.recipe.content`), by which its folder is named; and the
+        exit code.
+
+    Raises:
+        ValueError, OSError: a user's error, in one line.
+        Stopped: a signal came where there is nothing to save.
+    """
+    # Until the run's session has handlers of its own (and the file to lock), while torch is imported.
+    with Interrupt(at_once=True):
+        try:
+            peers.follow_parent()
+            peers.adopt()
+            from ssl_bench.recipe.content import with_content
+
+            recipe = with_content(recipe)
+            return recipe, run(recipe)
+        except Stopped:
+            if peers.rank() == 0:
+                leave_note(Path(recipe.folder()))
+            raise
 
 
 def _forget_script_folder() -> None:

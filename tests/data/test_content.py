@@ -10,7 +10,7 @@ import pytest
 from commands import TINY_PRETRAIN, results
 from made_data import encode, pixels, write_images, write_parquet
 
-from ssl_bench.cli.evaluate import main as evaluate
+from ssl_bench.cli.evaluate import evaluate_run as evaluate
 from ssl_bench.data.content import content_digest
 from ssl_bench.data.dataset import data_content, load_dataset
 from ssl_bench.data.folders import scan
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_moved_data_and_refuses_other_data(folder, tmp_path, 
     folder.rename(tmp_path / "moved")
     assert pretrain([*words, "data.path=moved"]) == 0
     assert "r has ended already" in capsys.readouterr().err
-    assert evaluate("r", ["eval.protocols=[knn-v1]", "data.path=moved"]) == 0
+    assert evaluate("r", ["eval.protocols=[knn-v1]", "data.path=moved"])
     write_images(tmp_path / "moved" / "train" / "cat", pixels(1, 16, seed=99), "new{}.png")
     assert pretrain([*words, "data.path=moved"]) == 2
     assert "it holds a run of another recipe: data.content: the run has" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_evaluation_on_another_data_set_has_a_name_of_its_own(tmp_path, monkeypa
     (entry,) = results(tmp_path / "r")["evaluations"]
     own = f"knn-v1@hf-{data_content('hf', path='other', size=16)[:8]}"
     assert (entry["protocol"], entry["n_test"], entry["chance"]) == (own, 8, 50)
-    assert evaluate("r", ["eval.data=digits"], trust=True) == 0
+    assert evaluate("r", ["eval.data=digits"], trust=True)
     assert [each["protocol"] for each in results(tmp_path / "r")["evaluations"]] == [own, "knn-v1@digits"]
 
 
