@@ -25,6 +25,7 @@ ANALYSIS_FILE = "analysis.json"
 
 # Where the images are and where they are processed; never which images or which network.
 MAY_CHANGE = ("data.path", "data.cache_dir", "data.resident", "data.workers", "device")
+UNUSED = ("optimizer", "schedule", "tracker")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def main(run_dir: str, settings: Settings, overrides: Sequence[str] = (), *, tru
             f"{run_dir} must hold snapshots to analyze, got none: run it with checkpoint.snapshots=[0,0.5,1] (start, "
             "middle, end)"
         )
-    recipe = _measured_recipe(recorded(record, overrides, MAY_CHANGE, without=("optimizer", "schedule"), trust=trust))
+    recipe = _measured_recipe(recorded(record, overrides, MAY_CHANGE, without=UNUSED, trust=trust))
 
     from ssl_bench.records.provenance import code_version, hardware, now, package_versions, torch_settings
     from ssl_bench.training import build as training

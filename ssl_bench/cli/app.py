@@ -144,6 +144,105 @@ def evaluate(
     finish(command, debug)
 
 
+Named = Annotated[str, typer.Argument(help="A run's folder, or the start of its name or identity.", callback=expanded)]
+RunsFolder = Annotated[str, typer.Option(help="Where names are looked up, at any depth.", callback=expanded)]
+
+
+@app.command()
+def show(run: Named, runs: RunsFolder = "runs", debug: Debug = False) -> None:
+    """Show a run: how far it came, the recipe that matters, results and files."""
+
+    def command() -> int:
+        from ssl_bench.cli.runs import show
+
+        return show(run, runs)
+
+    finish(command, debug)
+
+
+@app.command()
+def compare(
+    run: Annotated[list[str], typer.Argument(help="Two or more, as for show.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="FILE.png, .svg or .pdf: the curves in one figure.")
+    ] = None,
+    y: Annotated[str, typer.Option(help="The metric that is drawn, e.g. loss or online_top1.")] = "loss",
+    runs: RunsFolder = "runs",
+    debug: Debug = False,
+) -> None:
+    """Show where runs' recipes differ, and their results side by side."""
+
+    def command() -> int:
+        from ssl_bench.cli.runs import compare
+
+        return compare(run, output, runs, y)
+
+    finish(command, debug)
+
+
+@app.command()
+def resume(
+    run: Named,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="steps=N or epochs=N for a longer run; data.path=FOLDER, device=cpu, ...")
+    ] = None,
+    processes: Annotated[str, typer.Option(help="N or auto: one for each GPU.")] = "1",
+    runs: RunsFolder = "runs",
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run from its last checkpoint; nothing has to be retyped.
+
+    With steps= or epochs= a longer run is made of it in a folder beside it, where that is what a start with this length
+    would have given: a learning rate that is constant after its warm-up, and nothing else that depends on the length.
+    """
+
+    def command() -> int:
+        from ssl_bench.cli.resume import main
+
+        _, count = _processes([f"--processes={processes}", *(overrides or [])])
+        return main(run, overrides or [], processes=count, runs=runs, trust=trust)
+
+    finish(command, debug)
+
+
+@app.command()
+def doctor(
+    runs: Annotated[str, typer.Option(help="Where runs will go.", callback=expanded)] = "runs", debug: Debug = False
+) -> None:
+    """Check this machine, and say what to do about each fault.
+
+    GPUs, driver, torch and torchvision, faiss, memory, disks, the cache, Accelerate's configuration; the exit code is 1
+    if something is at fault.
+    """
+
+    def command() -> int:
+        from ssl_bench.cli.doctor import main
+
+        return main(runs)
+
+    finish(command, debug)
+
+
+@app.command()
+def estimate(
+    track: Annotated[str, typer.Argument(help="pretrain or classify.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="The recipe: group=choice, key=value.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Estimate the time and memory of a recipe, from a few steps that are run now.
+
+    The exit code is 1 if it needs more memory than is free.
+    """
+
+    def command() -> int:
+        from ssl_bench.cli.estimate import main
+
+        return main(track, overrides or [])
+
+    finish(command, debug)
+
+
 @app.command()
 def check_method(
     method: Annotated[str, typer.Argument(help="A known name, an entry point, or package.module:Name.")],

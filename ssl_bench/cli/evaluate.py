@@ -13,6 +13,7 @@ from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.records.reader import RUN, RecordError, RunRecord, read_run
 from ssl_bench.records.storage import atomic_json, one_line
+from ssl_bench.records.summary import summary
 from ssl_bench.records.writer import BACKBONE, add_evaluations
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ def evaluate_run(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = F
             that the record names.
     """
     from ssl_bench.training import build as training
-    from ssl_bench.training.session import summary
 
     record = read_run(run_dir)
     weights = record.folder / BACKBONE
@@ -51,7 +51,8 @@ def evaluate_run(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = F
         raise RecordError(f"{run_dir} must hold {BACKBONE} to be evaluated, got a run that is {record.status}")
     if any(word.startswith("eval.data=") for word in overrides):  # what the record says of another set's place is void
         overrides = [*(f"eval.data_{key}=null" for key in ("path", "size", "content")), *overrides]
-    recipe = recorded(record, overrides, MAY_CHANGE, without=("method", "optimizer", "schedule"), trust=trust)
+    unused = ("method", "optimizer", "schedule", "tracker")
+    recipe = recorded(record, overrides, MAY_CHANGE, without=unused, trust=trust)
     recipe = with_content(recipe)
     where = training.processes(recipe)
     evaluation = training.evaluation(recipe, training.dataset(recipe, where), where)
@@ -66,15 +67,15 @@ def evaluate_run(run_dir: str, overrides: Sequence[str] = (), *, trust: bool = F
 
 
 def recorded(
-    record: RunRecord, overrides: Sequence[str], allowed: Sequence[str], *, without: Sequence[str] = (), trust: bool
+    record: RunRecord, overrides: Sequence[str], allowed: Sequence[str], *, without: Sequence[str], trust: bool
 ) -> Recipe:
-    """The recipe of a record, with some keys set anew, to measure what the run left.
+    """The recipe of a record, with some keys set anew, to go on with the run or to measure what it left.
 
     Args:
         record: of a run that somebody else may have made.
         overrides: ``key=value``.
         allowed: the keys that may be set.
-        without: the plug-ins that are not needed, and so not imported.
+        without: the plug-ins that are not needed, and so not imported, and other top-level keys.
         trust: see `evaluate_run`.
 
     Raises:
@@ -82,7 +83,7 @@ def recorded(
     """
     source = str(record.folder / RUN)
     plain = override(record.recipe, overrides, allowed)
-    plain = {key: value for key, value in plain.items() if key not in (*without, "tracker", "run_dir")}
+    plain = {key: value for key, value in plain.items() if key not in (*without, "run_dir")}
     if not trust:
         given = [key for key, _, _ in (text.partition("=") for text in overrides)]
         if "data.cache_dir" not in given and isinstance(plain.get("data"), dict):
@@ -119,7 +120,6 @@ def evaluate_backbone(overrides: Sequence[str], output: str) -> list[dict[str, A
         raise ValueError("eval.protocols must name at least one evaluator, got none")
 
     from ssl_bench.training import build as training
-    from ssl_bench.training.session import summary
 
     recipe = with_content(recipe)
     where = training.processes(recipe)

@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ssl_bench.records.reader import RecordError, RunRecord, images_looked_at, read_run, score
+from ssl_bench.records.reader import RecordError, RunRecord, read_run
 from ssl_bench.records.storage import atomic_file, one_line
+from ssl_bench.records.summary import images_looked_at, score
 from ssl_bench.records.writer import BACKBONE
 
 # The images that the backbone was trained for: "mean" and "std" of each channel, for pixels in [0, 1], and "size".

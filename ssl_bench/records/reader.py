@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -316,16 +316,3 @@ def _checked(path: Path, value: dict[str, Any], schema: type[_Part]) -> dict[str
         got = "" if first["type"] == "missing" else f", got {repr(first['input'])[:40]}"
         raise RecordError(f"{path}: damaged: {where!r}: {first['msg'].lower()}{got}") from None
     return value
-
-
-def score(evaluation: Mapping[str, Any]) -> str:
-    """The score of an evaluation's entry in words: its accuracy, or all its metrics where it has none."""
-    metrics = evaluation["metrics"]
-    if "top1" in metrics:
-        return f"top-1 {metrics['top1']:.2f}%"
-    return ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key not in ("n_test", "n_images"))
-
-
-def images_looked_at(evaluation: Mapping[str, Any]) -> int:
-    """Over how many images that score is: of the test set, or of the train set where no test image was looked at."""
-    return evaluation["metrics"].get("n_images", evaluation.get("n_test"))

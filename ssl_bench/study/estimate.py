@@ -2,13 +2,14 @@
 
 import importlib
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssl_bench.recipe import registry
@@ -49,10 +50,14 @@ class Speed:
     Attributes:
         images_per_second: of training alone.
         train_size: the number of train images.
+        peak: bytes that the process needed at its largest, on the GPU or else of main memory; 0 where it is not known.
+        device: what it ran on.
     """
 
     images_per_second: float
     train_size: float
+    peak: int = 0
+    device: str = ""
 
     def seconds(self, recipe: Recipe) -> float:
         """The training time of a recipe at this speed."""
@@ -131,28 +136,45 @@ def _speed(record: RunRecord) -> Speed | None:
 
 
 def _measured(cell: Cell) -> Speed | str:
-    """Runs a few steps in a process of its own."""
-    batch_size = min(cell.recipe.batch_size, BATCH)
+    return measured(cell.track, cell.overrides, cell.recipe, min(cell.recipe.batch_size, BATCH))
+
+
+def measured(track: str, overrides: Mapping[str, str], recipe: Recipe, batch_size: int) -> Speed | str:
+    """Runs a few steps in a process of its own.
+
+    Args:
+        track: "pretrain" or "classify".
+        overrides: of the command line.
+        recipe: what they compose to.
+        batch_size: of the steps.
+
+    Returns:
+        what was measured, or why nothing was.
+    """
     with tempfile.TemporaryDirectory(prefix="ssl-bench-estimate-") as folder:
         run = Path(folder) / "run"
         short = {**SHORT, "batch_size": str(batch_size), "run_dir": str(run)}
-        given = cell.overrides
-        if cell.recipe.schedule.target in registry.builtin("schedule"):
+        given = dict(overrides)
+        if recipe.schedule.target in registry.builtin("schedule"):
             # A warm-up of many epochs does not fit into these steps, and no schedule of ours changes a step's time.
             short["schedule"] = "constant"
             given = {key: value for key, value in given.items() if not key.startswith("schedule.")}
-        overrides = merge(given, short)
+        words = merge(given, short)
         try:
-            done = _run_bound([cell.track, *(f"{key}={value}" for key, value in overrides.items())])
+            done = _run_bound([track, *(f"{key}={value}" for key, value in words.items())])
         except subprocess.TimeoutExpired:
             return f"{STEPS} steps took more than {TIMEOUT:.0f} s"
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             return lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
         try:
-            return _speed(read_run(run)) or "the short run recorded no speed"
+            speed = _speed(read_run(run))
         except RecordError as error:
             return str(error)
+        if speed is None:
+            return "the short run recorded no speed"
+        peak, _, device = done.stdout.splitlines()[-1].partition(" ")
+        return replace(speed, peak=int(peak), device=device)
 
 
 def _run_bound(argv: list[str]) -> subprocess.CompletedProcess[str]:
@@ -174,7 +196,19 @@ def _measuring_process(track: str, *overrides: str) -> int:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    return importlib.import_module(f"ssl_bench.{track}").main(list(overrides))
+    code = importlib.import_module(f"ssl_bench.{track}").main(list(overrides))
+    print(*_peak())
+    return code
+
+
+def _peak() -> tuple[int, str]:
+    """The most memory that this process has needed, in bytes, and what it ran on."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved(), torch.cuda.get_device_name()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the CPU"
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ __all__ = [
     "optimizer",
     "pipeline",
     "plan",
+    "plan_at",
     "processes",
     "provenance",
+    "schedule",
     "session",
     "stats",
     "trained_backbone",
@@ -124,7 +126,11 @@ def _graphs_steps(recipe: Recipe, where: Processes) -> bool:
 
 def plan(recipe: Recipe, train_size: int) -> Plan:
     """All durations in steps, from the number of train images."""
-    per_epoch = sampler.steps_per_epoch(recipe.batch_size, train_size, recipe.last_batch)
+    return plan_at(recipe, sampler.steps_per_epoch(recipe.batch_size, train_size, recipe.last_batch))
+
+
+def plan_at(recipe: Recipe, per_epoch: float) -> Plan:
+    """The same from the number of steps in an epoch."""
     total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
     optimizer, schedule = (
         registry.in_steps(registry.resolve(kind, node.target), node.options, per_epoch, total)
@@ -159,10 +165,15 @@ def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.
         WeightAverage(made, average.kind, average.decay, round(average.start_fraction * plan.total))
     if has_evaluation_point(made):
         made.train()
+    return made, schedule(recipe, plan)
+
+
+def schedule(recipe: Recipe, plan: Plan) -> Callable[[int], float]:
+    """The learning rate's multiplier by step, for a plan's length."""
     make = registry.resolve("schedule", recipe.schedule.target)
     known = {"total_steps": plan.total, "batch_size": recipe.batch_size}
     passed = {name: value for name, value in known.items() if name in inspect.signature(make).parameters}
-    return made, make(**passed, **plan.schedule)
+    return make(**passed, **plan.schedule)
 
 
 def _loss_in_tf32(recipe: Recipe) -> bool:
@@ -196,7 +207,7 @@ def trainer(
         synchronize_batch_norm(task)  # in place: a method is no batch norm itself
     if recipe.recompute == "blocks":
         recompute_blocks(task)
-    made, schedule = optimizer(recipe, task, plan)
+    made, multiplier = optimizer(recipe, task, plan)
     if hasattr(made, "micro_gradients"):
         made.micro_gradients = MicroBatches.of(plan.optimizer, task, batches, where)
     gradient: Callable[..., dict[str, Tensor]] = partial(compute_gradient, tf32=_loss_in_tf32(recipe))
@@ -212,7 +223,7 @@ def trainer(
     return Trainer(
         model=model,
         optimizer=wrapped,
-        schedule=schedule,
+        schedule=multiplier,
         gradient=gradient,
         pipeline=batches,
         rhythm=_rhythm(recipe, plan, where),

@@ -167,14 +167,18 @@ def _on_cpu(device: str) -> bool:
         return device == "cpu"
     if device == "cuda":
         raise ValueError(f"device must be auto or cpu, got cuda: torch sees no GPU here{_obstacle()}")
-    # An empty CUDA_VISIBLE_DEVICES, or -1, hides them on purpose.
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    if not hidden and (found := sorted(glob.glob(_NVIDIA))):
-        raise ValueError(
-            f"device must be cpu, or the GPU be made usable, got auto: {found[0]} is here, and torch cannot use it"
-            f"{_obstacle()}"
-        )
+    if reason := why_no_gpu():
+        raise ValueError(f"device must be cpu, or the GPU be made usable, got auto: {reason}")
     return True
+
+
+def why_no_gpu() -> str:
+    """Why torch does not use the NVIDIA GPU that is here; "" where there is none, or it is hidden on purpose."""
+    # By an empty CUDA_VISIBLE_DEVICES, or -1.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or not (found := sorted(glob.glob(_NVIDIA))):
+        return ""
+    return f"{found[0]} is here, and torch cannot use it{_obstacle()}"
 
 
 def _obstacle() -> str:

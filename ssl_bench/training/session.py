@@ -12,9 +12,9 @@ from torch import nn
 from ssl_bench.eval.collapse import collapsed
 from ssl_bench.models.backbone import backbone_bytes
 from ssl_bench.records.checkpoint import Checkpoints
-from ssl_bench.records.reader import images_looked_at, score
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.records.storage import atomic_file, one_line, remove_atomically
+from ssl_bench.records.summary import summary
 from ssl_bench.records.writer import BACKBONE, Resume, Run
 from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
@@ -308,16 +308,3 @@ def _at_chance(evaluations: list[dict[str, Any]]) -> bool:
         <= entry["chance"] + CHANCE_MARGIN * (entry["chance"] * (100 - entry["chance"]) / entry["n_test"]) ** 0.5
         for entry in trained
     )
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """The results as lines of text."""
-    if results["status"] == "diverged":
-        where = f" (first in {results['layer']})" if results["layer"] else ""
-        return [f"  loss or gradient not finite from step {results['step']} on{where}; not evaluated"]
-    entries = results.get("evaluations", [])
-    width = max([18, *(len(entry["protocol"]) for entry in entries)])
-    return [
-        f"  {entry['protocol']:<{width}} {entry['model']:<10} {score(entry)} of {images_looked_at(entry)}"
-        for entry in entries
-    ]

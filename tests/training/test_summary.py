@@ -1,6 +1,7 @@
 """What a run says about its evaluations, also of evaluators that give no accuracy."""
 
-from ssl_bench.training.session import _at_chance, summary
+from ssl_bench.records.summary import summary
+from ssl_bench.training.session import _at_chance
 
 KNN = {"protocol": "knn-v1", "model": "trained", "metrics": {"top1": 10.5, "n_test": 400}, "n_test": 400, "chance": 10}
 SPREAD = {"protocol": "spread-v1", "model": "trained", "metrics": {"spread": 0.12345}, "n_test": 400, "chance": 10}
