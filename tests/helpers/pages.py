@@ -29,8 +29,8 @@ class Block:
     text: str
 
     def commands(self) -> list[list[str]]:
-        """The lines of a shell block as words: continued lines joined, comments and variables cut off."""
-        joined = self.text.replace("\\\n", " ")
+        """The commands of a shell block as words: continued lines joined, comments cut off."""
+        joined = self.text.replace("\\\n", " ").replace("; ", "\n")
         found = [shlex.split(line, comments=True) for line in joined.splitlines() if not line.startswith("#")]
         return [words for words in found if words]
 
