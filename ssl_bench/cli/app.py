@@ -306,12 +306,13 @@ def demo(
     folder: Annotated[
         str, typer.Option("--output", "-o", help="Folder for the runs and the plot.", callback=expanded)
     ] = "runs/demo",
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=1)] = 40,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=1)] = 150,
     debug: Debug = False,
 ) -> None:
     """See it work: three optimizers on digits.
 
-    Barlow Twins under LARS, LAMB and TVLARS on embedded data, in minutes on two cores: no download, no GPU.
+    SimCLR under LARS, LAMB and TVLARS on embedded data, beside random features, in two minutes on two cores: no
+    download, no GPU.
     """
     from ssl_bench.cli.demo import main
 
