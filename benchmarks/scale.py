@@ -1,11 +1,12 @@
 """Folders of many runs, long runs and large studies: how long the commands that read them take, and how much memory.
 
-    python benchmarks/scale.py [--quick] [--keep FOLDER]
+    python benchmarks/scale.py [--quick] [--keep FOLDER] [--only study]
 
 Makes three folders of invented records and times the real commands on them, each in a process of its own:
 ``report`` and ``leaderboard`` of 2,000 runs (200 lines of metrics, 20 recorded steps of 21 layers each),
 ``leaderboard`` of one run with a million lines, ``study status`` and ``study --dry-run`` of 1,000 cells, half of them
-ended. Writes ``benchmarks/results/scale.json``: wall and CPU seconds, and the largest resident memory.
+ended. Writes ``benchmarks/results/scale.json``: wall and CPU seconds, and the largest resident memory; with ``--only``
+the rows of that command alone are measured anew.
 """
 
 import argparse
@@ -131,7 +132,8 @@ def timed(name: str, arguments: list[str], folder: Path) -> dict[str, Any]:
     if returncode not in (0, 1):  # 1: a study's status says that cells are left
         raise RuntimeError(f"{' '.join(arguments)} failed: {done.stderr}")
     row = {"what": name, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mib": round(memory)}
-    print(f"{name:32} {seconds:7.2f} s wall {cpu:7.2f} s CPU {memory:7.0f} MiB")
+    row["load"] = round(os.getloadavg()[0], 1)
+    print(f"{name:40} {seconds:7.2f} s wall {cpu:7.2f} s CPU {memory:7.0f} MiB")
     return row
 
 
@@ -139,32 +141,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny folders: does it run?")
     parser.add_argument("--keep", type=Path, help="make the folders here and keep them; what is there is used")
+    parser.add_argument("--only", choices=("report", "leaderboard", "study", "--help"), help="this command alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     arguments = parser.parse_args()
     runs, lines, cells = (20, 1_000, 40) if arguments.quick else (2_000, 1_000_000, 1_000)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.keep or Path(temporary)).resolve()
         rng = np.random.default_rng(0)
-        if not (folder / "large.yaml").exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["SSL_BENCH_CACHE"] = str(folder / "cache")
+        if arguments.only in (None, "study") and not (folder / "large.yaml").exists():
+            write_study(folder, cells, rng)
+        if arguments.only in (None, "report", "leaderboard") and not (folder / "long").exists():
             write_telemetry(folder / "telemetry.parquet")
             for index, recipe in enumerate(recipes(runs)):
                 write_run(folder / "many" / f"{index:05d}", recipe, 200, folder / "telemetry.parquet", rng)
             write_run(folder / "long" / "run", next(recipes(1)), lines, None, rng)
-            write_study(folder, cells, rng)
-        rows = [
-            timed(f"report, {runs:,} runs", ["report", "many", "-o", "out"], folder),
-            timed(f"leaderboard, {runs:,} runs", ["leaderboard", "many"], folder),
-            timed(f"leaderboard, {lines:,} lines", ["leaderboard", "long"], folder),
-            timed(f"report, {lines:,} lines", ["report", "long", "-o", "out-long"], folder),
-            timed(f"study status, {cells:,} cells", ["study", "status", "large.yaml"], folder),
-            timed(f"study --dry-run, {cells:,} cells", ["study", "large.yaml", "--dry-run"], folder),
-            timed("--help", ["--help"], folder),  # what starting a process takes
-        ]
-    for row in rows:
-        row["goal_seconds"], row["goal_mib"] = GOALS.get(row["what"], (None, None))
+        (folder / "cache" / "recipes.json").unlink(missing_ok=True)
+        commands = {
+            f"report, {runs:,} runs": ["report", "many", "-o", "out"],
+            f"leaderboard, {runs:,} runs": ["leaderboard", "many"],
+            f"leaderboard, {lines:,} lines": ["leaderboard", "long"],
+            f"report, {lines:,} lines": ["report", "long", "-o", "out-long"],
+            f"study status, {cells:,} cells, first time": ["study", "status", "large.yaml"],
+            f"study status, {cells:,} cells": ["study", "status", "large.yaml"],
+            f"study --dry-run, {cells:,} cells": ["study", "large.yaml", "--dry-run"],
+            "--help": ["--help"],  # what starting a process takes
+        }
+        chosen = {name: words for name, words in commands.items() if arguments.only in (None, words[0])}
+        rows = {name: timed(name, words, folder) for name, words in chosen.items()}
+    for name, row in rows.items():
+        row["goal_seconds"], row["goal_mib"] = GOALS.get(name, (None, None))
+    if arguments.only and arguments.output.exists():
+        earlier = {row["what"]: row for row in json.loads(arguments.output.read_text())["rows"]}
+        rows = {name: (earlier | rows)[name] for name in commands if name in earlier | rows}
     record = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    record |= {"python": platform.python_version(), "peak_of_this_process_mib": _own_memory(), "rows": rows}
+    record |= {
+        "python": platform.python_version(),
+        "peak_of_this_process_mib": _own_memory(),
+        "rows": list(rows.values()),
+    }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

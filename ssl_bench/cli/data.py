@@ -21,10 +21,11 @@ def list_(cache_dir: CacheDir = None, debug: Debug = False) -> None:
     """Show the known data sets, and what of them is on this machine."""
 
     def command() -> int:
-        from ssl_bench.data.cache import DOWNLOADS, cache_folder
+        from ssl_bench.data.cache import DOWNLOADS
         from ssl_bench.data.copies import copies, size_of
         from ssl_bench.data.dataset import SOURCES
         from ssl_bench.recipe.registry import installed
+        from ssl_bench.runtime.paths import cache_folder
 
         directory = cache_folder(cache_dir)
         for name, about in SOURCES.items():
@@ -89,10 +90,10 @@ def verify(
     """
 
     def command() -> int:
-        from ssl_bench.data.cache import cache_folder
         from ssl_bench.data.copies import chosen
         from ssl_bench.data.copies import verify as faults_of
         from ssl_bench.runtime.interrupt import Interrupt
+        from ssl_bench.runtime.paths import cache_folder
 
         faults: list[str] = []
         with Interrupt():
@@ -119,8 +120,8 @@ def clear(
     """
 
     def command() -> int:
-        from ssl_bench.data.cache import cache_folder
         from ssl_bench.data.copies import chosen, downloaded, remove, size_of
+        from ssl_bench.runtime.paths import cache_folder
 
         if bool(names) == everything:
             raise ValueError(f"data clear takes names or --all, got {'both' if names else 'neither'}")

@@ -90,11 +90,6 @@ def digest_of(data: bytes | memoryview) -> str:
     return blake2b(data, digest_size=8).hexdigest()
 
 
-def cache_folder(given: str | Path | None = None) -> Path:
-    """The given folder of the cache; without one $SSL_BENCH_CACHE, or ~/.cache/ssl_bench."""
-    return Path(given if given is not None else os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser()
-
-
 @dataclass(frozen=True)
 class MappedImages:
     """Images in a raw file: (N, 3, H, W) uint8, row by row."""

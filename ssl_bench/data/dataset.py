@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_bench.data.bundled import TORCHVISION, locate_digits, locate_torchvision
-from ssl_bench.data.cache import DOWNLOADS, CacheUnusable, MappedImages, cache_folder, locked
+from ssl_bench.data.cache import DOWNLOADS, CacheUnusable, MappedImages, locked
 from ssl_bench.data.content import content_digest
 from ssl_bench.data.decoded import cached_labels, decode_to_memory, open_decoded
 from ssl_bench.data.folders import TEST_NAMES, locate_folder, locate_tiny_imagenet
@@ -22,6 +22,7 @@ from ssl_bench.data.raw import Located, RawDataset
 from ssl_bench.data.sources import RESIDENT_FRACTION, Part, ResidentSource, Source, StreamingSource
 from ssl_bench.runtime.distributed import rank
 from ssl_bench.runtime.memory import available_memory
+from ssl_bench.runtime.paths import cache_folder
 from ssl_bench.runtime.suggestion import nearest
 
 __all__ = ["DATASETS", "Dataset", "Source", "data_content", "hold_out", "holdout_indices", "load_dataset"]

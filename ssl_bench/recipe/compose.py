@@ -85,7 +85,7 @@ def build(track: str, plain: Tree) -> Recipe:
                 raise ValueError(f"{kind}.target must be a known name or package.module:Name, got {target}")
             plain[kind] = Plugin(target, registry.check(kind, target, values))
     try:
-        recipe = _CHECKER.validate_python({"track": track, **plain})
+        recipe = _recipe(track, plain)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -93,6 +93,21 @@ def build(track: str, plain: Tree) -> Recipe:
         raise ValueError(registry.explain(error)) from None
     _cross_check(recipe)
     return recipe
+
+
+def composed(plain: Tree) -> Recipe:
+    """A recipe from what `Recipe.to_dict` gave, without another look at its plug-ins.
+
+    Raises:
+        ValueError: it was none.
+    """
+    nodes = {kind: dict(plain[kind]) for kind in PLUGINS if plain[kind] is not None}
+    plugins = {kind: Plugin(node.pop("target"), node) for kind, node in nodes.items()}
+    return _recipe(plain["track"], {k: v for k, v in plain.items() if k != "track" and k not in PLUGINS} | plugins)
+
+
+def _recipe(track: str, plain: Tree) -> Recipe:
+    return _CHECKER.validate_python({"track": track, **plain})
 
 
 def _cross_check(recipe: Recipe) -> None:

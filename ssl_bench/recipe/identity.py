@@ -86,8 +86,8 @@ def counts_by_path(flat: Mapping[str, Any], name: str = "data.name") -> bool:
 def relevant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of a nested recipe that can change its result, with their values."""
     flat = without_additions(flatten(recipe))
-    places = {path for path, name in PLACES.items() if not counts_by_path(flat, name)}
-    return {key: value for key, value in flat.items() if key not in IRRELEVANT | places}
+    left_out = IRRELEVANT | {path for path, name in PLACES.items() if not counts_by_path(flat, name)}
+    return {key: value for key, value in flat.items() if key not in left_out}
 
 
 def identity(recipe: Mapping[str, Any]) -> str:

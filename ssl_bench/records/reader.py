@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ RUN, METRICS, RESULTS, SESSIONS = "run.json", "metrics.jsonl", "results.json", "
 # A record of ours nests eight levels; a deeper one is no record, and would end in Python's recursion limit.
 DEPTH = 64
 LARGEST = 2**63  # of integers: above it no file format and no plot has a place for them
+_UNUSUAL = re.compile(rb"\d{19}|\\u|\0")  # a large integer, half a character or (as UTF-16) either in disguise
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read for its last row
 
 
@@ -271,7 +273,9 @@ def plain_json(path: Path) -> Any:
         OSError: it cannot be read.
     """
     try:
-        return _plain(json.loads(path.read_bytes()), path)
+        raw = path.read_bytes()
+        value = json.loads(raw)
+        return value if _is_plain(raw) else _plain(value, path)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RecordError):
             raise
@@ -291,19 +295,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _is_plain(raw: bytes) -> bool:
+    """Whether a text has nothing that `_plain` could refuse or change; most have not, and a study reads thousands."""
+    return raw.count(b"{") + raw.count(b"[") <= DEPTH and raw.isascii() and _UNUSUAL.search(raw) is None
+
+
 def _plain(value: Any, path: Path, depth: int = 0) -> Any:
     """The value, if any reader can hold it: not too deep, no huge integers, and text that UTF-8 can write."""
+    if isinstance(value, str):  # JSON can escape half a surrogate pair, which no file can hold
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, float) or value is None:
+        return value
+    if isinstance(value, int):
+        if not -LARGEST < value < LARGEST:
+            raise RecordError(f"{path}: damaged: an integer of more than 63 bits")
+        return value
     if depth > DEPTH:
         raise RecordError(f"{path}: damaged: it nests more than {DEPTH} levels")
     if isinstance(value, dict):
         return {_plain(key, path): _plain(item, path, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, path, depth + 1) for item in value]
-    if isinstance(value, str):  # JSON can escape half a surrogate pair, which no file can hold
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, int) and not -LARGEST < value < LARGEST:
-        raise RecordError(f"{path}: damaged: an integer of more than 63 bits")
-    return value
+    return [_plain(item, path, depth + 1) for item in value]
 
 
 def _checked(path: Path, value: dict[str, Any], schema: type[_Part]) -> dict[str, Any]:

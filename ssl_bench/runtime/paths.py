@@ -1,7 +1,9 @@
-"""Names that others chose (of plug-ins, studies, data sets) as parts of paths."""
+"""Where the cache is, and names that others chose (of plug-ins, studies, data sets) as parts of paths."""
 
+import os
 import re
 from hashlib import blake2b
+from pathlib import Path
 
 _LONGEST = 60  # characters; a file system takes 255 bytes, and a run's name is made of several
 
@@ -16,3 +18,8 @@ def file_name(text: str) -> str:
         return safe
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return f"{safe[: _LONGEST - 9]}-{digest}".lstrip("-")
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """The given folder of the cache; without one $SSL_BENCH_CACHE, or ~/.cache/ssl_bench."""
+    return Path(given if given is not None else os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser()

@@ -75,7 +75,7 @@ class CellStore:
         """The state of the cell; a damaged record is a failure and no exception."""
         folder = self.folder(cell)
         claimed = is_claimed(folder)  # asked first: a run that ends meanwhile then shows its results
-        status, damage = self.ending(cell)
+        status, damage = self._ending(cell, folder)
         if status is not None:
             return State(status)
         if damage:
@@ -95,7 +95,9 @@ class CellStore:
         Returns:
             its status, or None where it has not ended; then also what is wrong with its record, or "".
         """
-        folder = self.folder(cell)
+        return self._ending(cell, self.folder(cell))
+
+    def _ending(self, cell: Cell, folder: Path) -> tuple[Status | None, str]:
         try:
             results = read_results(folder)
             if results is None:

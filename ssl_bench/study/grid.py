@@ -22,12 +22,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssl_bench.recipe.compose import CONFIGS, compose, merge
+from ssl_bench.recipe.compose import CONFIGS, merge
 from ssl_bench.recipe.content import with_content
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.recipe.trust import refuse_untrusted
 from ssl_bench.recipe.values import YAML_CHARS, load_yaml
 from ssl_bench.runtime.suggestion import nearest
+from ssl_bench.study.known import KnownRecipes
 
 STUDIES = CONFIGS / "study"
 TRACKS = ("pretrain", "classify")
@@ -67,7 +68,7 @@ class Cell:
     @cached_property
     def name(self) -> str:
         """The name of its run directory; ends in the identity."""
-        return self.recipe.name()
+        return self.recipe.name(self.identity)
 
     @property
     def label(self) -> str:
@@ -119,6 +120,7 @@ def load_study(
     expansion = _Expansion(path.stem, dict(map(split_override, overrides)), seeds, dict(data_paths or {}), trust)
     expansion.add(path, content)
     expansion.check_distinct()
+    expansion.compose.save()
     return Study(path.stem, about, tuple(expansion.cells))
 
 
@@ -130,6 +132,7 @@ class _Expansion:
     ):
         self.study, self.user, self.data_paths, self.trust = study, user, data_paths, trust
         self.contents: dict[str, str | None] = {}
+        self.compose = KnownRecipes()
         self.seeds = None if seeds is None else list(seeds)
         self.cells: list[Cell] = []
         self.open: list[Path] = []
@@ -186,7 +189,7 @@ class _Expansion:
                 if key in overrides:
                     raise ValueError(f"{where}: {key} is set for each cell by the launcher; leave it out")
             try:
-                recipe = compose(track, [f"{key}={value}" for key, value in overrides.items()])
+                recipe = self.compose(track, [f"{key}={value}" for key, value in overrides.items()])
                 recipe = with_content(recipe, self.contents)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{where}: {_listing(varied) or 'its only cell'}: {error}") from None

@@ -1,12 +1,13 @@
 """Reading run directories: damage by name, the status of every kind of run, the sound among the others."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 from made_run import RECIPE, begun, ended, open_run
 
-from ssl_bench.records.reader import RecordError, find_runs, iterate_metrics, read_run
+from ssl_bench.records.reader import RecordError, _is_plain, find_runs, iterate_metrics, read_run
 from ssl_bench.records.storage import jsonable
 
 
@@ -81,3 +82,17 @@ def test_metrics_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     path.write_text("\n".join(rows) + '\n{"step": 9, "ep')
     assert [row["step"] for row in read_run(tmp_path / "run").metrics] == list(range(1, 9))
     assert [row["step"] for row in iterate_metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("raw", "plain"),
+    [
+        (b'{"a": [1, 0.5, null, true, "text"]}', True),
+        (b'{"a": "\\ud800"}', False),
+        (json.dumps({"a": "\ud800"}).encode("utf-16-le"), False),
+        (b'{"a": 9223372036854775808}', False),
+        (b"[" * 65 + b"]" * 65, False),
+    ],
+)
+def test_only_what_needs_no_look_is_read_without_one(raw, plain):
+    assert _is_plain(raw) is plain
