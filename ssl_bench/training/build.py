@@ -30,13 +30,14 @@ from ssl_bench.training.build_data import about_images, dataset, evaluation_data
 from ssl_bench.training.build_networks import backbone, check_images, classifier, method, trained_backbone
 from ssl_bench.training.evaluation import Evaluation
 from ssl_bench.training.evaluation_point import evaluation_point
-from ssl_bench.training.gradient import compute_gradient
+from ssl_bench.training.gradient import compute_gradient, unreached_parameters
 from ssl_bench.training.graphs import GraphedGradient
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.memory.recompute import recompute_blocks, recomputed
 from ssl_bench.training.micro_gradients import MicroBatches
 from ssl_bench.training.plan import Plan, Rhythm
 from ssl_bench.training.processes import Processes, processes
+from ssl_bench.training.rehearsal import listed
 from ssl_bench.training.session import Session
 
 __all__ = [
@@ -213,6 +214,9 @@ def trainer(
     gradient: Callable[..., dict[str, Tensor]] = partial(compute_gradient, tf32=_loss_in_tf32(recipe))
     if _graphs_steps(recipe, where):
         gradient = GraphedGradient(gradient, task, partial(_without_graphs, recipe, where))
+    unused = []
+    if where.world_size > 1:
+        unused = _unused_parameters(task, batches, where)
     if recipe.compile:
         for part in task.children():
             part.compile()
@@ -233,7 +237,19 @@ def trainer(
         hooks=hooks,
         loss_scale=recipe.loss_scale,
         evaluation_point=evaluation_point(made, task, batches, where.accelerator.autocast),
+        unused=unused,
     )
+
+
+def _unused_parameters(task: Method, batches: Pipeline, where: Processes) -> list[str]:
+    """Parameters without a gradient; where there are some, DistributedDataParallel looks for them at every step."""
+    rows = next(iter(batches.batches(0, 1))).views(0)
+    with where.accelerator.autocast():
+        names = unreached_parameters(task, [view[:4] for view in rows])
+    where.accelerator.ddp_handler.find_unused_parameters = bool(names)
+    if names:
+        where.say(f"not trained, as no output depends on it: {listed(names)}")
+    return names
 
 
 def _without_graphs(recipe: Recipe, where: Processes, reason: str) -> None:

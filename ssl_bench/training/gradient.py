@@ -6,7 +6,7 @@ then carried through the network. With chunks, a first pass without a graph make
 embedded again for its backward pass. How the gradient is split over processes: `ssl_bench.runtime.distributed`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -237,22 +237,47 @@ def _refuse_parameters(method: Method, leaves: Terms, loss: Tensor) -> None:
     Its gradient would be computed once on every process instead of once over all, outside DistributedDataParallel.
     """
     known = {id(leaf) for leaf in leaves.values()}
-    seen: set[Any] = set()
-    ahead = [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
+    for variable in _reached([loss]):
+        if id(variable) not in known:
             # Looked up here alone: this runs in every step, and a network has hundreds of names.
             for name, parameter in method.named_parameters():
                 if parameter is variable:
                     raise ValueError(
                         f"{_name(method)}: loss must use no trainable parameter, got {name}: move it into forward"
                     )
+
+
+def _reached(values: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves of the graph of some tensors."""
+    seen: set[Any] = set()
+    ahead = [value.grad_fn for value in values]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
         ahead += [function for function, _ in node.next_functions]
+
+
+def unreached_parameters(method: Method, inputs: Sequence[Tensor]) -> list[str]:
+    """The names of the trainable parameters on which no output of a forward pass depends; changes nothing.
+
+    Args:
+        method: not wrapped.
+        inputs: some rows of each of its views; at least 2, for batch norm.
+    """
+    kept = [(buffer, buffer.clone()) for buffer in method.buffers()]
+    device = next(method.parameters()).device
+    drawn = random_state(device)
+    reached = {id(variable) for variable in _reached(method(*inputs).values())}
+    set_random_state(device, drawn)
+    with torch.no_grad():
+        for buffer, before in kept:
+            buffer.copy_(before)
+    return [name for name, p in method.named_parameters() if p.requires_grad and id(p) not in reached]
 
 
 def _gradients(method: Method, leaves: Terms, n_chunks: int) -> list[Terms]:

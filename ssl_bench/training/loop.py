@@ -76,6 +76,7 @@ class Trainer:
         accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
         loss_scale: factor on the loss for the backward pass, not on the recorded one.
         evaluation_point: step -> the context in which the network is measured and kept.
+        unused: the names of trainable parameters that are known to get no gradient; sought with several processes only.
     """
 
     model: nn.Module
@@ -90,6 +91,7 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     loss_scale: float = 1.0
     evaluation_point: Callable[[int], AbstractContextManager] = nullcontext
+    unused: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.module: Method = unwrap(self.model)

@@ -1,6 +1,6 @@
 """What could fail only at the end of a run is tried before its first step, on the untrained model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +38,16 @@ def rehearse_saving(backbone: nn.Module, state: dict[str, Any]) -> None:
             raise ValueError(f"model: {name} must be loaded as it was saved, got other values")
 
 
-def every_parameter_used(gradient: Gradient, task: nn.Module) -> Gradient:
+def every_parameter_used(gradient: Gradient, task: nn.Module, spared: Collection[str] = ()) -> Gradient:
     """The same gradient, which is checked at its first call: with several processes, every parameter must get one.
 
     DistributedDataParallel reduces gradients in groups, and a group with a parameter that the loss does not reach is
     never reduced: without an error, its other parameters would differ between the processes.
+
+    Args:
+        gradient: of the network behind DistributedDataParallel.
+        task: the network.
+        spared: the names of parameters of which DistributedDataParallel finds out itself that nothing reaches them.
 
     Raises:
         ValueError: one line that names the parameters, from the first call.
@@ -50,7 +55,8 @@ def every_parameter_used(gradient: Gradient, task: nn.Module) -> Gradient:
     checked = False
 
     def unused() -> list[str]:
-        return [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+        without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+        return [name for name in without if name not in spared]
 
     def call(*arguments: Any) -> dict[str, Tensor]:
         nonlocal checked
@@ -71,8 +77,12 @@ def every_parameter_used(gradient: Gradient, task: nn.Module) -> Gradient:
 
 
 def _refuse(names: list[str]) -> None:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     raise ValueError(
         f"every parameter must take part in the loss where there are several processes, got none of "
-        f"{', '.join(names[:5]) or 'some'}{more}: remove it, or give it requires_grad=False"
+        f"{listed(names) or 'some'}: remove it, or give it requires_grad=False"
     ) from None
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -144,7 +144,7 @@ class Session:
             self.processes.accelerator.init_trackers("ssl_bench", config=config)
         graphed = trainer.gradient
         if self.processes.world_size > 1:
-            trainer.gradient = every_parameter_used(trainer.gradient, trainer.module)
+            trainer.gradient = every_parameter_used(trainer.gradient, trainer.module, trainer.unused)
         # Elsewhere a signal ends the process at once: there is nothing to save, or a checkpoint has it all.
         with self._interrupt.finishing():
             outcome = self._steps(trainer)

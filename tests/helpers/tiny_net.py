@@ -54,6 +54,30 @@ class DropoutTwins(BarlowTwins):
         return self.projector(nn.functional.dropout(self.backbone(x), 0.3, self.training))
 
 
+class SpareTwins(BarlowTwins):
+    """Barlow Twins with a layer that nothing uses."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.spare = nn.Linear(8, 8)
+
+
+class IdleTwins(BarlowTwins):
+    """Barlow Twins with a layer whose output the loss does not use."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.idle = nn.Linear(32, 8)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> dict[str, Tensor]:
+        """Beside the embeddings, an output."""
+        return {**super().forward(x1, x2), "idle": self.idle(self.backbone(x1))}
+
+    def loss(self, z1: Tensor, z2: Tensor, idle: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Of the embeddings alone."""
+        return super().loss(z1, z2)
+
+
 class BrokenTwins(BarlowTwins):
     """Barlow Twins whose loss becomes NaN at the fourth step (of one process)."""
 

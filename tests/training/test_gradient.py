@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_bench.methods import METHODS, Classifier, Method
-from ssl_bench.training.gradient import compute_gradient, global_loss
+from ssl_bench.training.gradient import compute_gradient, global_loss, unreached_parameters
 
 N = 16
 
@@ -291,6 +291,16 @@ def test_a_method_that_breaks_the_contract_is_refused_in_one_line(how, n_chunks,
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         compute_gradient(Broken(how), chunks(images(), n_chunks), n_chunks, Tensor.backward)
     assert "\n" not in str(caught.value)
+
+
+def test_the_parameters_that_no_output_depends_on_are_found_and_nothing_changes():
+    model = network(norm=nn.BatchNorm2d, dropout=0.5)
+    model.spare, model.frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    before, drawn = [buffer.clone() for buffer in model.buffers()], torch.get_rng_state()
+    assert unreached_parameters(model, images()[:, :4].unbind()) == ["spare.weight", "spare.bias"]
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not gradients(model)
 
 
 def test_a_batch_of_one_image_and_what_is_no_method_are_refused():

@@ -235,5 +235,6 @@ def test_a_parameter_without_gradient_is_named():
 
     with pytest.raises(ValueError, match=r"every parameter must take part in the loss .* got none of 1\.weight, 1\.b"):
         every_parameter_used(gradient, net)(None)
+    assert every_parameter_used(gradient, net, spared=["1.weight", "1.bias"])(None)["loss"].ndim == 0
     net[1].requires_grad_(False)
     assert every_parameter_used(gradient, net)(None)["loss"].ndim == 0

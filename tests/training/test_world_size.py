@@ -98,3 +98,31 @@ def test_processes_that_normalise_for_themselves_evaluate_the_first_ones_model(t
     assert not torch.equal(first["before"], second["before"])
     assert torch.equal(first["after"], first["before"])
     assert torch.equal(second["after"], first["before"])
+
+
+def test_a_layer_that_nothing_uses_is_named_and_left_as_it_is(tmp_path):
+    """And the other parameters, some of them in its group of DistributedDataParallel, train as on one process."""
+    words = (*TINY_PRETRAIN, "method=tiny_net:SpareTwins", "eval.protocols=[]", "steps=4", "chunk_size=48")
+    for world_size in (1, 2):
+        done = run(
+            script("pretrain", (*words, f"run_dir=w{world_size}", "checkpoint.final=true"), world_size), tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stderr.count("not trained, as no output depends on it: spare.weight, spare.bias") == 1
+    for one, many in zip(metrics(tmp_path / "w1"), metrics(tmp_path / "w2"), strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    rows = [pq.read_table(tmp_path / f"w{world_size}/telemetry.parquet").to_pylist() for world_size in (1, 2)]
+    assert [(row["step"], row["layer"]) for row in rows[0]] == [(row["step"], row["layer"]) for row in rows[1]]
+    assert not any(row["layer"].startswith("spare") for row in rows[0])
+    for one, many in zip(*rows, strict=True):
+        assert many["weight_norm"] == pytest.approx(one["weight_norm"], rel=1e-4, abs=1e-6)
+
+
+def test_a_layer_whose_output_the_loss_leaves_out_is_refused_by_name(tmp_path):
+    words = (*TINY_PRETRAIN, "method=tiny_net:IdleTwins", "eval.protocols=[]", "steps=4", "run_dir=r")
+    done = run(script("pretrain", words, 2), tmp_path)
+    assert done.returncode != 0
+    assert (
+        "every parameter must take part in the loss where there are several processes, got none of idle.weight, "
+        "idle.bias" in done.stderr
+    )
