@@ -143,10 +143,12 @@ class Kernels:
             # Exact: with w = 0 or g = 0, g + beta w - beta w = g.
             off = bare.to(dtype) * -sgd.decay
             d = torch._foreach_add(d, torch._foreach_mul(params, off.unbind()))
-        if isinstance(factor, Tensor) and factor.ndim == 1:
-            d = torch._foreach_mul(d, factor.to(dtype).unbind())
-        elif factor is not None:
-            d = torch._foreach_mul(d, factor)
+        if factor is not None:
+            scale = factor.to(dtype).unbind() if isinstance(factor, Tensor) and factor.ndim == 1 else factor
+            if d is self.grads:  # which stay as they are
+                d = torch._foreach_mul(d, scale)
+            else:
+                torch._foreach_mul_(d, scale)
         torch._foreach_mul_(buffers, sgd.momentum)
         torch._foreach_add_(buffers, d)
         update: Tensors = torch._foreach_add(d, buffers, alpha=sgd.momentum) if sgd.nesterov else buffers

@@ -54,23 +54,29 @@ class FiniteGuard:
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
         self._layers = torch.zeros(len(self.names), dtype=torch.bool, device=device)
         self._zero = torch.zeros((), device=device)
+        self._seen: list[tuple[int, Tensor]] = []  # step, and (1 + layers,) its loss and gradients' sums, to be judged
 
     def update(self, step: int, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Looks at one step's loss and gradients; one pass over the gradients, no wait."""
+        """Takes one step's loss and gradients; one pass over the gradients, no wait, and nothing else until `found`."""
         gradients: Any = [parameter.grad for parameter in parameters if parameter.grad is not None]
         # Infinity and NaN survive a maximum and a sum, while a sum of squares could overflow. Each is the cheaper one
         # on its device; a sum leaves float32's range only with gradients that no training would survive either.
         on_cpu = self._zero.device.type == "cpu"
         norms = iter([g.sum() for g in gradients] if on_cpu else torch._foreach_norm(gradients, float("inf")))
-        broken = (
-            torch.stack([self._zero if p.grad is None else next(norms) for p in parameters]).isfinite().logical_not()
-        )
-        bad = ~loss.detach().isfinite()
-        if self.gradients:
-            bad = bad | broken.any()
-        first = bad & (self._step < 0)
-        self._step = torch.where(first, step, self._step)
-        self._layers = torch.where(first, broken, self._layers)
+        row = [loss.detach().float(), *(self._zero if p.grad is None else next(norms) for p in parameters)]
+        self._seen.append((step, torch.stack(row)))
+
+    def _judge(self) -> None:
+        """Keeps the first bad step of those taken since the last time, if none was before."""
+        if not self._seen:
+            return
+        steps, rows = zip(*self._seen, strict=True)
+        self._seen = []
+        broken = torch.stack(rows).isfinite().logical_not()  # (steps, 1 + layers)
+        bad = broken.any(dim=1) if self.gradients else broken[:, 0]
+        first, new = bad.int().argmax(), bad.any() & (self._step < 0)
+        self._step = torch.where(new, torch.tensor(steps, device=self._step.device)[first], self._step)
+        self._layers = torch.where(new, broken[first, 1:], self._layers)
 
     def found(self, reduce_max: Any) -> dict[str, Any] | None:
         """The first bad step and its first bad tensors, or None. Waits for the device.
@@ -78,6 +84,7 @@ class FiniteGuard:
         Args:
             reduce_max: maps a tensor to its maximum over processes.
         """
+        self._judge()
         step = int(reduce_max(self._step))
         if step < 0:
             return None
@@ -86,9 +93,11 @@ class FiniteGuard:
         return {"step": step, "layer": broken[0] if broken else None, "layers": len(broken), "of": len(self.names)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has been found so far."""
+        """What has been found so far. Waits for the device."""
+        self._judge()
         return {"step": self._step.cpu(), "layers": self._layers.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on where `state_dict` was taken."""
+        self._seen = []
         self._step, self._layers = state["step"].to(self._step.device), state["layers"].to(self._step.device)

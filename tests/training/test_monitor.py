@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_bench.training.monitor import FiniteGuard, Meter
 
@@ -49,3 +50,32 @@ def test_guard_sees_a_loss_alone_and_ignores_gradients_under_a_scaler():
     assert guard.found(lambda tensor: tensor) is None
     guard.update(1, torch.tensor(float("inf")), parameters(1))
     assert guard.found(lambda tensor: tensor) == {"step": 1, "layer": None, "layers": 0, "of": 1}
+
+
+def test_guard_goes_on_from_its_state_and_keeps_the_first_of_many_steps():
+    guard, other = (FiniteGuard(["a", "b"], torch.device("cpu")) for _ in range(2))
+    for step, gradient in enumerate((1, 1, float("nan"), float("inf"), 1)):
+        guard.update(step, torch.tensor(1.0), parameters(1, gradient))
+    other.update(9, torch.tensor(1.0), parameters(1, 1))  # of a run that is given up for the checkpoint
+    other.load_state_dict(guard.state_dict())
+    for one in (guard, other):
+        one.update(5, torch.tensor(float("nan")), parameters(float("nan"), 1))
+        assert one.found(lambda tensor: tensor) == {"step": 2, "layer": "b", "layers": 1, "of": 2}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_starts_one_pass_over_the_gradients_and_one_copy_for_the_guard():
+    guard = FiniteGuard(["a", "b", "c"], torch.device("cpu"))
+    with Operations() as operations:
+        guard.update(0, torch.tensor(1.0), parameters(1, 2, None))
+    assert [name for name in operations.seen if name in ("sum", "stack", "cat")].count("sum") == 2
+    assert not {"isfinite", "where", "any", "logical_not", "lt", "eq", "ne"} & set(operations.seen)
