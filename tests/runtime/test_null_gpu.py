@@ -124,6 +124,49 @@ def test_synchronised_batch_norm_never_waits(gpu):
     assert last[2] == "[(8,), (8,)]"
 
 
+RECORDED_BY_EIGHT = """
+import ctypes, os, torch, torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ssl_bench.methods import METHODS
+from ssl_bench.runtime.distributed import synchronize_batch_norm
+from ssl_bench.training.gradient import compute_gradient
+from ssl_bench.training.graphs import GraphedGradient
+
+dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+counts = (ctypes.c_long * 6)()
+
+def counted():
+    ctypes.CDLL(None).null_gpu_counts(counts)
+    return list(counts)
+
+for name in ("barlow_twins", "vicreg", "simclr", "supcon", "simsiam"):
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    method = METHODS[name](backbone, 8, projector=(32, 16), **({"predictor": (16,)} if name == "simsiam" else {}))
+    synchronize_batch_norm(method)
+    method.cuda()
+    views = [torch.zeros(6, 3, 8, 8, device="cuda") for _ in range(2)]
+    if name == "supcon":
+        views.append(torch.zeros(6, dtype=torch.int64, device="cuda"))
+    gradient = GraphedGradient(compute_gradient, method, print)
+    for step in range(6):
+        before = counted()
+        gradient(method, lambda _: tuple(views), 1, torch.Tensor.backward)
+    kernels, waits, _, replays, _, refused = (b - a for a, b in zip(before, counted()))
+    print(name, gradient.used, kernels, waits, replays, refused, flush=True)
+os._exit(0)  # an ordinary exit with a process group aborts now and then
+"""
+
+
+def test_the_passes_of_one_of_eight_processes_could_be_recorded(gpu):
+    """Synchronised batch norm, the shared and the gathered losses; the collectives do nothing. (Runs do not record.)"""
+    ended = run(gpu, "-W", "ignore", "-c", RECORDED_BY_EIGHT)
+    assert ended.returncode == 0, ended.stderr
+    names = ("barlow_twins", "vicreg", "simclr", "supcon", "simsiam")
+    assert ended.stdout.splitlines() == [f"{name} replayed 0 0 1 0" for name in names]
+
+
 REFUSED = """
 import torch, warnings
 from ssl_bench.runtime.cuda_graph import Replayed
