@@ -39,6 +39,8 @@ _MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]<
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell of text that begins so is computed by spreadsheets
 
 _BOLD = re.compile(r"\*\*(\d+\.\d+)\*\*")  # the one markup in printed cells, and no record's text can do more with it
+LAST_LATEX_LETTER = 0x17F  # Latin Extended-A
+PAGE_ROWS = 45  # of a table of LaTeX's, in footnotesize
 LONGEST_NAME = 100  # characters of a file's name without its suffix
 LONGEST_TEXT = 300  # characters of a record's name or option in a table
 
@@ -113,13 +115,33 @@ class Table:
         return buffer.getvalue()
 
     def latex(self) -> str:
-        """A longtable with booktabs rules; needs \\usepackage{booktabs,longtable,amssymb}."""
+        """Tables that fit a page each; needs \\usepackage{booktabs,graphicx,amssymb}.
+
+        One for each data set, if that is a column and there is more than a page, and of at most `PAGE_ROWS` rows. What
+        is wider than the text is scaled down to it.
+        """
         align = "".join("r" if right else "l" for right in self.numeric())
-        head, *rows = (" & ".join(map(latex, row)) + r" \\" for row in (self.columns, *self.rows))
-        begin = [rf"\begin{{longtable}}{{{align}}}", rf"\caption{{{latex(self.title)}}}\\", r"\toprule", head]
-        end = [r"\bottomrule", r"\end{longtable}", ""]
         notes = [f"% {' '.join(note.split())}" for note in self.notes]
-        return "\n".join([*notes, *begin, r"\midrule", r"\endhead", *rows, *end])
+        parts, lines = self._pages(), [*notes]
+        for number, (about, rows) in enumerate(parts, 1):
+            of = f" ({', '.join(filter(None, [about, f'{number} of {len(parts)}']))})" if len(parts) > 1 else ""
+            head, *body = (_latex_row(row) for row in (self.columns, *rows))
+            lines += [r"\begin{table}[htbp]", rf"\caption{{{latex(self.title + of)}}}", r"\centering\footnotesize"]
+            lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{\begin{tabular}{" + align + "}"]
+            lines += [r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
+        return "\n".join([*lines, ""])
+
+    def _pages(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        """The rows as they fit on pages, each with the data set that they are about, if it is one."""
+        if len(self.rows) <= PAGE_ROWS:
+            return [("", self.rows)]
+        column = self.columns.index("data set") if "data set" in self.columns else None
+        by_data: dict[str, list[tuple[str, ...]]] = {}
+        for row in self.rows:
+            by_data.setdefault("" if column is None else row[column], []).append(row)
+        return [
+            (name, rows[i : i + PAGE_ROWS]) for name, rows in by_data.items() for i in range(0, len(rows), PAGE_ROWS)
+        ]
 
     def write(self, folder: Path) -> None:
         """Writes ``<name>.md``, ``<name>.tex`` and, if there are records, ``<name>.csv``."""
@@ -145,7 +167,20 @@ def markdown(text: str) -> str:
 def latex(text: str) -> str:
     """Plain text as LaTeX on one line; a number between ``**`` becomes bold."""
     parts = _BOLD.split(on_one_line(text))
-    return "".join(rf"\textbf{{{part}}}" if index % 2 else part.translate(_LATEX) for index, part in enumerate(parts))
+    return "".join(rf"\textbf{{{part}}}" if index % 2 else _latex_text(part) for index, part in enumerate(parts))
+
+
+def _latex_text(text: str) -> str:
+    """The text escaped; a letter that pdflatex's fonts lack becomes its number."""
+    return "".join(
+        c.translate(_LATEX) if ord(c) <= LAST_LATEX_LETTER or ord(c) in _LATEX else f"[U+{ord(c):04X}]" for c in text
+    )
+
+
+def _latex_row(row: Sequence[str]) -> str:
+    """The cells of a row; after a rule or another row a bracket or star would be taken for that one's argument."""
+    text = " & ".join(map(latex, row))
+    return ("{}" if text.startswith(("[", "*", "(")) else "") + text + r" \\"
 
 
 def on_one_line(text: str) -> str:

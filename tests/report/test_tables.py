@@ -2,6 +2,9 @@
 
 import csv
 import io
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,9 +44,48 @@ def test_written_forms() -> None:
     assert r"\caption{50\% of a\_b}" in latex
     assert r"x$|$y \& z & -- \\" in latex
     assert r"is \textbf{1.5} & +1.5 \\" in latex
-    assert r"\begin{longtable}{lr}" in latex
-    assert latex.count(r"\begin") == latex.count(r"\end{") == 1
+    assert r"\begin{tabular}{lr}" in latex
+    assert latex.count(r"\begin") == latex.count(r"\end{") == 2
     assert "Nothing to show." in Table("t", "Empty", ("a",)).markdown()
+
+
+def test_a_long_table_is_split_by_data_set_and_page() -> None:
+    table = Table("t", "Long", ("data set", "n"))
+    for name, count in (("a", 50), ("b", 3)):
+        for number in range(count):
+            table.add((name, str(number)))
+    text = table.latex()
+    captions = re.findall(r"caption{(.*)}", text)
+    assert captions == ["Long (a, 1 of 3)", "Long (a, 2 of 3)", "Long (b, 3 of 3)"]
+    assert [part.count(" & ") - 1 for part in text.split(r"\begin{table}")[1:]] == [45, 5, 3]
+    assert r"{}[x] & {}" not in Table("t", "T", ("a", "b"), rows=[("[x]", "[y]")]).latex()
+    assert r"{}[x] & [y] \\" in Table("t", "T", ("a", "b"), rows=[("[x]", "[y]")]).latex()
+
+
+def test_latex_compiles_and_fits_the_page(collection: Collection, tmp_path: Path) -> None:
+    wide = Table("w", "Wide", tuple(f"column {i}" for i in range(30)), rows=[tuple("abcdefghij" for _ in range(30))])
+    odd = Table(
+        "o",
+        "Odd",
+        ("a", "b"),
+        rows=[("[x] *", '中 é ő 😀 & % $ # _ { } ~ ^ \\ | " < >'), ("* ±–−✓✗≥∞×→…²λβηφρ", "(1)")],
+    )
+    compiles([wide, odd, results.table1_wide(collection), results.table1_long(collection, complete=True)], tmp_path)
+
+
+def compiles(tables: list[Table], folder: Path) -> None:
+    """No error, no box wider or higher than the page."""
+    if shutil.which("pdflatex") is None:
+        pytest.skip("needs pdflatex")
+    packages = r"\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx,amssymb}"
+    body = "\n\\clearpage\n".join(table.latex() for table in tables)
+    (folder / "all.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{body}\end{{document}}")
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "all.tex"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, check=False)
+    log = (folder / "all.log").read_text(errors="replace")
+    assert done.returncode == 0, log[-2000:]
+    assert "Overfull" not in log
+    assert "too large for page" not in log
 
 
 def test_the_papers_numbers() -> None:
