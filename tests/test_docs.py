@@ -78,7 +78,19 @@ def accepted(words: list[str], fails: bool = False) -> None:
 
 def composed(track: str, words: list[str]) -> None:
     """The words without what stands for something of the reader's."""
-    yours = ("my_pkg", "FILE", "FOLDER", "PHOTOS", "...", "align_uniform", "bt_hsic", "signum", "ridge-v1", "shapes")
+    yours = (
+        "my_pkg",
+        "FILE",
+        "FOLDER",
+        "PHOTOS",
+        "SHARDS",
+        "...",
+        "align_uniform",
+        "bt_hsic",
+        "signum",
+        "ridge-v1",
+        "shapes",
+    )
     words = words[: words.index("||")] if "||" in words else words
     out = [word for word in words if any(each in word for each in yours) or word == "data=folder"]
     groups = {word.split("=")[0] for word in out}

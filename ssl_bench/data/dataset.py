@@ -19,6 +19,7 @@ from ssl_bench.data.decoded import cached_labels, decode_to_memory, open_decoded
 from ssl_bench.data.folders import TEST_NAMES, locate_folder, locate_tiny_imagenet
 from ssl_bench.data.parquet import is_saved, locate_hub, locate_parquet, locate_saved
 from ssl_bench.data.raw import Located, RawDataset
+from ssl_bench.data.shards import locate_shards
 from ssl_bench.data.sources import RESIDENT_FRACTION, Part, ResidentSource, Source, StreamingSource
 from ssl_bench.runtime.distributed import rank
 from ssl_bench.runtime.memory import available_memory
@@ -41,6 +42,7 @@ DATASETS: dict[str, int | None] = {
     "tiny_imagenet": None,
     "hf": None,
     "folder": None,
+    "webdataset": None,
     "digits": 10,
 }
 
@@ -54,6 +56,7 @@ SOURCES = {
     "tiny_imagenet": "100,000 and 10,000 images of 64 pixels, 200 classes; data.path",
     "hf": "a Hugging Face hub id, or a folder of parquet files: data.path",
     "folder": "class folders, or images without labels: data.path",
+    "webdataset": "WebDataset shards, train-*.tar and val-*.tar: data.path",
     "digits": "1,442 and 355 handwritten digits of 32 pixels, 10 classes; embedded",
 }
 
@@ -117,7 +120,8 @@ def load_dataset(
         path: where the data is; a foreign data set decides what it means. For a named set a folder of Hugging Face
             parquet files (train-*.parquet and test-, val-, valid- or validation-*.parquet), or what torchvision keeps,
             or Tiny ImageNet's archive unpacked; None downloads what torchvision can download. For "folder" the folder
-            with train/ and test/, or of images; for "hf" a hub id or a folder. "digits" takes none.
+            with train/ and test/, or of images; for "webdataset" one of .tar files; for "hf" a hub id or a folder.
+            "digits" takes none.
         size: pixels of the square images, > 0: the shorter side is resized to it (antialiased) and the centre kept.
             None keeps the images' own size, which must then be the same for all.
         resident: True keeps each split as one tensor, memory-mapped until `Source.to` moves it; False streams batches
@@ -227,7 +231,7 @@ def _check_arguments(
         raise ValueError(f"data {name}: hf_config must be None (it is for data=hf), got {hf_config!r}")
     if locate is None and path is not None and name == "digits":
         raise ValueError(f"data digits: path must be None (scikit-learn holds the images), got {str(path)!r}")
-    if locate is None and path is None and name in ("hf", "folder", "tiny_imagenet"):
+    if locate is None and path is None and name in ("hf", "folder", "webdataset", "tiny_imagenet"):
         raise ValueError(f"data {name}: path must be given (data.path=...), got None")
 
 
@@ -243,6 +247,8 @@ def _locate(name: str, path: str | Path | None, directory: Path, hf_config: str 
         raise FileNotFoundError(f"data {name}: path must be a directory, got {str(path)!r}")
     if name == "folder":
         return locate_folder(folder)
+    if name == "webdataset":
+        return locate_shards(folder)
     if is_saved(folder):
         return locate_saved(folder)
     if found := locate_parquet(folder, hf_config):

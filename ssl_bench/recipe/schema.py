@@ -38,13 +38,13 @@ class DataOptions:
     __pydantic_config__ = STRICT
     name: str = key(
         "cifar10",
-        "cifar10, cifar100, stl10, stl10_unlabeled, fashion_mnist, tiny_imagenet, digits, hf, folder, an installed "
-        "entry point, or package.module:function",
+        "cifar10, cifar100, stl10, stl10_unlabeled, fashion_mnist, tiny_imagenet, digits, hf, folder, webdataset, an "
+        "installed entry point, or package.module:function",
     )
     path: str | None = key(
         None,
         "directory to read (for data=hf also a hub id): Hugging Face parquet files, the original archive, class "
-        "folders, images without labels, or torchvision's root; null = download into the cache",
+        "folders, images without labels, WebDataset's shards, or torchvision's root; null = download into the cache",
     )
     hf_config: str | None = key(
         None, "data=hf: which configuration of the data set; null = the only one, or the default that it names"
@@ -311,7 +311,7 @@ class Recipe:
         1.0, "epochs between checks that all processes hold equal parameters; 0 = off"
     )
     tracker: str | None = key(
-        None, "also log to one of Accelerate's trackers (tensorboard, wandb, trackio, ...); null = none"
+        None, "also log to one of Accelerate's trackers (tensorboard, wandb, trackio, mlflow, ...); null = none"
     )
 
     def to_dict(self) -> dict[str, Any]:
