@@ -78,22 +78,30 @@ def export(
             "--to", help="Instead: folder for one run's backbone, as timm and the hub load it.", callback=expanded
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", help="With --to: upload the folder to the Hugging Face hub as OWNER/NAME too."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Copy the runs' records, without weights; or a run's backbone.
 
     The records are small enough to commit or to send, with local paths shortened; report and leaderboard read the
     copies like the runs. With --to: weights, timm's configuration with this run's mean, std and size, and a model card.
+    With --push the hub gets these three files, in a private repository where there is none yet.
     """
 
     def copy() -> int:
         if (output is None) == (to is None):
             raise ValueError("export: give one of --output (records) and --to (a backbone)")
         if to is not None:
-            from ssl_bench.records.publish import publish
+            from ssl_bench.records import publish
 
-            print(publish(runs, to, _images_of))
+            folder = publish.publish(runs, to, _images_of, repo=push)
+            print(folder if push is None else publish.push(folder, push))
             return 0
+        if push is not None:
+            raise ValueError("export: --push needs --to, the folder to upload")
         from ssl_bench.records.export import export_records
 
         assert output is not None

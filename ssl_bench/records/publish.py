@@ -1,4 +1,4 @@
-"""A run's backbone to give away: ``ssl-bench export RUN --to DIR`` writes what timm and the Hugging Face hub load."""
+"""A run's backbone to give away: ``ssl-bench export RUN --to DIR [--push OWNER/NAME]``, as timm and the hub load it."""
 
 import json
 import shutil
@@ -16,8 +16,12 @@ from ssl_bench.records.writer import BACKBONE
 # The images that the backbone was trained for: "mean" and "std" of each channel, for pixels in [0, 1], and "size".
 About = Mapping[str, Any]
 
+FILES = ("model.safetensors", "config.json", "README.md")
 
-def publish(run_dir: str | Path, output: str | Path, about: Callable[[RunRecord], About]) -> Path:
+
+def publish(
+    run_dir: str | Path, output: str | Path, about: Callable[[RunRecord], About], *, repo: str | None = None
+) -> Path:
     """Writes weights, timm's configuration and a model card.
 
     `timm.create_model("local-dir:DIR", pretrained=True)` loads the folder, and so does ``hf-hub:`` once it is uploaded.
@@ -26,14 +30,17 @@ def publish(run_dir: str | Path, output: str | Path, about: Callable[[RunRecord]
         run_dir: of a run that has a backbone.
         output: the folder: model.safetensors, config.json, README.md; made, or empty, or an earlier copy.
         about: finds the images' mean, std and size where the record does not say them (those of before it did).
+        repo: the hub's OWNER/NAME to which the folder will be pushed, for the model card; None = none.
 
     Returns:
         the folder.
 
     Raises:
-        RecordError: one line; no such run, no backbone in it, or one that no timm model is.
+        RecordError: one line; no such run, no backbone in it, one that no timm model is, or a bad name of a repository.
         OSError: one line; a file cannot be written.
     """
+    if repo is not None:
+        _check_repo(repo)
     record, folder = read_run(run_dir), Path(output)
     weights = record.folder / BACKBONE
     if not weights.is_file():
@@ -42,16 +49,63 @@ def publish(run_dir: str | Path, output: str | Path, about: Callable[[RunRecord]
         name = record.recipe["model"]["name"]
         raise RecordError(f"export: {run_dir} must hold a model of timm's to be loaded by timm, got {name}")
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if others and not {"model.safetensors", "config.json", "README.md"}.issuperset(others):
+    if others and not set(FILES).issuperset(others):
         raise RecordError(f"export: {folder} must be empty, new or an earlier export, got {others[0]!r} in it")
     config = _config(weights, record.provenance.get("images") or about(record))
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "model.safetensors", synced=False) as file, open(weights, "rb") as source:
         shutil.copyfileobj(source, file)
-    for name, text in (("config.json", json.dumps(config, indent=2) + "\n"), ("README.md", _card(record, config))):
+    for name, text in (
+        ("config.json", json.dumps(config, indent=2) + "\n"),
+        ("README.md", _card(record, config, repo)),
+    ):
         with atomic_file(folder / name, synced=False) as file:
             file.write(text.encode())
     return folder
+
+
+def push(folder: Path, repo: str) -> str:
+    """Uploads an exported folder to the Hugging Face hub; a repository that does not exist is made, private.
+
+    The endpoint and the token are huggingface_hub's (`HF_ENDPOINT`, `HF_TOKEN`, ``hf auth login``).
+
+    Args:
+        folder: what `publish` has written.
+        repo: OWNER/NAME.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        RecordError: one line; no network, no token, no right to write, or a bad name.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    _check_repo(repo)
+    api = HfApi(library_name="ssl_bench")
+    try:
+        # The reader of a public model should be somebody's decision, and one that the hub's page has a switch for.
+        api.create_repo(repo, private=True, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload by ssl-bench export"
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise RecordError(f"export: {repo}: the upload failed; {folder} has the files: {one_line(error)}") from error
+    return str(done.commit_url)
+
+
+def _check_repo(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        good = repo.count("/") == 1
+    except HFValidationError:
+        good = False
+    if not good:
+        raise RecordError(f"export: --push must be OWNER/NAME as on the hub, got {repo!r}")
 
 
 def _config(weights: Path, images: About) -> dict[str, Any]:
@@ -81,7 +135,7 @@ def _config(weights: Path, images: About) -> dict[str, Any]:
     }
 
 
-def _card(record: RunRecord, config: Mapping[str, Any]) -> str:
+def _card(record: RunRecord, config: Mapping[str, Any], repo: str | None = None) -> str:
     """The model card."""
     recipe, cfg = record.recipe, config["pretrained_cfg"]
     method = (recipe.get("method") or {}).get("target") or "supervised classification"
@@ -93,6 +147,7 @@ def _card(record: RunRecord, config: Mapping[str, Any]) -> str:
         for one in evaluations
     ]
     needs = "import ssl_bench.models.backbone  # the stem\n" if "_cifar" in config["architecture"] else ""
+    place = f"hf-hub:{repo}" if repo else "local-dir:FOLDER"
     table = ["| protocol | model | score | images | probe seed |", "|---|---|---|---|---|", *rows]
     return "\n".join(
         [
@@ -108,7 +163,7 @@ def _card(record: RunRecord, config: Mapping[str, Any]) -> str:
             "",
             "```python",
             f"import timm\n{needs}",
-            'backbone = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
+            f'backbone = timm.create_model("{place}", pretrained=True).eval()',
             "```",
             "",
             f"Images of {cfg['input_size'][1]} x {cfg['input_size'][2]} pixels in [0, 1], normalised by mean "

@@ -1,8 +1,12 @@
 """`ssl-bench export RUN --to DIR`: timm and the hub's layout load it, with this run's images, bitwise equal."""
 
+import base64
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -113,6 +117,95 @@ def test_the_card_says_how_and_how_well(runs, tmp_path):
     assert "Not evaluated." in card
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A stand-in for the hub: what huggingface_hub asks of it to make a repository and to commit small files."""
+
+    requests: ClassVar[list[tuple[str, object]]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    allowed = True
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.requests.append((self.path, self.headers.get("Authorization", "")))
+        if not self.allowed:
+            self.answer(403, {"error": "no right to write here"})
+        elif self.path == "/api/repos/create":
+            self.requests.append(("made", json.loads(body).get("visibility") or json.loads(body)["private"]))
+            self.answer(200, {"url": f"{self.base}/me/mine", "name": "me/mine", "id": "1"})
+        elif self.path == "/api/validate-yaml":  # of the card's head
+            assert "library_name: timm" in json.loads(body)["content"]
+            self.answer(200, {"errors": [], "warnings": []})
+        elif self.path == "/api/models/me/mine/preupload/main":
+            files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
+            self.answer(200, {"files": [one | {"shouldIgnore": False} for one in files]})
+        elif self.path.startswith("/api/models/me/mine/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer(200, {"commitUrl": f"{self.base}/me/mine/commit/abc", "commitOid": "abc", "hookOutput": ""})
+        else:
+            self.answer(404, {"error": f"not known here: {self.path}"})
+
+    def do_GET(self) -> None:
+        self.answer(200, {"_id": "1", "id": "me/mine", "sha": "0" * 40, "siblings": [], "private": True})
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def answer(self, code: int, content: dict) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.requests.clear()
+    Hub.files.clear()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", base)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", base)
+    monkeypatch.setenv("HF_TOKEN", "hf_a_token_of_the_test")
+    yield base
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_uploads_the_three_files(runs, tmp_path, hub):
+    done = export(str(runs / "imagenet"), "--to", str(tmp_path / "out"), "--push", "me/mine")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == f"{hub}/me/mine/commit/abc"
+    assert Hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(Hub.files) == 3
+    assert 'timm.create_model("hf-hub:me/mine", pretrained=True)' in Hub.files["README.md"].decode()
+    assert ("made", "private") in Hub.requests or ("made", True) in Hub.requests
+    assert all(token == "Bearer hf_a_token_of_the_test" for path, token in Hub.requests if path != "made")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_push_that_fails_is_one_line_and_keeps_the_files(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "allowed", False)
+    done = export(str(runs / "imagenet"), "--to", str(tmp_path / "out"), "--push", "me/mine")
+    assert done.exit_code == 2
+    assert f"error: export: me/mine: the upload failed; {tmp_path / 'out'} has the files: " in done.stderr
+    assert "no right to write here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "out/model.safetensors").is_file()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = export(str(runs / "imagenet"), "--to", str(tmp_path / "out"), "--push", "me/mine")
+    assert done.exit_code == 2
+
+
 def test_a_record_of_before_reads_the_data_once_more(runs, tmp_path):
     run = tmp_path / "old"
     run.mkdir()
@@ -138,6 +231,9 @@ def test_what_cannot_be_exported(runs, tmp_path, monkeypatch):
         (run, "--to", "x", "-o", "y"): "give one of --output (records) and --to (a backbone)",
         ("none", "--to", "x"): "none: not a run directory",
         ("tiny", "--to", "x"): "tiny must hold backbone.safetensors, got a run that is finished",
+        (run, "-o", "y", "--push", "me/mine"): "--push needs --to, the folder to upload",
+        (run, "--to", "x", "--push", "mine"): "--push must be OWNER/NAME as on the hub, got 'mine'",
+        (run, "--to", "x", "--push", "me/ mine"): "--push must be OWNER/NAME as on the hub, got 'me/ mine'",
         (run, "--to", "full"): "full must be empty, new or an earlier export, got 'thesis.tex' in it",
     }.items():
         done = export(*words)
