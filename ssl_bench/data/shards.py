@@ -149,8 +149,8 @@ def _index(path: Path) -> _Shard:
                 got = ", ".join(parts)
                 raise ValueError(f"{path}: sample {key.strip('/')} must have one image ({' '.join(READ)}), got {got}")
             places += images
-            ending = next((ending for ending in LABELS if ending in parts), None)
-            labels.append(None if ending is None else _label(file, parts[ending], ending, path))
+            given = next((ending for ending in LABELS if ending in parts), None)
+            labels.append(None if given is None else _label(file, parts[given], given, path))
     return _Shard(path, np.array(places, dtype=np.int64).reshape(-1, 2), labels)
 
 
