@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssl_bench.records.tracker import STUDY
 from ssl_bench.runtime.console import say
 from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.runtime.launcher import usable_cores
@@ -147,7 +148,7 @@ class CellProcess:
             process = subprocess.Popen(
                 arguments,
                 # By its launcher's id it notices when that dies, and saves (`ssl_bench.runtime.peers`).
-                env={**os.environ, **environment, LAUNCHER: str(os.getpid())},
+                env={**os.environ, **environment, LAUNCHER: str(os.getpid()), STUDY: cell.study},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

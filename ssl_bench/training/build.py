@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ssl_bench.recipe import registry
 from ssl_bench.recipe.identity import differences, flatten, is_its_path
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.provenance import collect_provenance
+from ssl_bench.records.tracker import Tracker
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.runtime.paths import file_name
 from ssl_bench.training.build_data import about_images, dataset, evaluation_dataset, pipeline, stats, views
@@ -101,7 +103,9 @@ def session(recipe: Recipe) -> Session:
         differences=differences,
         keep=recipe.checkpoint.keep,
         keep_last=recipe.checkpoint.final,
-        tracker=flatten(recipe.to_dict()) if recipe.tracker else None,
+        tracker=Tracker(recipe.tracker, Path(recipe.folder()), recipe.name(), flatten(recipe.to_dict()))
+        if recipe.tracker
+        else None,
     )
 
 

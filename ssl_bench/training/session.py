@@ -15,6 +15,7 @@ from ssl_bench.records.checkpoint import Checkpoints
 from ssl_bench.records.snapshots import Snapshots
 from ssl_bench.records.storage import atomic_file, one_line, remove_atomically
 from ssl_bench.records.summary import summary
+from ssl_bench.records.tracker import Tracker
 from ssl_bench.records.writer import BACKBONE, Resume, Run
 from ssl_bench.runtime.console import Progress
 from ssl_bench.runtime.distributed import broadcast_object
@@ -44,7 +45,7 @@ class Session:
         differences: lists what tells two recipes apart, for the error of a directory that holds another run.
         keep: how many checkpoints stay on disk.
         keep_last: whether the last one stays after the run has ended.
-        tracker: whether one of Accelerate's trackers gets the metrics too.
+        tracker: what gets the metrics too; None = nothing.
 
     Raises:
         ValueError, OSError: on entering, in one line; the directory cannot be used for this run.
@@ -63,7 +64,7 @@ class Session:
         differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
         keep: int,
         keep_last: bool,
-        tracker: Mapping[str, Any] | None,
+        tracker: Tracker | None,
     ) -> None:
         self.processes, self.folder, self.title, self.precision = processes, Path(folder), title, precision
         self._recipe, self._identity, self._resume, self._differences = recipe, identity, resume, differences
@@ -93,8 +94,8 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.processes.accelerator.trackers:
-            self.processes.accelerator.end_training()
+        if self._tracker is not None:
+            self._tracker.close()
         self._run.close()
         self._watch.__exit__(*error)
         self._interrupt.__exit__(*error)
@@ -139,9 +140,7 @@ class Session:
         step = self._restore(trainer)
         self._run.write_provenance(provenance, step=step)
         if self._tracker is not None:
-            # Trackers' tables of hyper-parameters hold numbers and text only.
-            config = {key: v if isinstance(v, int | float | str) else str(v) for key, v in self._tracker.items()}
-            self.processes.accelerator.init_trackers("ssl_bench", config=config)
+            self._tracker.start(self.processes.accelerator, step)
         graphed = trainer.gradient
         if self.processes.world_size > 1:
             trainer.gradient = every_parameter_used(trainer.gradient, trainer.module, trainer.unused)
@@ -238,6 +237,8 @@ class Session:
                 results["status"] = "at chance"
         with self._interrupt.saving():
             self._run.finish(results)
+        if self._tracker is not None:
+            self._tracker.finish(results)
         if self.processes.main and not self._keep_last and self._checkpoints.folder.exists():
             remove_atomically(self._checkpoints.folder)
         self.processes.say("\n".join([f"{results['status']}: {self.folder}", *summary(results)]))
@@ -249,11 +250,13 @@ class Session:
     def log(self, row: Scalars) -> None:
         """Writes one line of the metrics, to the record and to the tracker."""
         self._run.log(row)
-        if self.processes.accelerator.trackers:
-            self.processes.accelerator.log(row, step=int(row["step"]))
+        if self._tracker is not None:
+            self._tracker.log(row)
 
     def log_telemetry(self, columns: Mapping[str, Any]) -> None:
         """Writes a block of layer statistics; in the record a step is the number of steps completed."""
+        if self._tracker is not None:
+            self._tracker.log_telemetry(columns)
         if columns["step"]:
             self._run.log_telemetry({**columns, "step": [step + 1 for step in columns["step"]]})
 
