@@ -74,6 +74,12 @@ class SwAV(Method):
             self.register_buffer("queue_weight", torch.zeros(queue, 1))  # 1 where there is an image
             self.register_buffer("entering", torch.zeros(1, 1))  # the weight of the next ones
 
+    @classmethod
+    def check_batch(cls, n: int, *, queue: int, **_others: object) -> None:
+        """Refuses (ValueError) a batch of ``n`` images that does not fit the queue; asked before a run starts."""
+        if queue % n:  # else which images leave the queue would depend on their order in the batch
+            raise ValueError(f"swav: queue must be a multiple of the batch of {n} images, got {queue}")
+
     @torch.no_grad()
     def begin_step(self, progress: float) -> None:
         """Normalises the prototypes; ends their freeze, and opens the queue, when it is time."""
@@ -109,9 +115,8 @@ class SwAV(Method):
         """(N, K) the batch's balanced assignments, those of the queue's images being made along with them."""
         if self.queue is None:
             return sinkhorn(scores, self.epsilon, self.iterations)
-        n, length = len(scores), self.queue.shape[1]
-        if length % n:  # else which images leave the queue would depend on their order in the batch
-            raise ValueError(f"swav: queue must be a multiple of the batch of {n} images, got {length}")
+        n = len(scores)
+        self.check_batch(n, queue=self.queue.shape[1])
         everything = torch.cat([scores, F.linear(self.queue[crop], self.prototypes.weight.detach())])
         log_weight = torch.cat([torch.zeros_like(scores[:, :1]), self.queue_weight.log()])
         return sinkhorn(everything, self.epsilon, self.iterations, log_weight)[:n]

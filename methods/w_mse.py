@@ -42,6 +42,15 @@ class WMSE(Method):
         super().__init__(backbone, feature_dim, head)
         self.sub_batch, self.eps = sub_batch, eps
 
+    @classmethod
+    def check_batch(cls, n: int, *, projector: tuple[int, ...], sub_batch: int | None, eps: float) -> None:
+        """Refuses (ValueError) a batch of ``n`` images that these keywords cannot whiten; asked before a run starts."""
+        size, d = sub_batch or n, projector[-1]
+        if n % size:
+            raise ValueError(f"w_mse: sub_batch must divide the batch of {n} images, got {size}")
+        if size <= d and not eps:
+            raise ValueError(f"w_mse: the batch must have more images than the embedding's {d} dimensions, got {n}")
+
     def loss(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Squared distance of the whitened and then normalised embeddings of the two views, 2 - 2 cos, mean over pairs.
 
@@ -56,11 +65,8 @@ class WMSE(Method):
             ValueError: if the batch is no multiple of ``sub_batch``, or has too few images to be whitened.
         """
         n, d = z1.shape
+        self.check_batch(n, projector=(d,), sub_batch=self.sub_batch, eps=self.eps)
         size = self.sub_batch or n
-        if n % size:
-            raise ValueError(f"w_mse: sub_batch must divide the batch of {n} images, got {size}")
-        if size <= d and not self.eps:
-            raise ValueError(f"w_mse: the batch must have more images than the embedding's {d} dimensions, got {n}")
         pairs = [(self._whiten(a), self._whiten(b)) for a, b in zip(z1.split(size), z2.split(size), strict=True)]
         similarity = torch.stack([F.cosine_similarity(a, b).mean() for a, b in pairs])
         return {"loss": 2 - 2 * similarity.mean()}

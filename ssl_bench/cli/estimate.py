@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from ssl_bench.recipe.compose import compose
+from ssl_bench.runtime.console import duration
 from ssl_bench.runtime.memory import available_memory
-from ssl_bench.study.estimate import BATCH, STEPS, Speed, duration, measured
+from ssl_bench.study.estimate import BATCH, STEPS, Speed, measured
 from ssl_bench.study.grid import TRACKS, split_override
 
 GIB = 1 << 30

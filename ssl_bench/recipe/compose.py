@@ -19,7 +19,7 @@ from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.identity import flatten
 from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe
 from ssl_bench.recipe.values import Kind, holds, load_yaml, read_value
-from ssl_bench.runtime.suggestion import nearest
+from ssl_bench.runtime.suggestion import meant_key, nearest, suggested
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("data", "model", "method", "optimizer", "schedule", "eval", "protocol")
@@ -27,9 +27,6 @@ PLUGINS = ("method", "optimizer", "schedule")  # whose own keys `registry` check
 # The groups whose choice may be code from outside: its kind in `registry`, and the key that holds its name.
 FOREIGN = {"data": ("dataset", "name"), "model": ("backbone", "name"), **{kind: (kind, "target") for kind in PLUGINS}}
 UNITS = ("steps", "epochs", "fraction")  # of one duration
-
-# What other suites call a key, for suggestions.
-ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "dataset": "name", "num_workers": "workers"}
 
 _CHECKER = TypeAdapter(Recipe)
 
@@ -54,7 +51,9 @@ def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
         _check_key(key, tree)
         for twin in _twins(key):
             if twin in given:
-                raise ValueError(f"give {key} or {twin}, not both")
+                if not (_is_null(given[key]) or _is_null(given[twin])):
+                    raise ValueError(f"give {key} or {twin}, not both")
+                continue
             # A duration given in one unit replaces what the files say in another.
             if twin in known_keys() or twin.partition(".")[0] in PLUGINS:
                 values[twin] = None
@@ -65,7 +64,7 @@ def compose(track: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def merge(overrides: dict[str, str], later: dict[str, str]) -> dict[str, str]:
     """Merges overrides by key; later ones count, and a later duration replaces the same duration in another unit."""
-    replaced = {twin for key in later for twin in _twins(key)}
+    replaced = {twin for key, value in later.items() if not _is_null(value) for twin in _twins(key)}
     return {key: value for key, value in overrides.items() if key not in replaced} | later
 
 
@@ -126,6 +125,10 @@ def _cross_check(recipe: Recipe) -> None:
     _check_model(recipe)
     _check_averaging(recipe)
     _check_micro_batches(recipe)
+    if recipe.method.target and (
+        check_batch := getattr(registry.resolve("method", recipe.method.target), "check_batch", None)
+    ):
+        check_batch(recipe.batch_size, **recipe.method.options)
     registry.resolve("dataset", recipe.data.name)
     _check_evaluation_data(recipe)
     for name in recipe.eval.protocols if recipe.track == "pretrain" else ():
@@ -243,11 +246,9 @@ def unknown_key(name: str, tree: Tree | None = None) -> str:
     for kind in PLUGINS:
         if target := ((tree or {}).get(kind) or {}).get("target"):
             known += [f"{kind}.{one}" for one in registry.options(registry.resolve(kind, target))]
-    section, _, last = name.rpartition(".")
-    meant = nearest(name, known)
-    alias = last if meant else next((word for word in ALIASES if nearest(last, [word])), last)  # misspelt or not
-    same = sorted((key for key in known if key.rpartition(".")[2] == ALIASES.get(alias, last)), key=lambda k: "." in k)
-    meant = f"; did you mean {same[0]!r}?" if same else meant
+    likely = meant_key(name, known, GROUPS)
+    meant = suggested(likely) if likely else ""
+    section = name.rpartition(".")[0]
     beside = [key for key in known if key.rpartition(".")[0] == section]
     if not (section and beside):
         beside += dict.fromkeys(f"{key.partition('.')[0]}.*" for key in known if "." in key)
@@ -296,6 +297,11 @@ def _twins(key: str) -> list[str]:
     """The names of the same duration in other units: epochs for steps; X_epochs and X_fraction for X_steps."""
     match = re.fullmatch(rf"(|.*[._])({'|'.join(UNITS)})", key)
     return [match[1] + unit for unit in UNITS if unit != match[2]] if match else []
+
+
+def _is_null(text: str) -> bool:
+    """Whether a value of the command line says that a duration is not given in this unit."""
+    return text.lower() == "null"
 
 
 def _implied(rules: Iterable[Mapping[str, Any]], flat: Mapping[str, Any]) -> dict[str, Any]:

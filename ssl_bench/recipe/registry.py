@@ -165,7 +165,8 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
         if len(given) > 1:
             raise ValueError(f"give only one of {', '.join(given)}")
         if not given and option.default is inspect.Parameter.empty:
-            raise ValueError(f"{kind} {target!r} needs {' or '.join(f'{kind}.{unit}' for unit in _units(name))}")
+            what = f" ({option.help.rstrip('.')})" if option.help else ""
+            raise ValueError(f"{kind} {target!r} needs {' or '.join(f'{kind}.{unit}' for unit in _units(name))}{what}")
         if not given:
             result[name] = option.default
     # A plug-in may write out defaults that depend on its other keywords: what ran is what is recorded.

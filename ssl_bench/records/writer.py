@@ -269,6 +269,15 @@ class Run:
         except (OSError, ValueError) as error:
             say(f"{self.folder}: the telemetry stays in parts: {one_line(error)}")
 
+    def forget(self) -> None:
+        """Before `close`, after a mistake that the first step found: a new run leaves no record of it."""
+        if self._lock is None or not self._lock.held or self.resumed or self._rows:
+            return
+        for name in (RUN, SESSIONS):
+            (self.folder / name).unlink(missing_ok=True)
+        self._telemetry = TelemetryStore(self.folder)  # without its rows
+        shutil.rmtree(self.folder / "telemetry", ignore_errors=True)
+
     def close(self) -> None:
         """Releases the directory, and removes it if nothing was recorded in it; a second call does nothing."""
         self._close_metrics()

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any, Self
 
+SOON = 60.0  # seconds; the expected end of a run that ends sooner is not worth a line
 LINE_EVERY = 30.0  # seconds between lines where no terminal can show a bar (a batch job's log file)
 
 
@@ -27,6 +28,8 @@ class Ticker:
 class _Bar:
     """A bar on a terminal; elsewhere a line every so often."""
 
+    width = 40  # of the bar, in columns
+
     def __init__(self, title: str, total: int | None, *, enabled: bool = True):
         self.title, self.total, self.enabled = title, total, enabled
         self._bar: Any = None
@@ -37,9 +40,11 @@ class _Bar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            text = TextColumn("{task.fields[text]}")
-            self._bar = Progress(*columns, text, console=Console(stderr=True), refresh_per_second=4)
+            title = [TextColumn("{task.description}")] if self.title else []
+            text = TextColumn("{task.fields[text]}", markup=False)
+            bar = BarColumn(bar_width=self.width)
+            left = TimeRemainingColumn(compact=True)
+            self._bar = Progress(*title, bar, left, text, console=Console(stderr=True), refresh_per_second=4)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, text="")
         return self
@@ -54,7 +59,7 @@ class _Bar:
             self._bar.update(self._task, completed=done, text=text)
         elif self.enabled and (now or time.monotonic() - self._said > LINE_EVERY):
             self._said = time.monotonic()
-            say(f"{self.title}: {text}")
+            say(f"{self.title}: {text}" if self.title else text)
 
 
 class Tally(_Bar):
@@ -80,19 +85,53 @@ class Tally(_Bar):
 
 
 class Progress(_Bar):
-    """Shows a run's progress; call it after every step.
+    """Shows a run's progress on 80 columns; call it after every step.
+
+    Once the speed is known, by the second line of the metrics, a line says when the run is expected to end.
 
     Args:
         total: the run's length in steps.
-        title: the run's name.
         enabled: False on all processes but the first.
     """
 
-    def __init__(self, total: int, title: str, *, enabled: bool = True):
-        super().__init__(title, total, enabled=enabled)
-        self._status = ""
+    width = 12
+
+    def __init__(self, total: int, *, enabled: bool = True):
+        super().__init__("", total, enabled=enabled)
+        self.total: int = total
+        self._status, self._expected = "", False
+        self._marks: list[tuple[float, int]] = []  # time and step of the first line and of the last
 
     def __call__(self, step: int, row: dict[str, float] | None) -> None:
         if row:
-            self._status = f"loss {row['loss']:.4g}, {row['images_per_second']:.0f} images/s"
-        self._show(step, f"step {step}/{self.total} {self._status}", now=step == self.total)
+            online = f", online {row['online_top1']:.1f}%" if "online_top1" in row else ""
+            self._status = f"loss {row['loss']:.4g}{online}, {row['images_per_second']:.0f} images/s"
+            self._marks[1:] = []
+            self._marks += [(time.monotonic(), step)]
+            if len(self._marks) == 2 and not self._expected:
+                self._expected = True
+                self._expect(self._left(step))
+        left = self._left(step)
+        text = f"{self._status}, {duration(left)} left" if left and self._bar is None else self._status
+        self._show(step, f"step {step}/{self.total} {text}", now=step == self.total)
+
+    def _left(self, step: int) -> float | None:
+        """Seconds to the end, by the speed since the first line, before which much is done once."""
+        if len(self._marks) < 2 or step == self.total:
+            return None
+        (at, first), (now, last) = self._marks
+        return (now - at) / (last - first) * (self.total - step)
+
+    def _expect(self, left: float | None) -> None:
+        if self.enabled and left and left > SOON:
+            line = f"expected end: {time.strftime('%a %H:%M', time.localtime(time.time() + left))}"
+            line += f", in {duration(left)}"
+            say(line) if self._bar is None else self._bar.console.print(line)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a readable unit: 40 s, 12 min, 3.5 h, 12 days."""
+    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"

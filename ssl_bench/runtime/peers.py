@@ -102,6 +102,30 @@ def follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def asked_of_accelerate() -> int:
+    """How many processes ``accelerate launch`` was asked for by its arguments or its configuration file; 0 without it.
+
+    On the CPU it starts one, whatever it was asked for, and does not tell.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return 0
+    names = [Path(word).name for word in words[:4]]
+    start = next((i for i, n in enumerate(names) if n in ("launch", "accelerate.commands.launch", "launch.py")), None)
+    if start is None or not any("accelerate" in word for word in words[: start + 1]):
+        return 0
+    with contextlib.suppress(Exception, SystemExit):  # its own business
+        from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+        from accelerate.commands.launch import launch_command_parser
+
+        given = launch_command_parser().parse_args([word for word in words[start + 1 :] if word])
+        if given.num_processes is None and (given.config_file or Path(default_config_file).is_file()):
+            return int(load_config_from_file(given.config_file).num_processes)
+        return int(given.num_processes or 0)
+    return 0
+
+
 def _is_launcher(process: int) -> bool:
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")

@@ -103,14 +103,6 @@ def total_seconds(cells: Iterable[Cell], known: Mapping[Workload, Speed | str]) 
     return seconds, unknown
 
 
-def duration(seconds: float) -> str:
-    """Seconds in a readable unit: 40 s, 12 min, 3.5 h, 12 days."""
-    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
 def _recorded(cells: Sequence[Cell], store: CellStore) -> Speed | None:
     """The median of the first runs that these cells have left so far."""
     found = []

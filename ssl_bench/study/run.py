@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from ssl_bench.runtime.console import say
+from ssl_bench.runtime.console import duration, say
 from ssl_bench.study.cells import STATUSES, CellStore, State
-from ssl_bench.study.estimate import Speed, duration, speeds, total_seconds, workload
+from ssl_bench.study.estimate import Speed, speeds, total_seconds, workload
 from ssl_bench.study.grid import Cell, Study, load_study
 
 LauncherName = Literal["local", "slurm"]

@@ -97,7 +97,7 @@ def session(recipe: Recipe) -> Session:
         folder=recipe.folder(),
         recipe=recipe.to_dict(),
         identity=recipe.identity(),
-        title=recipe.name(),
+        length=_length(recipe),
         precision=recipe.precision,
         resume=recipe.resume,
         differences=differences,
@@ -107,6 +107,12 @@ def session(recipe: Recipe) -> Session:
         if recipe.tracker
         else None,
     )
+
+
+def _length(recipe: Recipe) -> str:
+    if recipe.steps:
+        return f"{recipe.steps} step{'s' if recipe.steps != 1 else ''}"
+    return f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
 
 
 def _graph_obstacle(recipe: Recipe, where: Processes) -> str | None:

@@ -68,13 +68,13 @@ class Processes:
         if self.main:
             say(message)
 
-    def describe(self, precision: str) -> str:
-        """The device by name, the number of processes, the precision, and what was ignored."""
+    def describe(self, precision: str, length: str) -> str:
+        """The device by name, the number of processes, the precision, the length, and what was asked for in vain."""
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_gpu else f"CPU ({cpu_model()})"
         several = "es" if self.world_size > 1 else ""
         ignored = f"; ignored, as the recipe decides: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"{name}, {self.world_size} process{several}, {precision}{ignored}"
+        return f"{name}, {self.world_size} process{several}, {precision}, {length}{ignored}"
 
     def compare(self, what: Mapping[str, Any]) -> None:
         """Checks that all processes are about to do the same; all must call it.
@@ -112,7 +112,10 @@ def processes(recipe: Recipe) -> Processes:
         raise ValueError("precision must be fp32 or bf16 on the CPU, got fp16, which needs a GPU")
     if recipe.tracker:
         _check_tracker(recipe.tracker)
+    asked = peers.asked_of_accelerate()
     ignored = take_environment(recipe, on_cpu=on_cpu)
+    if asked > 1 and peers.world_size() == 1:
+        ignored.append(f"{asked} processes, of which accelerate starts one on the CPU (ssl-bench --processes {asked})")
     peers.adopt()
     if peers.world_size() > 1 and not torch.distributed.is_initialized():
         peers.meet("gloo" if on_cpu else "nccl")

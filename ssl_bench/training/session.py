@@ -39,8 +39,8 @@ class Session:
         folder: the run's directory.
         recipe: the resolved recipe as nested plain values, for the record.
         identity: the hash of what in the recipe can change the result.
-        title: what the progress bar shows.
-        precision: of the forward pass, for the first line.
+        length: "40 steps" or "100 epochs", for the first line.
+        precision: of the forward pass, likewise.
         resume: "auto" continues the run in the directory from its last checkpoint; "never" refuses one that has a run.
         differences: lists what tells two recipes apart, for the error of a directory that holds another run.
         keep: how many checkpoints stay on disk.
@@ -58,7 +58,7 @@ class Session:
         folder: str | Path,
         recipe: Mapping[str, Any],
         identity: str,
-        title: str,
+        length: str,
         precision: str,
         resume: Resume,
         differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
@@ -66,7 +66,7 @@ class Session:
         keep_last: bool,
         tracker: Tracker | None,
     ) -> None:
-        self.processes, self.folder, self.title, self.precision = processes, Path(folder), title, precision
+        self.processes, self.folder, self.length, self.precision = processes, Path(folder), length, precision
         self._recipe, self._identity, self._resume, self._differences = recipe, identity, resume, differences
         self._keep_last, self._tracker = keep_last, tracker
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, warn=processes.say)
@@ -74,7 +74,7 @@ class Session:
         self._agreement = Agreement(self._interrupt, processes.device)
         self._watch = Watch(lambda: self._interrupt.is_saving, self._leave_note)
         self._progress: Progress | None = None
-        self._graphs = ""
+        self._graphs, self._first_step = "", True
         self.results: dict[str, Any] | None = None  # what the run in this directory ended with; None if it has not
 
     def __enter__(self) -> Self:
@@ -87,18 +87,20 @@ class Session:
             main_process=self.processes.main,
             differences=self._differences,
         )
-        self.processes.say(f"{self.title}: {self.processes.describe(self.precision)}")
+        self.processes.say(f"{self.folder}: {self.processes.describe(self.precision, self.length)}")
         # As the main process sees it: another one's view of a network disk may be older.
         self.results = broadcast_object(self._sound_results() if self.processes.main else None)
         self._interrupt.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if self._tracker is not None:
             self._tracker.close()
+        if kind is not None and issubclass(kind, ValueError) and self._first_step:
+            self._run.forget()
         self._run.close()
-        self._watch.__exit__(*error)
-        self._interrupt.__exit__(*error)
+        self._watch.__exit__(kind, *error)
+        self._interrupt.__exit__(kind, *error)
 
     def _leave_note(self, code: int = REQUEUE_EXIT_CODE) -> None:
         """For a batch script that does not see the exit code (see `ssl_bench.runtime.interrupt`)."""
@@ -160,7 +162,7 @@ class Session:
         return outcome
 
     def _steps(self, trainer: Trainer) -> Outcome:
-        progress = Progress(trainer.rhythm.total, self.title, enabled=self.processes.main)
+        progress = Progress(trainer.rhythm.total, enabled=self.processes.main)
         try:
             with progress as self._progress, _one_host_thread(self.processes.device):
                 return trainer.run()
@@ -283,6 +285,7 @@ class Session:
 
     def progress(self, step: int, row: Scalars | None) -> None:
         """Shows how far the run has come."""
+        self._first_step = False
         if self._progress is not None:
             self._progress(step, row)
 

@@ -66,6 +66,14 @@ def test_a_duration_in_one_unit_replaces_the_files_other_unit():
         (["workers=1"], r"unknown key 'workers'; did you mean 'data.workers'\?"),
         (["steps.x=1"], r"unknown key 'steps.x'; did you mean 'steps'\?"),
         (["track=classify"], r"unknown key 'track'"),
+        (["metod=byol"], r"unknown key 'metod'; did you mean 'method'\?"),
+        (["optimizr=lars"], r"unknown key 'optimizr'; did you mean 'optimizer'\?"),
+        (["dataset=digits"], r"unknown key 'dataset'; did you mean 'data'\?"),
+        (["backbone=resnet18"], r"unknown key 'backbone'; did you mean 'model'\?"),
+        (["protocols=[knn-v1]"], r"unknown key 'protocols'; did you mean 'eval.protocols'\?"),
+        (["eval.foo=1"], r"unknown key 'eval.foo' \(known: eval.protocols, "),
+        (["optimizer.learning_rate=1"], r"unknown key 'optimizer.learning_rate'; did you mean 'lr'\?"),
+        (["max_epochs=1"], r"unknown key 'max_epochs'; did you mean 'epochs'\?"),
         (["batchsize=1"], r"unknown key 'batchsize'; did you mean 'batch_size'\?"),
         (["data.pth=x"], r"unknown key 'data.pth'; did you mean 'data.path'\? \(known: data.name, [^*]*$"),
         (["optimizer=lasr"], r"unknown optimizer 'lasr'; did you mean 'lars'\? \(known: .*tvlars"),
@@ -83,7 +91,10 @@ def test_a_duration_in_one_unit_replaces_the_files_other_unit():
         (["eval.protocols=[knn]"], r"unknown evaluator 'knn'; did you mean 'knn-v1'\?"),
         (["eval.protocols=[online]"], r"eval.protocols must be evaluators of a finished run, got 'online', a monitor"),
         (["eval.protocols=[a: {b]"], r"eval.protocols=\[a: {b\]: invalid YAML in line 1: "),
-        (["optimizer=timm", "optimizer.lr=1"], r"optimizer 'timm' needs optimizer.name"),
+        (["optimizer=timm", "optimizer.lr=1"], r"optimizer 'timm' needs optimizer.name \(timm's name of the optimizer"),
+        (["method=w_mse", "batch_size=64"], r"w_mse: the batch must have more images than .* 64 dim"),
+        (["method=w_mse", "batch_size=96", "method.sub_batch=80"], r"w_mse: sub_batch must divide the batch of 96"),
+        (["method=swav", "batch_size=96", "method.queue=100"], r"swav: queue must be a multiple of the batch of 96"),
         (["lonely"], r"cannot read 'lonely': expected key=value"),
         (["augment.crop_scale=[0.5,0.1]"], r"augment.crop_scale must be 0 < low <= high <= 1, got \(0.5, 0.1\)"),
     ],
@@ -305,3 +316,16 @@ def test_override_sets_only_what_a_record_allows():
     with pytest.raises(ValueError, match="cannot choose data=digits for a recorded run"):
         override(plain, ["data=digits"], ("data.path",))
     assert flatten(plain) == flatten(compose("pretrain").to_dict())
+
+
+def test_nothing_is_suggested_in_its_own_place():
+    from ssl_bench.recipe.compose import known_keys, unknown_key
+
+    for name in ("data", "eval", "optimizer", "steps", "data.name", "eval.data", *known_keys()):
+        assert f"did you mean {name!r}?" not in unknown_key(name)
+
+
+@pytest.mark.parametrize("words", [["epochs=null", "steps=6"], ["steps=6", "epochs=null"]])
+def test_a_length_that_is_given_as_null_is_not_given(words):
+    recipe = compose("pretrain", words)
+    assert (recipe.steps, recipe.epochs) == (6, None)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from ssl_bench.recipe.compose import choices, compose
+from ssl_bench.runtime.console import duration
 from ssl_bench.study import run as study_module
 from ssl_bench.study.cells import CellStore
-from ssl_bench.study.estimate import Speed, duration, speeds, total_seconds, workload
+from ssl_bench.study.estimate import Speed, speeds, total_seconds, workload
 from ssl_bench.study.grid import Study, load_study
 from ssl_bench.study.launch import print_commands
 from ssl_bench.study.run import status_main, study_main

@@ -71,7 +71,7 @@ def test_a_run_is_the_same_whatever_the_environment_says(tmp_path: Path, monkeyp
     assert pretrain.main([*words, "run_dir=b"]) == 0
     first = capsys.readouterr().err.splitlines()[0]
     ignored = "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, ACCELERATE_MIXED_PRECISION=bf16"
-    assert first.endswith(f", fp32; ignored, as the recipe decides: {ignored}")
+    assert first.endswith(f", fp32, 3 steps; ignored, as the recipe decides: {ignored}")
     assert [row["loss"] for row in metrics(tmp_path / "a")] == [row["loss"] for row in metrics(tmp_path / "b")]
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert pretrain.main([*words, "run_dir=c"]) == 2

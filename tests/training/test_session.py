@@ -33,12 +33,28 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         assert pretrain.main(WORDS) == 75
 
 
-def test_the_first_line_names_the_device_the_processes_and_the_precision(capsys):
+def test_the_first_line_names_the_folder_the_device_the_processes_the_precision_and_the_length(capsys):
     assert pretrain.main([*WORDS, "steps=1", "precision=bf16", "eval=none"]) == 0
     first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith("digits-tinytwins-lars")
-    assert ": CPU (" in first
-    assert first.endswith(", 1 process, bf16")
+    assert first.startswith("r: CPU (")
+    assert first.endswith(", 1 process, bf16, 1 step")
+
+
+def test_a_mistake_that_the_first_step_finds_leaves_no_folder(here, monkeypatch, capsys):
+    from ssl_bench.methods import BarlowTwins
+
+    def refuse(*_rows, **_named):
+        raise ValueError("the batch must have more images")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BarlowTwins, "loss", refuse)
+        assert pretrain.main([*WORDS, "steps=2", "run_dir=new/r"]) == 2
+    assert "error: the batch must have more images" in capsys.readouterr().err
+    assert not (here / "new").exists()
+    assert pretrain.main([*WORDS, "steps=2", "eval=none"]) == 0
+    kept = sorted(path.name for path in (here / "r").iterdir())
+    assert pretrain.main([*WORDS, "steps=2", "eval=none"]) == 0  # one that has ended stays as it is
+    assert sorted(path.name for path in (here / "r").iterdir()) == kept
 
 
 def test_a_note_for_batch_scripts_lies_in_the_folder_until_the_run_goes_on(here, monkeypatch):
