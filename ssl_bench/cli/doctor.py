@@ -176,7 +176,7 @@ def memory() -> Iterator[Finding]:
 
 
 def cache() -> Iterator[Finding]:
-    from ssl_bench.data.cache import cache_folder
+    from ssl_bench.runtime.paths import cache_folder
 
     yield from disk("cache", cache_folder(None), "set SSL_BENCH_CACHE or data.cache_dir to a folder that has room")
 

@@ -316,9 +316,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain values, as in `run.json`; a plug-in's options stand beside its target."""
-        plain: dict[str, Any] = json.loads(
-            json.dumps(self, default=vars)
-        )  # a third of asdict's time
+        plain: dict[str, Any] = json.loads(json.dumps(self, default=vars))  # a third of asdict's time
         for name, value in plain.items():
             if isinstance(value, dict) and set(value) == {"target", "options"}:
                 plain[name] = {"target": value["target"], **value["options"]} if value["target"] else None
