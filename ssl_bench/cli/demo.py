@@ -7,8 +7,8 @@ from ssl_bench.recipe.compose import compose
 from ssl_bench.records.reader import RunRecord, read_run
 
 # Sized for two minutes on two CPU cores, and so that what was learned can be seen. Digits have no colours, their mirror
-# images are other shapes, and a small crop is meaningless: with the default augmentation, pretraining makes features worse
-# than random ones. With all labels random features do as well; with one label a class they do not.
+# images are other shapes, and a small crop is meaningless: under the default augmentation features become worse than
+# random ones. With all labels random features do as well; with one label a class they do not.
 COMMON = (
     "data=digits",
     "model.name=test_resnet",  # timm's smallest, 0.5 million parameters

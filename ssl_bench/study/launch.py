@@ -73,7 +73,7 @@ def slots(workers: int | None = None, per_gpu: int = 1) -> list[Slot]:
     else:
         count = workers or max(1, min(cores // CORES_PER_CELL, available_memory() // BYTES_PER_CELL))
         places = [(None, {})] * count  # type: ignore[list-item]
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
     return [Slot(number, {**places[number][1], **threads}, places[number][0]) for number in range(count)]
 
 

@@ -203,6 +203,7 @@ def test_a_killed_worker_gives_its_cells_back_at_once(tmp_path: Path) -> None:
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpus", list)
     monkeypatch.setattr(launch, "usable_cores", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(launch, "available_memory", lambda: 64 << 30)
     assert [slot.environment for slot in slots()] == [{"OMP_NUM_THREADS": "4"}] * 4
     assert [slot.environment for slot in slots(3)] == [{"OMP_NUM_THREADS": "5"}] * 3
@@ -210,6 +211,8 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(slots()) == 2
     monkeypatch.setattr(launch, "usable_cores", lambda: 1)
     assert [slot.environment for slot in slots(4)] == [{"OMP_NUM_THREADS": "1"}] * 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's word
+    assert slots(1)[0].environment == {"OMP_NUM_THREADS": "3"}
     with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
         slots(0)
 
@@ -217,6 +220,7 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_spread_over_gpus_before_they_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpus", lambda: ["0", "3"])
     monkeypatch.setattr(launch, "usable_cores", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots()] == ["0", "3"]
     assert [slot.gpu for slot in slots(per_gpu=2)] == ["0", "3", "0", "3"]
     assert [slot.gpu for slot in slots(3, per_gpu=2)] == ["0", "3", "0"]
