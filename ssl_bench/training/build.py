@@ -28,6 +28,7 @@ from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.records.tracker import Tracker
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.runtime.paths import file_name
+from ssl_bench.runtime.sync_batchnorm import SyncBatchNorm
 from ssl_bench.training.build_data import about_images, dataset, evaluation_dataset, pipeline, stats, views
 from ssl_bench.training.build_networks import backbone, check_images, classifier, method, trained_backbone
 from ssl_bench.training.evaluation import Evaluation
@@ -292,7 +293,15 @@ def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -
         "evaluated": trainer.module.evaluated,
         "evaluated_weights": str(getattr(trainer.evaluation_point, "about", "the last step's")),
         "batch_norm": f"batch norm over {seen} of {recipe.batch_size} images" if has_norm else "none",
+        "batch_norm_computed": _batch_norm_kernel(trainer.module, where) if has_norm else "none",
     }
+
+
+def _batch_norm_kernel(module: nn.Module, where: Processes) -> str:
+    """What computes batch norm: on the CPU two ways differ by rounding, which a network of ReLUs amplifies."""
+    if where.world_size == 1 or not any(isinstance(layer, SyncBatchNorm) for layer in module.modules()):
+        return f"by torch's kernel ({where.device.type})"
+    return "by torch's kernels for several processes" if where.device.type == "cuda" else "by plain operations (cpu)"
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

@@ -292,6 +292,7 @@ def test_a_run_is_the_plain_one_and_says_what_it_did(tmp_path, monkeypatch, trac
         records.append((record["identity"], rows, (tmp_path / recompute / "backbone.safetensors").read_bytes()))
         expected = {"none": [], "blocks": ["backbone", "projector"] if track == "pretrain" else ["backbone"]}
         assert record["recomputed"] == expected[recompute]
+        assert record["batch_norm_computed"] == "by torch's kernel (cpu)"
     assert records[0] == records[1]
 
 
@@ -304,6 +305,8 @@ def test_a_run_on_two_processes_is_the_plain_one(tmp_path, track):
         done = run(script(track, words, 2), tmp_path)
         assert done.returncode == 0, done.stderr
         files.append((tmp_path / recompute / "backbone.safetensors").read_bytes())
+        record = json.loads((tmp_path / recompute / "run.json").read_text())
+        assert record["batch_norm_computed"] == "by plain operations (cpu)"
     assert files[0] == files[1]
 
 
