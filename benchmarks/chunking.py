@@ -114,7 +114,7 @@ def count_gpu_memory(sizes: Sizes, batch: int, recompute: int) -> dict[str, Any]
     if recompute:
         recompute_blocks(model)
     shape, layout = (batch, 3, sizes.pixels, sizes.pixels), torch.channels_last
-    views = tuple(torch.zeros(shape, device="cuda", dtype=torch.bfloat16, memory_format=layout) for _ in range(2))
+    views = tuple(torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=layout) for _ in range(2))
     forward = model.forward
 
     def cast(*inputs: torch.Tensor) -> dict[str, torch.Tensor]:
