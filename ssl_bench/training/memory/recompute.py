@@ -66,7 +66,8 @@ def blocks(method: Method) -> dict[str, nn.Module]:
         if inside == [part] and (others := [block for block in _blocks(part, method, siblings=True) if block != part]):
             inside = others
         found += inside
-    return {name: module for name, module in method.named_modules() if module in set(found)}
+    chosen = set(found)
+    return {name: module for name, module in method.named_modules() if module in chosen}
 
 
 def _blocks(module: nn.Module, parent: nn.Module, *, siblings: bool) -> Iterator[nn.Module]:
