@@ -5,10 +5,14 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these as cores; torch reads it when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+
+# nohup has it ignored, here and in every run that a test starts; and tests send it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TEST_DATA = "SSL_BENCH_TEST_DATA"  # environment variable, explained in CONTRIBUTING.md
 

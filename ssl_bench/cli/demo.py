@@ -27,9 +27,9 @@ COMMON = (
 )
 # Learning rates for this data and length alone, chosen by `ssl-bench tune demo` on train images that were held out.
 OPTIMIZERS = {
-    "LARS": ("optimizer=lars", "optimizer.lr=10"),
-    "LAMB": ("optimizer=lamb", "optimizer.lr=0.01"),
-    "TVLARS": ("optimizer=tvlars", "optimizer.variant=paper", "optimizer.delay_fraction=0.1", "optimizer.lr=10"),
+    "LARS": ("optimizer=lars", "optimizer.lr=15"),
+    "LAMB": ("optimizer=lamb", "optimizer.lr=0.013"),
+    "TVLARS": ("optimizer=tvlars", "optimizer.variant=paper", "optimizer.delay_fraction=0.1", "optimizer.lr=8"),
 }
 
 # The table's columns: protocol and metric. One percent of the digits' labels is one of each class.

@@ -119,7 +119,8 @@ def test_pretraining_starts_from_a_checkpoint_and_knows_it_again(here, capsys):
     (here / "a/backbone.safetensors").write_bytes((here / "b/backbone.safetensors").read_bytes())
     error = fails(capsys, pretrain.main, [*words, *start, "resume=auto"])
     assert "it holds a run of another recipe: model.checkpoint_sha256: the run has" in error
-    refused = CliRunner().invoke(cli.app, ["evaluate", "b", "eval.protocols=[knn-v1]", "eval.baseline=true"])
+    again = ["evaluate", "b", "model.checkpoint=a", "eval.protocols=[knn-v1]", "eval.baseline=true"]
+    refused = CliRunner().invoke(cli.app, again)
     assert refused.exit_code == 2
     assert "model.checkpoint must be the file that the run started from, SHA-256" in refused.stderr
 

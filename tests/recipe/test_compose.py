@@ -141,7 +141,7 @@ def test_differences_are_those_of_the_identity():
 
 
 def test_the_path_counts_for_every_data_set_that_its_name_does_not_settle():
-    assert set(DATASETS) - {"hf", "folder"} == NAMED_DATA
+    assert set(DATASETS) - {"hf", "folder", "webdataset"} == NAMED_DATA
     for name in ("hf", "folder", "my_pkg.my_file:locate", "an_entry_points_name"):
         recipes = [{"data": {"name": name, "path": path}} for path in "ab"]
         assert differences(*recipes) == ['data.path: the run has "a", asked for "b"'], name
