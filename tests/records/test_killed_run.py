@@ -20,7 +20,7 @@ def step_once(x, k):
 def once():
     with Run.open(folder, {"seed": 1}, "id", resume="auto", main_process=True) as run:
         if run.results is not None:
-            return
+            return run.tidy()  # as a session does: the kill may have come between results and telemetry
         checkpoints = Checkpoints(folder / "checkpoints")
         step, x = None, torch.ones(1000)
         latest = checkpoints.load_latest()
