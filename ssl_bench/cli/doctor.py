@@ -171,7 +171,7 @@ def memory() -> Iterator[Finding]:
 
     free = available_memory()
     text = f"{free / GIB:.1f} GiB free, {usable_cores()} cores usable"
-    advice = "close other programs, or lower batch_size or chunk_size; ssl-bench estimate says what a run needs"
+    advice = "close other programs, or give recompute=blocks or a chunk_size; ssl-bench estimate says what a run needs"
     yield Finding("memory", "note" if free < LOW_MEMORY else "ok", text, advice if free < LOW_MEMORY else "")
 
 

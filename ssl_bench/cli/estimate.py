@@ -53,6 +53,12 @@ def main(track: str, overrides: Sequence[str] = ()) -> int:
     print(f"memory  {needed / GIB:.2f} GiB of {free / GIB:.2f} GiB that are free ({how})")
     if needed <= free:
         return 0
+    if recipe.recompute == "none" and recipe.chunk_size is None:
+        again = {size: measured(track, {**words, "recompute": "blocks"}, recipe, size) for size in sizes}
+        measured_again = {size: one for size, one in again.items() if not isinstance(one, str)}
+        if len(measured_again) == len(sizes) and (less := memory(measured_again, whole)[0]) <= MARGIN * free:
+            print(f"        -> recompute=blocks would fit: {less / GIB:.2f} GiB, the same result")
+            return 1
     print(f"        -> {advice(found, free, recipe.batch_size)}")
     return 1
 

@@ -40,12 +40,27 @@ def test_a_large_batch_is_extrapolated_and_a_smaller_chunk_named(monkeypatch, ca
     monkeypatch.setattr(estimate, "measured", measured)
     monkeypatch.setattr(estimate, "available_memory", lambda: 8 << 30)
     assert estimate.main("pretrain", ["batch_size=4096", "epochs=10"]) == 1
-    assert sizes == [128, 256]
+    assert sizes == [128, 256, 128, 256]  # and with recompute=blocks
     text = capsys.readouterr().out
     assert "time    8 min of training" in text  # 500,000 images at 1000 a second
     assert "memory  41.00 GiB of 8.00 GiB that are free (4096 images at a time, by a line through 128 and 256)" in text
     assert "chunk_size=512 would fit" in text  # 1 GiB + 512 * 10 MiB = 6 of 7.2 GiB, and 1024 are 11
     assert estimate.main("pretrain", ["batch_size=4096", "epochs=10", "chunk_size=512"]) == 0
+
+
+def test_blocks_that_are_computed_again_are_named_before_a_chunk(monkeypatch, capsys):
+    def measured(_track, words, _recipe, size):
+        image = (1 if words.get("recompute") == "blocks" else 10) << 20
+        return Speed(1000.0, 50_000.0, peak=(1 << 30) + size * image, device="the CPU")
+
+    monkeypatch.setattr(estimate, "measured", measured)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 8 << 30)
+    assert estimate.main("pretrain", ["batch_size=4096", "epochs=10"]) == 1
+    text = capsys.readouterr().out
+    assert "-> recompute=blocks would fit: 5.00 GiB, the same result" in text
+    assert "chunk_size" not in text
+    assert estimate.main("pretrain", ["batch_size=16384", "epochs=10"]) == 1  # 17 GiB even so
+    assert "-> chunk_size=512 would fit" in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_line(monkeypatch):
