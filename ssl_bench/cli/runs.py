@@ -76,7 +76,9 @@ def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
     head, recipe = record.provenance, record.recipe
     names = {group: _name(recipe.get(group)) for group in GROUPS}
     what = names["method"] or "supervised"
-    yield "what", f"{what} on {names['data']}, {names['model']}, {names['optimizer']}, batch {recipe.get('batch_size')}"
+    rate = f" lr {lr:g}" if isinstance(lr := (recipe.get("optimizer") or {}).get("lr"), int | float) else ""
+    optimizer = f"{names['optimizer']}{rate}"
+    yield "what", f"{what} on {names['data']}, {names['model']}, {optimizer}, batch {recipe.get('batch_size')}"
     total, last = head.get("plan", {}).get("total_steps"), record.last_metrics
     done = f"step {last.get('step', 0)} of {total or '?'}"
     if "loss" in last:

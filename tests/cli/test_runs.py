@@ -61,7 +61,7 @@ def test_a_run_is_found_by_the_start_of_its_name(word):
 
 def test_show_says_what_it_was_what_came_out_and_what_is_there(runs):
     text = asked("show", "tiny-c").stdout
-    assert "tiny_net:TinyTwins on digits, tiny_smooth, lars, batch 96\n" in text
+    assert "tiny_net:TinyTwins on digits, tiny_smooth, lars lr 1, batch 96\n" in text
     assert "  progress   step 2 of 2, loss " in text
     recipe = text.partition("recipe (what differs from the defaults):\n")[2].partition("results:")[0]
     shown = dict(line.split(maxsplit=1) for line in recipe.splitlines())
