@@ -122,7 +122,7 @@ def timed(name: str, arguments: list[str], folder: Path) -> dict[str, Any]:
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(json.dumps([done.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))"
     )
-    command = [sys.executable, "-m", "ssl_bench.cli", *arguments]
+    command = [sys.executable, "-m", "ssl_bench", *arguments]
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *command], cwd=folder, capture_output=True, text=True, check=True

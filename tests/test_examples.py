@@ -53,7 +53,7 @@ def site(tmp_path_factory):
 def command(site: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     path = environment()["PYTHONPATH"]
     return subprocess.run(
-        [sys.executable, "-m", "ssl_bench.cli", *words],
+        [sys.executable, "-m", "ssl_bench", *words],
         cwd=cwd,
         env=environment(PYTHONPATH=f"{site}:{path}"),
         capture_output=True,

@@ -51,12 +51,9 @@ def list_(
 ) -> None:
     """Show what can be named: built in, in configs/, or installed."""
 
-    def command() -> int:
-        from ssl_bench.cli.listing import main
+    from ssl_bench.cli.listing import main
 
-        return main(what)
-
-    finish(command, debug)
+    finish(lambda: main(what), debug)
 
 
 @app.command(context_settings=_VERBATIM)
@@ -151,13 +148,9 @@ RunsFolder = Annotated[str, typer.Option(help="Where names are looked up, at any
 @app.command()
 def show(run: Named, runs: RunsFolder = "runs", debug: Debug = False) -> None:
     """Show a run: how far it came, the recipe that matters, results and files."""
+    from ssl_bench.cli.runs import show as main
 
-    def command() -> int:
-        from ssl_bench.cli.runs import show
-
-        return show(run, runs)
-
-    finish(command, debug)
+    finish(lambda: main(run, runs), debug)
 
 
 @app.command()
@@ -171,13 +164,9 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Show where runs' recipes differ, and their results side by side."""
+    from ssl_bench.cli.runs import compare as main
 
-    def command() -> int:
-        from ssl_bench.cli.runs import compare
-
-        return compare(run, output, runs, y)
-
-    finish(command, debug)
+    finish(lambda: main(run, output, runs, y), debug)
 
 
 @app.command()
@@ -215,13 +204,9 @@ def doctor(
     GPUs, driver, torch and torchvision, faiss, memory, disks, the cache, Accelerate's configuration; the exit code is 1
     if something is at fault.
     """
+    from ssl_bench.cli.doctor import main
 
-    def command() -> int:
-        from ssl_bench.cli.doctor import main
-
-        return main(runs)
-
-    finish(command, debug)
+    finish(lambda: main(runs), debug)
 
 
 @app.command()
@@ -234,13 +219,9 @@ def estimate(
 
     The exit code is 1 if it needs more memory than is free.
     """
+    from ssl_bench.cli.estimate import main
 
-    def command() -> int:
-        from ssl_bench.cli.estimate import main
-
-        return main(track, overrides or [])
-
-    finish(command, debug)
+    finish(lambda: main(track, overrides or []), debug)
 
 
 @app.command()

@@ -1,10 +1,12 @@
 """``ssl-bench demo``: the whole path in minutes, without a download or a GPU."""
 
 import shutil
+import time
 from pathlib import Path
 
 from ssl_bench.recipe.compose import compose
 from ssl_bench.records.reader import RunRecord, read_run
+from ssl_bench.runtime.console import duration
 
 # Sized for two minutes on two CPU cores, and so that what was learned can be seen. Digits have no colours, their mirror
 # images are other shapes, and a small crop is meaningless: under the default augmentation features become worse than
@@ -53,7 +55,7 @@ def main(folder: str | Path, steps: int) -> int:
     from ssl_bench.pretrain import run
     from ssl_bench.report.figures.plates import demo_figure
 
-    folder = Path(folder)
+    folder, start = Path(folder), time.monotonic()
     _clear(folder)
     records: dict[str, RunRecord] = {}
     for number, (label, choice) in enumerate(OPTIMIZERS.items()):
@@ -65,7 +67,7 @@ def main(folder: str | Path, steps: int) -> int:
         records[label] = read_run(folder / label.lower())
     demo_figure({label: record.folder for label, record in records.items()}, folder / "demo.png")
     _print(records, steps)
-    print(f"loss and trust ratios: {folder / 'demo.png'}")
+    print(f"{duration(time.monotonic() - start)}; loss and trust ratios: {folder / 'demo.png'}")
     return 0
 
 

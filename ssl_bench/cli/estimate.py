@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ssl_bench.recipe.compose import compose
+from ssl_bench.recipe.schema import Recipe
 from ssl_bench.runtime.console import duration
 from ssl_bench.runtime.memory import available_memory
 from ssl_bench.study.estimate import BATCH, STEPS, Speed, measured
@@ -34,12 +35,7 @@ def main(track: str, overrides: Sequence[str] = ()) -> int:
     whole = recipe.chunk_size or recipe.batch_size  # images in memory at a time
     # Small steps are measured as they are; of large ones the memory by a line through two sizes.
     sizes = [whole] if whole <= BATCH else [BATCH // 2, BATCH]
-    found: dict[int, Speed] = {}
-    for size in sizes:
-        one = measured(track, words, recipe, size)
-        if isinstance(one, str):
-            raise ValueError(f"estimate: {STEPS} steps of {size} images must run to be measured: {one}")
-        found[size] = one
+    found = {size: _measured(track, words, recipe, size) for size in sizes}
     speed, largest = found[sizes[-1]], sizes[-1]
     seconds = speed.seconds(recipe)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * speed.train_size / recipe.batch_size))
@@ -53,14 +49,20 @@ def main(track: str, overrides: Sequence[str] = ()) -> int:
     print(f"memory  {needed / GIB:.2f} GiB of {free / GIB:.2f} GiB that are free ({how})")
     if needed <= free:
         return 0
-    if recipe.recompute == "none" and recipe.chunk_size is None:
-        again = {size: measured(track, {**words, "recompute": "blocks"}, recipe, size) for size in sizes}
-        measured_again = {size: one for size, one in again.items() if not isinstance(one, str)}
-        if len(measured_again) == len(sizes) and (less := memory(measured_again, whole)[0]) <= MARGIN * free:
+    if recipe.recompute == "none" and recipe.chunk_size is None and not (recipe.compile or recipe.cuda_graphs):
+        again = {size: _measured(track, {**words, "recompute": "blocks"}, recipe, size) for size in sizes}
+        if (less := memory(again, whole)[0]) <= MARGIN * free:
             print(f"        -> recompute=blocks would fit: {less / GIB:.2f} GiB, the same result")
             return 1
     print(f"        -> {advice(found, free, recipe.batch_size)}")
     return 1
+
+
+def _measured(track: str, words: dict[str, str], recipe: Recipe, size: int) -> Speed:
+    one = measured(track, words, recipe, size)
+    if isinstance(one, str):
+        raise ValueError(f"estimate: {STEPS} steps of {size} images must run to be measured: {one}")
+    return one
 
 
 def memory(found: dict[int, Speed], whole: int) -> tuple[float, str]:

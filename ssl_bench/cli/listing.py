@@ -47,9 +47,8 @@ def _plugins(kind: str) -> Callable[[], Rows]:
 
 
 def _first_line(thing: object) -> str:
-    return (inspect.getdoc(thing if callable(thing) and hasattr(thing, "__name__") else type(thing)) or "").split("\n")[
-        0
-    ]
+    named = thing if callable(thing) and hasattr(thing, "__name__") else type(thing)
+    return (inspect.getdoc(named) or "").partition("\n")[0]
 
 
 def _installed(kind: str) -> Rows:

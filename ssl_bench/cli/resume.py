@@ -1,6 +1,5 @@
 """``ssl-bench resume RUN``: goes on with a run by the recipe in its folder, or with a longer one."""
 
-import dis
 import importlib
 import os
 import shutil
@@ -55,7 +54,7 @@ def main(
     if processes > 1:
         from ssl_bench.runtime.launcher import launch
 
-        words = [sys.executable, "-m", "ssl_bench.cli", "resume", str(folder), *rest, *(["--trust"] if trust else [])]
+        words = [sys.executable, "-m", "ssl_bench", "resume", str(folder), *rest, *(["--trust"] if trust else [])]
         return launch(words, processes)
     from ssl_bench.recipe.command import run_recipe
 
@@ -110,6 +109,7 @@ def _as_long_as(recipe: Recipe, record: RunRecord) -> Recipe:
 
 def _not_the_same(recipe: Recipe, old: Any, new: Any, step: int) -> str:
     """Why a run of the new length would not have begun as this one did; "" where it would, bit for bit."""
+    from ssl_bench.methods.base import Method
     from ssl_bench.recipe import registry
     from ssl_bench.training import build
 
@@ -130,9 +130,8 @@ def _not_the_same(recipe: Recipe, old: Any, new: Any, step: int) -> str:
         return "checkpoint.snapshots are fractions of the run"
     if recipe.track == "pretrain":
         method = registry.resolve("method", recipe.method.target)
-        steps = dis.get_instructions(method.begin_step)  # of which some take the argument and do not use it
-        if any(one.argval == "progress" and one.opname.startswith("LOAD") for one in steps):
-            return f"method={recipe.method.target} changes with the progress of the run"
+        if method.begin_step is not Method.begin_step:
+            return f"method={recipe.method.target} follows the progress of the run (begin_step)"
     return ""
 
 

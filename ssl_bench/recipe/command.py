@@ -1,6 +1,7 @@
 """Runs a track's command: ``--help``, errors in one line, exit codes."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -107,6 +108,10 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     try:
         return command()
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and peers.world_size() == 1:
+            # The reader of the output has seen enough (ssl-bench list | head); Python would complain of it at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         code, text = USAGE_ERROR, " ".join(str(error).split()) or type(error).__name__
         if debug:
             traceback.print_exc()

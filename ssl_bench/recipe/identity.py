@@ -9,8 +9,7 @@ from typing import Any
 # is not part of a recipe.)
 IRRELEVANT = frozenset(
     {"run_dir", "resume", "tracker", "log_every", "check_every_epochs", "device", "compile", "cuda_graphs"}
-    | {"recompute"}
-    | {"data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
+    | {"recompute", "data.workers", "data.cache_dir", "data.resident", "optimizer.foreach", "optimizer.fused"}
     | {"checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.final"}
     | {"checkpoint.snapshots", "model.checkpoint"}  # which weights: model.checkpoint_sha256
 )

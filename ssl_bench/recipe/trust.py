@@ -28,7 +28,9 @@ def refuse_untrusted(source: str, values: Mapping[str, Any], given: Collection[s
         ValueError: one line that names the key, the value and ``--trust``.
     """
     for key, value in values.items():
-        if key in given or str(value).lower() in ("none", "null", "true", "false"):  # published weights are no path
+        if key in given or value is None or value == "null":
+            continue
+        if key == "model.pretrained" and str(value).lower() in ("true", "false"):  # published weights are no path
             continue
         if key in _CODE and ":" in str(value):
             raise ValueError(

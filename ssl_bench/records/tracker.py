@@ -138,11 +138,8 @@ class Tracker:
             about = {"name": self.name, "group": group, "dir": str(self.folder)}
             return {**about, "id": run_id, "resume": "allow", "mode": mode}
         if self.kind == "trackio":
-            again: dict[str, Any] = {
-                "config": self._plain(),
-                "resume": "allow",
-            }  # a session without the recipe would remove it
-            return {"name": self.name, "group": group, "embed": False, **again}
+            about = {"name": self.name, "group": group, "resume": "allow"}
+            return {**about, "embed": False, "config": self._plain()}  # without the recipe a session would remove it
         if self.kind == "mlflow":
             tags = {"group": group} if group else None
             return {"run_id": run_id, "run_name": self.name, "tags": tags, "logging_dir": self._artifacts()}

@@ -102,12 +102,7 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x)
 
 
-class _GatherShare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = slice(rank() * x.shape[0], (rank() + 1) * x.shape[0])
-        return gather_rows(x)
-
+class _GatherShare(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _summed(grad)[ctx.rows]

@@ -105,7 +105,7 @@ def local_command(cell: Cell, run_dir: Path) -> list[str]:
 
 def all_gpus_command(cell: Cell, run_dir: Path) -> list[str]:
     """The cell as one process for each GPU that can be seen, or one on the CPU."""
-    return [sys.executable, "-m", "ssl_bench.cli", cell.track, "--processes", "auto", *_arguments(cell, run_dir)]
+    return [sys.executable, "-m", "ssl_bench", cell.track, "--processes", "auto", *_arguments(cell, run_dir)]
 
 
 def print_commands(cells: Sequence[Cell], store: CellStore) -> list[str]:

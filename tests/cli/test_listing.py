@@ -1,5 +1,6 @@
 """What can be named, as a user sees it."""
 
+import signal
 import subprocess
 import sys
 
@@ -52,3 +53,14 @@ def test_the_version_and_the_module():
     assert CliRunner().invoke(cli.app, ["--version"]).output == f"ssl_bench {__version__}\n"
     done = subprocess.run([sys.executable, "-m", "ssl_bench", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"ssl_bench {__version__}\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command, pipe = [sys.executable, "-u", "-m", "ssl_bench", "list"], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "methods:\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE

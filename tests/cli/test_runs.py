@@ -162,4 +162,4 @@ def test_a_method_that_knows_the_runs_length_cannot_be_made_longer():
     words = ["data=digits", "model.stem=imagenet", "method=byol", "batch_size=8", "device=cpu", "eval=none", "steps=1"]
     words += ["method.projector=[8,8]", "method.predictor=[8]", "schedule=constant", "checkpoint.final=true"]
     assert pretrain.main([*words, "run_dir=r"]) == 0
-    assert "method=byol changes with the progress of the run" in line_of(asked("resume", "r", "steps=2"))
+    assert "method=byol follows the progress of the run (begin_step)" in line_of(asked("resume", "r", "steps=2"))

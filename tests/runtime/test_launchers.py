@@ -15,7 +15,7 @@ from waiting import wait_for
 
 WORDS = (*TINY_PRETRAIN, "run_dir=r", "resume=auto", "checkpoint.every_steps=0", "eval.protocols=[]")
 LONG = (*WORDS, "method=faults:SlowSteps", "steps=400")
-OURS = [sys.executable, "-m", "ssl_bench.cli", "pretrain", "--processes", "2"]
+OURS = [sys.executable, "-m", "ssl_bench", "pretrain", "--processes", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--cpu"]
 LAUNCHERS = {

@@ -20,7 +20,7 @@ def dry_run(folder: Path, *arguments: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "ssl_bench.cli",
+        "ssl_bench",
         "study",
         "one.yaml",
         "--trust",
@@ -46,7 +46,7 @@ def test_a_warm_up_longer_than_the_measurement_is_left_out(tmp_path: Path) -> No
         "optimizer.lr": 1, "protocol": "paper", "schedule.warmup_epochs": 30,
     }  # fmt: skip
     (tmp_path / "long.yaml").write_text(yaml.safe_dump({"base": base, "blocks": [{"track": "classify"}]}))
-    command = [sys.executable, "-m", "ssl_bench.cli", "study", "long.yaml", "--dry-run", "--workers=1"]
+    command = [sys.executable, "-m", "ssl_bench", "study", "long.yaml", "--dry-run", "--workers=1"]
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"digits .*: \d+ images/s", done.stdout), done.stdout

@@ -61,8 +61,10 @@ def advice(error: BaseException, trainer: Any) -> str:
 def _recomputing(trainer: Any, tried: int) -> str:
     recompute_blocks(trainer.module)  # to measure: the run is over
     fits = _measured(trainer, tried)
-    if fits is None or fits == tried:
-        return f"recompute=blocks (the same result{', by the measured peak of smaller ones it fits' * bool(fits)})"
+    if fits is None:
+        return "recompute=blocks (the same result)"
+    if fits == tried:
+        return "recompute=blocks (the same result, by the measured peak of smaller ones it fits)"
     return f"recompute=blocks chunk_size={fits} (by the measured peak of smaller ones)"
 
 
