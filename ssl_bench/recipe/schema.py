@@ -304,7 +304,7 @@ class Recipe:
         "passes otherwise; false = off",
     )
     deterministic: bool = key(False, "bitwise reproducible on the same machine and world size; false = faster kernels")
-    run_dir: str | None = key(None, "directory of the run's record; null = runs/<description>-<identity>")
+    run_dir: str | None = key(None, "directory of the run's record; null = runs/<what, lr, length, seed>-<identity>")
     resume: Literal["never", "auto"] = key("never", "auto = continue the run in run_dir from its last checkpoint")
     log_every: PositiveInt = key(10, "steps between lines of metrics.jsonl (means over the interval)")
     check_every_epochs: NonNegative = key(
@@ -327,12 +327,18 @@ class Recipe:
         return identity(self.to_dict())
 
     def name(self, identity: str | None = None) -> str:
-        """A readable directory name, distinct for distinct experiments; with the identity, where it is known."""
+        """A readable directory name, distinct for distinct experiments; with the identity, where it is known.
+
+        DATA-METHOD-MODEL-OPTIMIZER-bBATCH-lrRATE-eEPOCHS (or -stepsSTEPS)-sSEED-IDENTITY.
+        """
         what = self.method.target.split(":")[-1] if self.track == "pretrain" else "clf"
         optimizer = self.optimizer.options.get("name") or self.optimizer.target.split(":")[-1]
-        data = self.data.name.split(":")[-1]
-        parts = [data, what, str(optimizer), f"b{self.batch_size}", f"s{self.seed}", identity or self.identity()]
-        return "-".join(map(file_name, parts)).lower()
+        data, model = (name.split(":")[-1] for name in (self.data.name, self.model.name))
+        length = f"steps{self.steps}" if self.steps else f"e{self.epochs:g}"
+        names = [file_name(str(name))[:40] for name in (data, what, model, optimizer)]
+        lr = self.optimizer.options.get("lr", 0)  # what only evaluates has no optimizer
+        numbers = [f"b{self.batch_size}", f"lr{lr:g}", length, f"s{self.seed}"]
+        return "-".join([*names, *numbers, identity or self.identity()]).lower()
 
     def folder(self) -> str:
         """The run's directory: ``run_dir``, or one named after the experiment under ``runs/``."""

@@ -5,7 +5,8 @@
     RUNS/.cells/NAME.failed.json    why the last attempt failed
     RUNS/.cells/NAME.claim-N    who is working on it
 
-A run that another study below RUNS made of the same recipe is the same experiment, and is not done twice.
+A run that another study below RUNS made of the same recipe is the same experiment, and is not done twice. It is found
+by the identity at the end of its folder's name, whatever stands before it: earlier versions named their runs otherwise.
 """
 
 import json
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from ssl_bench.records.lock import is_claimed
 from ssl_bench.records.reader import RUN, Ending, RecordError, read_head, read_results
@@ -28,6 +29,7 @@ Status = Literal[Ending, "failed", "running", "interrupted", "missing"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 ENDED: frozenset[Status] = frozenset(get_args(Ending))
 LOG_LINES = 30  # of a failed run's output, kept with the error
+_COARSEST_CLOCK = 3_000_000_000  # nanoseconds; some file systems note a change to two seconds
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class State:
         return self.status in ENDED
 
 
+class _Listing(NamedTuple):
+    changed: int  # the directory's time of change, in ns, when it was read
+    runs: dict[str, list[Path]]
+
+
 class CellStore:
     """The folder of all runs, seen by one study's worker.
 
@@ -58,14 +65,32 @@ class CellStore:
     def __init__(self, runs: str | Path, *, owner: str = "") -> None:
         self.runs, self.owner = Path(runs), owner
         self.notes = self.runs / ".cells"
+        self._listed: dict[Path, _Listing] = {}
 
     def folder(self, cell: Cell) -> Path:
         """The run directory: the study's own, unless the run is already in another study's."""
         own = self.runs / file_name(cell.study) / cell.name
         if own.is_dir() or not self.runs.is_dir():
             return own
-        others = (path / cell.name for path in sorted(self.runs.iterdir()) if not path.name.startswith("."))
-        return next((path for path in others if (path / RUN).is_file()), own)
+        studies = [own.parent, *sorted(path for path in self.runs.iterdir() if not path.name.startswith("."))]
+        found = (path for study in studies for path in self._by_identity(study).get(cell.identity, ()))
+        return next((path for path in found if (path / RUN).is_file()), own)
+
+    def _by_identity(self, study: Path) -> dict[str, list[Path]]:
+        """The run directories in a study's, by the identity in their names."""
+        try:
+            changed = study.stat().st_mtime_ns
+            known = self._listed.get(study)
+            if known is None or known.changed != changed:
+                runs: dict[str, list[Path]] = {}
+                for name in sorted(os.listdir(study)):
+                    runs.setdefault(name.rpartition("-")[2], []).append(study / name)
+                known = _Listing(changed, runs)
+                if time.time_ns() - changed > _COARSEST_CLOCK:  # else a later change may leave the same time
+                    self._listed[study] = known
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return known.runs
 
     def log(self, cell: Cell) -> Path:
         """The file that takes what its processes print."""

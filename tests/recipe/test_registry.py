@@ -155,7 +155,8 @@ def test_every_kind_comes_from_outside_by_entry_point_or_module(name):
     )
     assert (recipe.data.name, recipe.model.name, recipe.optimizer.target) == (data, model, optimizer)
     assert recipe.eval.protocols == [protocol]
-    assert recipe.name().startswith(f"{data.split(':')[-1]}-barlow_twins-{optimizer.split(':')[-1].lower()}-")
+    readable = f"{data.split(':')[-1]}-barlow_twins-{model.split(':')[-1]}-{optimizer.split(':')[-1]}-b512-lr1-e100-s0-"
+    assert recipe.name().startswith(readable.lower())
 
 
 def test_builtin_data_sets_and_backbones_are_known_to_their_folders_by_name():

@@ -54,7 +54,7 @@ def test_a_runs_and_a_studys_folder_stay_inside(tmp_path):
     recipe.optimizer.options["name"] = "../../x/y"  # timm has no such name, which compose would say
     name = recipe.name()
     assert "/" not in name
-    assert name.startswith("digits-barlow_twins-x-y")
+    assert name.startswith("digits-barlow_twins-resnet18-x-y-")
     assert recipe.folder() == f"runs/{name}"
     cell = Cell("..", {}, {}, recipe)
     assert CellStore(tmp_path / "runs").folder(cell).parent.parent == tmp_path / "runs"

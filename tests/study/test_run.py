@@ -255,6 +255,22 @@ def test_a_run_of_another_study_is_not_done_twice(small: Study, tmp_path: Path) 
     assert store.folder(small.cells[1]) == tmp_path / "runs" / "small" / small.cells[1].name
 
 
+@pytest.mark.parametrize("study", ["small", "elsewhere"])
+def test_a_run_is_found_by_its_identity_whatever_its_name(small: Study, tmp_path: Path, study: str) -> None:
+    store = CellStore(tmp_path / "runs")
+    first, second, *_ = small.cells
+    folder = tmp_path / "runs" / study
+    record(folder / f"digits-clf-sgd-b8-s0-{first.identity}", first.identity)  # an earlier version's name
+    assert store.state(first).status == "finished"
+    assert store.state(second).status == "missing"
+    record(folder / f"best-{second.identity}", second.identity)  # made after the folder was read
+    assert store.state(second).status == "finished"
+    os.utime(folder, (1, 1))  # so long unchanged that its listing is kept
+    assert store.folder(first) == folder / f"digits-clf-sgd-b8-s0-{first.identity}"
+    (folder / f"best-{second.identity}").rename(folder / "best")
+    assert store.state(second).status == "missing"
+
+
 def test_printed_commands_parse_back_to_the_same_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tiny(set={"eval.protocols": ["knn-v1", "linear-cached-v1"], "data.cache_dir": "/a b/c"})
     study = load_study(write(tmp_path, content), trust=True)
