@@ -301,7 +301,7 @@ class Recipe:
         None,
         "replay the augmentation and the forward and backward pass as CUDA graphs, checked against plain steps; null = "
         "where possible (the passes: one GPU, the whole batch, not fp16, no recompute); true = refuse to run the "
-        "passes otherwise; false = off",
+        "passes otherwise, and record several GPUs' too (gradients are averaged in one piece); false = off",
     )
     deterministic: bool = key(False, "bitwise reproducible on the same machine and world size; false = faster kernels")
     run_dir: str | None = key(None, "directory of the run's record; null = runs/<what, lr, length, seed>-<identity>")

@@ -10,6 +10,7 @@ processes is a sum over processes. Where all of them go on to compute the same f
 gradients, and W times one's own is the same without communication.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,6 +141,29 @@ def _summed(x: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out)
     return out
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replaces tensors by their means over the processes: one collective, DistributedDataParallel's rounding.
+
+    Args:
+        tensors: of the same shapes and one dtype on every process, which is not checked.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([x.flatten() for x in tensors]).div_(world_size())
+    dist.all_reduce(flat)
+    parts = flat.split([x.numel() for x in tensors])
+    torch._foreach_copy_(list(tensors), [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
+
+
+def everywhere(holds: bool, device: torch.device) -> bool:
+    """Whether something holds on all processes; waits for the device where there are several."""
+    if world_size() == 1:
+        return holds
+    failures = torch.tensor(0.0 if holds else 1.0, device=device)
+    dist.all_reduce(failures)
+    return failures.item() == 0
 
 
 def assert_equal_parameters(module: nn.Module) -> None:

@@ -26,7 +26,7 @@ from ssl_bench.recipe.identity import differences, flatten, is_its_path
 from ssl_bench.recipe.schema import Recipe
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.records.tracker import Tracker
-from ssl_bench.runtime.distributed import synchronize_batch_norm
+from ssl_bench.runtime.distributed import assert_equal_parameters, synchronize_batch_norm
 from ssl_bench.runtime.paths import file_name
 from ssl_bench.runtime.sync_batchnorm import SyncBatchNorm
 from ssl_bench.training.build_data import about_images, dataset, evaluation_dataset, pipeline, stats, views
@@ -34,7 +34,7 @@ from ssl_bench.training.build_networks import backbone, check_images, classifier
 from ssl_bench.training.evaluation import Evaluation
 from ssl_bench.training.evaluation_point import evaluation_point
 from ssl_bench.training.gradient import compute_gradient, unreached_parameters
-from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.graphs import GraphedGradient, averaged
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.memory.recompute import recompute_blocks, recomputed
 from ssl_bench.training.micro_gradients import MicroBatches
@@ -120,8 +120,6 @@ def _graph_obstacle(recipe: Recipe, where: Processes) -> str | None:
     """Why steps cannot be CUDA graphs here; None where they can."""
     if where.device.type != "cuda":
         return f"the device is {where.device.type}"
-    if where.world_size > 1:
-        return f"there are {where.world_size} processes"
     if recipe.chunk_size not in (None, recipe.batch_size):
         return "chunk_size splits the batch"
     if recipe.recompute != "none":
@@ -130,7 +128,9 @@ def _graph_obstacle(recipe: Recipe, where: Processes) -> str | None:
 
 
 def _graphs_steps(recipe: Recipe, where: Processes) -> bool:
-    return recipe.cuda_graphs is not False and _graph_obstacle(recipe, where) is None
+    """With several processes on request only: no run has shown yet how NCCL's collectives are replayed."""
+    wanted = recipe.cuda_graphs is not False if where.world_size == 1 else bool(recipe.cuda_graphs)
+    return wanted and _graph_obstacle(recipe, where) is None
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -223,7 +223,10 @@ def trainer(
     if hasattr(made, "micro_gradients"):
         made.micro_gradients = MicroBatches.of(plan.optimizer, task, batches, where)
     gradient: Callable[..., dict[str, Tensor]] = partial(compute_gradient, tf32=_loss_in_tf32(recipe))
-    if _graphs_steps(recipe, where):
+    if graphs := _graphs_steps(recipe, where):
+        if where.world_size > 1:
+            assert_equal_parameters(task)  # as DistributedDataParallel would see to
+            gradient = averaged(gradient, task)
         gradient = GraphedGradient(gradient, task, partial(_without_graphs, recipe, where))
     unused = []
     if where.world_size > 1:
@@ -234,7 +237,8 @@ def trainer(
     with warnings.catch_warnings():
         # Accelerate knows DistributedDataParallel's broadcast_buffers by the name that torch is about to drop.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model, wrapped = where.accelerator.prepare(task, made)
+        model = where.accelerator.prepare_model(task, evaluation_mode=graphs)  # true: not for several processes
+        wrapped = where.accelerator.prepare_optimizer(made)
     return Trainer(
         model=model,
         optimizer=wrapped,

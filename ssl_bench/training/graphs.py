@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import OutOfMemoryError, Tensor, clear_autocast_cache, cuda, nn
+import torch
+from torch import OutOfMemoryError, Tensor, clear_autocast_cache, nn
 
 from ssl_bench.runtime.cuda_graph import (
     TOLERANCE,
@@ -16,14 +17,35 @@ from ssl_bench.runtime.cuda_graph import (
     first_line,
     signature,
 )
+from ssl_bench.runtime.distributed import average, everywhere, world_size
 from ssl_bench.training.gradient import Backward, Context, Views, plain, random_state, set_random_state
+
+Gradient = Callable[..., dict[str, Tensor]]
+
+
+def averaged(gradient: Gradient, task: nn.Module) -> Gradient:
+    """The same gradient, averaged over the processes in one collective: DistributedDataParallel can be in no recording.
+
+    Args:
+        gradient: `compute_gradient`, or another of its signature.
+        task: the network, not wrapped; its parameters are equal on all processes.
+    """
+    parameters = [p for p in task.parameters() if p.requires_grad]
+
+    def compute(*arguments: Any) -> dict[str, Tensor]:
+        terms = gradient(*arguments)
+        average([p.grad for p in parameters if p.grad is not None])
+        return terms
+
+    return compute
 
 
 class GraphedGradient:
     """A whole batch's forward and backward pass, replayed; in place of `ssl_bench.training.gradient.compute_gradient`.
 
     The first steps run plainly, and so does every batch of another shape. The step after the recording runs both ways
-    on its own batch; where the two differ, or nothing could be recorded, training goes on plainly.
+    on its own batch; where the two differ, or nothing could be recorded, training goes on plainly. With several
+    processes the recording holds their collectives, and all of them replay or none does.
 
     Args:
         gradient: `compute_gradient`, or another of its signature; called with one chunk.
@@ -34,7 +56,7 @@ class GraphedGradient:
 
     def __init__(
         self,
-        gradient: Callable[..., dict[str, Tensor]],
+        gradient: Gradient,
         task: nn.Module,
         refuse: Callable[[str], None],
         recorder: Recorder | None = None,
@@ -80,7 +102,7 @@ class GraphedGradient:
     def _free(self) -> None:
         """Hands the allocator's unused blocks back: plain steps and a recording have separate pools."""
         if any(parameter.is_cuda for parameter in self._parameters):
-            cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def _beside_the_recording(
         self, plainly: Callable[[], dict[str, Tensor]], inputs: Sequence[Tensor]
@@ -90,7 +112,9 @@ class GraphedGradient:
         try:
             return plainly()
         except OutOfMemoryError:
-            pass  # and out of here, so that the error lets go of the step's tensors
+            if world_size() > 1:  # the others are in the middle of it, and do not start anew
+                raise
+            # and out of here, so that the error lets go of the step's tensors
         self._take_gradients()
         self._give_up("the recorded step leaves too little memory for a plain one")
         copy_all(self._buffers, before)
@@ -98,19 +122,20 @@ class GraphedGradient:
         return plainly()
 
     def _record(self, work: Callable[[], dict[str, Tensor]], inputs: Sequence[Tensor]) -> None:
-        if self._recorder.waited:  # known before a recording, which would break off in the middle
-            self._give_up("a step waits for the device, so it cannot be recorded")
-            return
-        gradients = self._take_gradients()
+        gradients, obstacle = self._take_gradients(), ""
         self._inputs = [x.clone() for x in inputs]
         clear_autocast_cache()  # weights must be cast anew at each replay, and not by the caller with these casts
-        try:
-            self._recorded = self._recorder.record(lambda: (work(), self._take_gradients()))
-            self._state = "recorded"
-        except RuntimeError as error:
-            self._give_up(f"a step could not be recorded: {first_line(error)}")
+        if self._recorder.waited:  # known before a recording, which would break off in the middle
+            obstacle = "a step waits for the device, so it cannot be recorded"
+        else:
+            try:
+                self._recorded = self._recorder.record(lambda: (work(), self._take_gradients()))
+            except RuntimeError as error:
+                obstacle = f"a step could not be recorded: {first_line(error)}"
         clear_autocast_cache()
         self._give_gradients(gradients)
+        self._state = "recorded"
+        self._go_on(obstacle, inputs[0].device)
 
     def _replay(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         assert self._recorded is not None
@@ -147,12 +172,20 @@ class GraphedGradient:
         set_random_state(device, random_after)
         self._give_gradients(gradients)
         worst = max(far, key=lambda name: far[name])
-        if far[worst] > TOLERANCE:
-            self._give_up(f"a replayed step differs from the plain one: {worst} by {far[worst]:.1%}")
-        elif all(value == value for value in far.values()):  # NaN: a step that diverged says nothing; the next one may
+        differs = f"a replayed step differs from the plain one: {worst} by {far[worst]:.1%}"
+        # NaN: a step that diverged says nothing; the next one may.
+        known = everywhere(all(value == value for value in far.values()), device)
+        if self._go_on(differs if far[worst] > TOLERANCE else "", device) and known:
             self._state, self.used = "checked", "replayed"
             self._free()
         return terms
+
+    def _go_on(self, obstacle: str, device: torch.device) -> bool:
+        """Whether no process has an obstacle; else gives up, on all of them at the same step."""
+        if good := everywhere(not obstacle, device):
+            return good
+        self._give_up(obstacle or "another process cannot replay its step")
+        return False
 
     def _give_up(self, reason: str) -> None:
         self.used = f"given up: {reason}"

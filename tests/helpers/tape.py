@@ -45,6 +45,9 @@ class Tape(TorchDispatchMode):
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, taped in self.operations:
                 result = function(*args, **kwargs)
+                for work in tree_leaves(result):
+                    if isinstance(work, torch.ScriptObject):  # a collective, for which the caller waited
+                        work.wait()
                 for target, source in zip(tree_leaves(taped), tree_leaves(result), strict=True):
                     if isinstance(target, Tensor) and not torch._C._is_alias_of(target, source):
                         target.copy_(source)

@@ -132,7 +132,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ssl_bench.methods import METHODS
 from ssl_bench.runtime.distributed import synchronize_batch_norm
 from ssl_bench.training.gradient import compute_gradient
-from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.graphs import GraphedGradient, averaged
 
 dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
 counts = (ctypes.c_long * 6)()
@@ -149,7 +149,7 @@ for name in ("barlow_twins", "vicreg", "simclr", "supcon", "simsiam"):
     views = [torch.zeros(6, 3, 8, 8, device="cuda") for _ in range(2)]
     if name == "supcon":
         views.append(torch.zeros(6, dtype=torch.int64, device="cuda"))
-    gradient = GraphedGradient(compute_gradient, method, print)
+    gradient = GraphedGradient(averaged(compute_gradient, method), method, print)
     for step in range(6):
         before = counted()
         gradient(method, lambda _: tuple(views), 1, torch.Tensor.backward)
@@ -159,8 +159,8 @@ os._exit(0)  # an ordinary exit with a process group aborts now and then
 """
 
 
-def test_the_passes_of_one_of_eight_processes_could_be_recorded(gpu):
-    """Synchronised batch norm, the shared and the gathered losses; the collectives do nothing. (Runs do not record.)"""
+def test_the_passes_of_one_of_eight_processes_can_be_recorded(gpu):
+    """Synchronised batch norm, the shared and the gathered losses, the gradients' mean; the collectives do nothing."""
     ended = run(gpu, "-W", "ignore", "-c", RECORDED_BY_EIGHT)
     assert ended.returncode == 0, ended.stderr
     names = ("barlow_twins", "vicreg", "simclr", "supcon", "simsiam")
