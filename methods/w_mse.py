@@ -59,7 +59,7 @@ class WMSE(Method):
             z2: (N, D) those of the second views.
 
         Returns:
-            "loss"; NaN if the embeddings are collinear to rounding, which ends the run as diverged.
+            "loss"; NaN if the embeddings are collinear to float64's rounding, which ends the run as diverged.
 
         Raises:
             ValueError: if the batch is no multiple of ``sub_batch``, or has too few images to be whitened.
@@ -72,10 +72,14 @@ class WMSE(Method):
         return {"loss": 2 - 2 * similarity.mean()}
 
     def _whiten(self, z: Tensor) -> Tensor:
-        """(m, D) rows to rows of mean 0 and covariance 1: L^-1 (z - mean), where L L' is their covariance."""
+        """(m, D) rows to rows of mean 0 and covariance 1: L^-1 (z - mean), where L L' is their covariance.
+
+        In float64: a covariance squares the ratio of the embeddings' extents; in float32 one of 1 to 3,000 is lost.
+        """
+        kept, z = z.dtype, z.double()
         centred = z - z.mean(dim=0)
         covariance = centred.T @ centred / (len(z) - 1)
         covariance = (1 - self.eps) * covariance + self.eps * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         factor, failed = torch.linalg.cholesky_ex(covariance)  # unlike `cholesky`, does not wait for the device
         factor = torch.where(failed > 0, torch.nan, factor)
-        return torch.linalg.solve_triangular(factor, centred.T, upper=False).T
+        return torch.linalg.solve_triangular(factor, centred.T, upper=False).T.to(kept)

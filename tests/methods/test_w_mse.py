@@ -62,6 +62,20 @@ def test_the_order_of_the_rows_matters_in_sub_batches_alone():
         assert torch.allclose(*losses, rtol=1e-10, atol=0) == same
 
 
+def test_a_dominant_direction_is_no_collapse():
+    """As after some epochs on CIFAR-10: in float32 the covariance would not be invertible."""
+    z1, z2 = rows("z1", "z2", n=20, d=4)
+    z1, z2 = (z.detach() + 1e4 * z[:, :1].detach() for z in (z1, z2))
+    singles = [z.float().requires_grad_() for z in (z1, z2)]
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(torch.cov(singles[0].detach().T))
+    loss = method().loss(*singles)["loss"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), method().loss(z1, z2)["loss"], rtol=1e-2, atol=0)
+    loss.backward()
+    assert all(z.grad.isfinite().all() for z in singles)
+
+
 def test_a_collapse_gives_nan_instead_of_an_error_or_a_number():
     z1, z2 = (torch.ones(8, 4, dtype=torch.float64) for _ in range(2))
     assert method().loss(z1, z2)["loss"].isnan()
