@@ -41,7 +41,7 @@ class LAMB(LayerwiseOptimizer):
         decay_1d: Whether tensors with ndim <= 1 (biases, norm scales) have weight decay.
         adapt_1d: Whether tensors with ndim <= 1 are adapted.
         foreach: False: one tensor after another, which needs less memory. None or True: multi-tensor operations.
-        fused: The cache-blocked CPU path: None where it can serve, True to insist, False to turn it off.
+        fused: torch's fused kernels, on the CPU by cache blocks: None where they can serve, True to insist, False: off.
 
     Raises:
         ValueError: for a value out of range, or a parameter twice, sharded, sparse, complex or integer.
@@ -116,7 +116,7 @@ class LAMBC(LAMB):
         decay_1d: Whether tensors with ndim <= 1 (biases, norm scales) have weight decay.
         adapt_1d: Whether tensors with ndim <= 1 are adapted.
         foreach: False: one tensor after another, which needs less memory. None or True: multi-tensor operations.
-        fused: The cache-blocked CPU path: None where it can serve, True to insist, False to turn it off.
+        fused: torch's fused kernels, on the CPU by cache blocks: None where they can serve, True to insist, False: off.
 
     Raises:
         ValueError: for a value out of range, or a parameter twice, sharded, sparse, complex or integer.

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssl_bench.optim.kernels import LOW_PRECISION, Blocked, Bucket, Kernels, Norms, chunks, nan_like, split_by_kind
+from ssl_bench.optim.kernels import (
+    LOW_PRECISION,
+    Blocked,
+    Bucket,
+    Fused,
+    Kernels,
+    Norms,
+    chunks,
+    nan_like,
+    split_by_kind,
+)
 
 
 class Ratio(NamedTuple):
@@ -226,16 +236,18 @@ class LayerwiseOptimizer(Optimizer):
             state: list[list[Tensor]] = [[] for _ in self.STATE]
             self._init_group(group, params, grads, *state)
             for bucket in split_by_kind(Bucket(params, grads, dict(zip(self.STATE, state, strict=True)))):
-                blocked = group["fused"] is not False and Blocked.serves(bucket)
-                if group["fused"] and not blocked:
+                fused = None
+                if group["fused"] is not False:
+                    fused = next((kind for kind in (Blocked, Fused) if kind.serves(bucket)), None)
+                if group["fused"] and fused is None:
                     raise ValueError(
                         f"{self.component}: fused must be None (where it can serve) or False here, got True, which "
-                        "needs dense float32 or float64 parameters on the CPU, gradients laid out alike, and no "
-                        "torch.compile"
+                        "needs dense float32 or float64 parameters on the CPU or a GPU, gradients laid out alike, and "
+                        "no torch.compile"
                     )
                 for chunk in chunks(bucket, foreach=group["foreach"] is not False):
-                    if blocked:
-                        stats.append(self._update(group, Blocked(chunk, self._scratch)))
+                    if fused is not None:
+                        stats.append(self._update(group, fused(chunk, self._scratch)))
                     else:
                         stats.append(self._in_float32(group, chunk))
         if self.recording:

@@ -89,7 +89,7 @@ class TVLARS(LayerwiseOptimizer):
         decay_1d: Whether 1-d tensors have weight decay; None for the variant's own, yes (paper) or no (the code).
         adapt_1d: Whether 1-d tensors are adapted; None for the variant's own, yes (paper) or no (the code).
         foreach: False: one tensor after another, which needs less memory. None or True: multi-tensor operations.
-        fused: The cache-blocked CPU path: None where it can serve, True to insist, False to turn it off.
+        fused: torch's fused kernels, on the CPU by cache blocks: None where they can serve, True to insist, False: off.
 
     Raises:
         ValueError: for a value out of range, or a parameter twice, sharded, sparse, complex or integer.

@@ -7,7 +7,8 @@ from optim_cases import advance, difference, gradient, lr_at, make_params, run
 from torch import nn
 
 from ssl_bench.optim import LARS
-from ssl_bench.optim.kernels import is_dense
+from ssl_bench.optim.kernels import Blocked, Fused, is_dense
+from ssl_bench.optim.telemetry import VALUES, Telemetry
 
 # ------------------------------------------------------------------------------------------------- paths and numerics
 
@@ -21,6 +22,36 @@ def test_paths_agree_with_the_per_tensor_loop(make, dtype, tolerance):
     )
     assert difference(foreach, loop) <= tolerance
     assert difference(chosen, loop) <= tolerance
+
+
+@EVERY
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 0)])
+def test_the_gpus_path_agrees_with_the_per_tensor_loop(make, dtype, tolerance, monkeypatch):
+    """torch's fused kernels for many tensors at once, on the CPU, which has them too; their statistics as well."""
+
+    def recorded(**keywords):
+        def build(params):
+            made.append(make(params.values(), **keywords))
+            telemetry.append(Telemetry(made[-1]))
+            return made[-1]
+
+        made, telemetry = [], []
+        weights = run(build, dtype)
+        columns = telemetry[0].columns()
+        return weights, torch.stack([columns[name].nan_to_num(-1) for name in VALUES])
+
+    loop, seen = recorded(fused=False, foreach=False)
+    served = []
+    monkeypatch.setattr(Blocked, "DEVICE", "nowhere")
+    monkeypatch.setattr(Fused, "DEVICE", "cpu")
+    original = Fused.serves.__func__
+    monkeypatch.setattr(
+        Fused, "serves", classmethod(lambda cls, bucket: served.append(original(cls, bucket)) or served[-1])
+    )
+    fused, also_seen = recorded()
+    assert difference(fused, loop) <= tolerance
+    torch.testing.assert_close(also_seen, seen, rtol=1e-4, atol=1e-6)
+    assert any(served) == (dtype != torch.bfloat16)
 
 
 @EVERY
