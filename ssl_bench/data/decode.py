@@ -1,11 +1,14 @@
 """From encoded images to blocks of uint8 pixels: one decoder (Pillow) for every kind of file.
 
-Pillow rather than `torchvision.io`, whose decoders are deprecated since torchvision 0.29. One thread decodes small
-images: Pillow holds the GIL for most of a 32x32 JPEG, and two threads were measured slower than one.
+Pillow rather than `torchvision.io`, whose decoders are deprecated since torchvision 0.29, or PyTurboJPEG, which is no
+faster (`benchmarks/loading.py`). One thread decodes small images: Pillow holds the GIL for most of a 32x32 JPEG, and
+two threads were measured slower than one. For large ones there is a thread more than cores, because one often waits for
+the GIL, and a block is decoded while the caller digests and writes the one before: 1.4 times as fast on two cores.
 """
 
 import io
 import math
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -122,8 +125,16 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 
     _, height, width = shape
     length = block_images(shape)
     images = islice(split.images(), first * length, None)
-    threads = usable_cores() if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
-    with ThreadPoolExecutor(threads) as pool:
+    threads = usable_cores() + 1 if height * width >= _THREADS_FROM_PIXELS or size is not None else 1
+    ahead: deque[tuple[np.ndarray, Iterator[None]]] = deque()  # blocks that are being decoded
+    pool = ThreadPoolExecutor(threads)
+
+    def whole() -> np.ndarray:
+        block, filled = ahead.popleft()
+        deque(filled, maxlen=0)
+        return block
+
+    try:
         for start in range(first * length, len(split), length):
             raws = list(islice(images, min(length, len(split) - start)))
             if len(raws) < min(length, len(split) - start):
@@ -141,8 +152,12 @@ def decode_blocks(split: RawSplit, size: int | None, shape: Shape, first: int = 
                     )
                 block[offset] = pixels.transpose(2, 0, 1)
 
-            for _ in map(fill, range(len(raws))) if threads == 1 else pool.map(fill, range(len(raws))):
-                pass
-            yield block
+            ahead.append((block, map(fill, range(len(raws))) if threads == 1 else pool.map(fill, range(len(raws)))))
+            if threads == 1 or len(ahead) > 1:
+                yield whole()
+        while ahead:
+            yield whole()
+    finally:
+        pool.shutdown(cancel_futures=True)
     if next(images, None) is not None:
         raise ValueError(f"{split.describe(len(split) - 1)}: the last one with a label, but more images follow")

@@ -69,7 +69,11 @@ class _PixelStatistics:
     def add(self, block: np.ndarray) -> None:
         block = block.reshape(-1, *self.shape)
         for channel in range(3):
-            self.counts[channel] += np.bincount(block[:, channel].ravel(), minlength=256)
+            values = block[:, channel].ravel()
+            even = len(values) // 2 * 2
+            # Two values at a time, because numpy turns each number that it counts into 8 bytes: half the time.
+            pairs = np.bincount(values[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+            self.counts[channel] += pairs.sum(axis=0) + pairs.sum(axis=1) + np.bincount(values[even:], minlength=256)
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         values, total = np.arange(256) / 255, self.counts.sum(axis=1)

@@ -197,3 +197,21 @@ def test_every_shared_loss_is_timed_in_both_forms(load):
         ("vicreg", 8, 32),
     ]  # fmt: skip
     assert all(row["shared_over_whole"] > 0 for row in rows)
+
+
+def test_the_loader_is_timed_beside_torchvisions(load, tmp_path):
+    loading = load("loading")
+    loading.main(["--quick", "--json", str(tmp_path / "new" / "out.json")])
+    record = json.loads((tmp_path / "new" / "out.json").read_text())
+    found = {(row["case"], row["what"]) for row in record["rows"]}
+    ours = {("decode", "ssl_bench, folder"), ("decode", "ssl_bench, shards"), ("epoch", "ssl_bench, rows alone")}
+    assert found >= ours | {("decode", "torchvision"), ("epoch", "torchvision"), ("decoders", "Pillow")}
+    assert all(row["images_per_second"] > 0 and len(row["seconds"]) == 1 for row in record["rows"])
+    assert record["images"]["count"] == 8
+    assert record["verdict"].startswith("PyTurboJPEG: ")
+
+
+@pytest.mark.parametrize(("ratios", "words"), [((1.2, 1.1), "worth a dependency"), ((1.2, 1.09), "not used")])
+def test_another_decoder_must_be_a_tenth_faster_on_any_number_of_threads(load, ratios, words):
+    rows = [{"what": "PyTurboJPEG", "threads": n, "times_torchvision": ratio} for n, ratio in enumerate(ratios, 1)]
+    assert words in load("loading").verdict(rows)

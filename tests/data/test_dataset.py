@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import struct
+from collections.abc import Iterator
 from hashlib import md5
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from made_data import encode, one_parquet, parquet_set, pixels, tiny_archive, wr
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
+from ssl_bench.data import decode as decode_module
 from ssl_bench.data import download as download_module
 from ssl_bench.data.dataset import Dataset, load_dataset
 from ssl_bench.data.raw import Located, RawDataset, RawSplit
@@ -332,6 +334,35 @@ def test_mean_and_std_are_those_of_all_train_pixels(tmp_path):
     data = load_dataset("cifar10", path=tmp_path)
     np.testing.assert_allclose(data.mean, (train / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(data.std, (train / 255).std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("images", [1, 5, 6])  # of 25 pixels: odd and even numbers of values
+def test_statistics_count_every_value_block_by_block(tmp_path, monkeypatch, images):
+    monkeypatch.setattr(decode_module, "_BLOCK_BYTES", 2 * 3 * 5 * 5)
+    train = pixels(images, 5)
+    one_parquet(tmp_path, list(map(encode, train)), [0] * images)
+    data = load_dataset("hf", path=tmp_path)
+    np.testing.assert_allclose(data.mean, (train / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(data.std, (train / 255).std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_blocks_that_threads_decode_ahead_keep_their_order_and_end_at_the_first_damage(monkeypatch):
+    images = pixels(7, 9)
+    raws = list(map(encode, images))
+    monkeypatch.setattr(decode_module, "_BLOCK_BYTES", 2 * 3 * 9 * 9)
+
+    def blocks(raws: list[bytes]) -> Iterator[np.ndarray]:
+        split = RawSplit(np.zeros(7, dtype=np.int64), lambda: iter(raws), lambda index: f"image {index}")
+        return decode_module.decode_blocks(split, 9, (3, 9, 9))
+
+    got = list(blocks(raws))
+    assert list(map(len, got)) == [2, 2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(got).transpose(0, 2, 3, 1), images)
+    raws[4] = raws[4][:40]
+    damaged, before = blocks(raws), []
+    with pytest.raises(ValueError, match="image 4: the image cannot be decoded"):
+        before += damaged
+    np.testing.assert_array_equal(np.concatenate(before).transpose(0, 2, 3, 1), images[:4])
 
 
 # ---- the real data
