@@ -23,6 +23,7 @@ from ssl_bench.runtime.peers import LAUNCHER
 from ssl_bench.study.cells import CellStore, State
 from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
+from ssl_bench.study.progress import StudyProgress
 
 POLL = 0.1  # seconds between looks at the processes
 LOOK_EVERY = 2.0  # seconds between looks for room and for cells, unless one of ours has ended
@@ -208,12 +209,15 @@ class LocalLauncher:
         self.total = len(cells)
         if self.retry_failed:
             self.failed_before = {cell.name: self.store.failed_at(cell) for cell in cells}
-        waiting = list(cells)
-        with Interrupt() as interrupt:
+        states = {cell: self.store.state(cell) for cell in cells}
+        waiting = [cell for cell in cells if states[cell].status == "running" or self._startable(cell, states[cell])]
+        self.done = len(cells) - len(waiting)
+        with Interrupt() as interrupt, StudyProgress(self.store, len(cells), len(self.places)) as progress:
             try:
                 while (waiting or self.running) and not interrupt.requested:
                     waiting = self._fill(waiting)
-                    self._reap(waiting)
+                    self._reap(waiting, progress)
+                    progress({child.cell: child.started for child in self.running.values()}, waiting, self.done)
                     time.sleep(POLL)
             finally:
                 self._stop_all()
@@ -261,7 +265,7 @@ class LocalLauncher:
             claim.release()
             self.done += 1
 
-    def _reap(self, waiting: list[Cell]) -> None:
+    def _reap(self, waiting: list[Cell], progress: StudyProgress) -> None:
         """Notes the processes that have ended; a run that somebody else asked to stop is started again."""
         for number, child in list(self.running.items()):
             child.claim.beat()
@@ -277,6 +281,8 @@ class LocalLauncher:
                 continue
             self.done += 1
             seconds = time.monotonic() - child.started
+            if state.ended:
+                progress.ended(child.cell, seconds)
             detail = f": {state.detail} (log: {self.store.log(child.cell)})" if state.status == "failed" else ""
             say(f"[{self.done}/{self.total}] {state.status} in {seconds:.0f} s: {child.cell.label}{detail}")
 

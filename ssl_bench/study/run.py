@@ -8,6 +8,7 @@ from ssl_bench.runtime.console import duration, say
 from ssl_bench.study.cells import STATUSES, CellStore, State
 from ssl_bench.study.estimate import Speed, speeds, total_seconds, workload
 from ssl_bench.study.grid import Cell, Study, load_study
+from ssl_bench.study.progress import standing
 
 LauncherName = Literal["local", "slurm"]
 
@@ -81,6 +82,8 @@ def status_main(
 ) -> int:
     """Prints how many cells are done, running, failed, diverged and missing, and lists those that are not finished.
 
+    Of a running one it says the step, the speed and the time left.
+
     Args and Raises: as `study_main`.
 
     Returns:
@@ -92,7 +95,9 @@ def status_main(
     print(f"{study.name}: {_counts(states)}")
     for cell, state in states.items():
         if state.status != "finished":
-            print(f"  {state.status:<11} {cell.label}{f': {state.detail}' if state.detail else ''}")
+            at = standing(store.folder(cell)) if state.status == "running" else None
+            about = ", ".join(str(part) for part in (at, state.detail) if part)
+            print(f"  {state.status:<11} {cell.label}{f': {about}' if about else ''}")
     return int(not all(state.ended for state in states.values()))
 
 

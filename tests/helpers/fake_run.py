@@ -1,7 +1,8 @@
 """Stands in for a run in the tests of launchers: ``fake_run.py BEHAVIOUR RUN_DIR IDENTITY COUNTER``, in milliseconds.
 
 Appends a line to COUNTER when it starts. BEHAVIOUR: "ok", "diverged", "crash", "silent" (success without a record),
-"requeue" (stops once with code 75, then ends well), "wait" (until asked to stop, then code 75), or "slow" (0.3 s).
+"requeue" (stops once with code 75, then ends well), "wait" (until asked to stop, then code 75), or "slow" (0.3 s, at
+step 5 of 10).
 """
 
 import json
@@ -20,13 +21,14 @@ if behaviour == "crash":
     sys.exit("RuntimeError: a crash")
 if behaviour == "silent":
     sys.exit(0)
-head = {"format": 1, "identity": identity, "recipe": {}}
+head = {"format": 1, "identity": identity, "recipe": {"batch_size": 10}, "plan": {"total_steps": 10}}
 (run_dir / "run.json").write_text(json.dumps(head))
 if behaviour == "requeue" and counter.read_text().count(run_dir.name) == 1:
     sys.exit(75)
 if behaviour == "wait":
     time.sleep(60)
 if behaviour == "slow":
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 5, "images_per_second": 100.0}) + "\n")
     time.sleep(0.3)
 status = "diverged" if behaviour == "diverged" else "finished"
 entry = {"protocol": "test-v1", "model": "trained", "metrics": {"top1": float(len(run_dir.name))}}
