@@ -13,6 +13,23 @@ from ssl_bench.eval.features import ImageSource, Precision, Progress, Transform,
 SUBSET_SEED = 20231115  # fixed: every epoch of every run looks at the same images
 
 Metrics = dict[str, float]
+Points = dict[str, str | float | list[str]]
+
+
+class WithPoints(Metrics):
+    """Metrics with a picture, which the record keeps beside them and the report draws.
+
+    Args:
+        metrics: numbers by name.
+        points: "x" and "y", for each image a whole number from -1000 to 1000, and perhaps "label", each as one text
+            with spaces between (a line of the record, where a list would be a thousand); "scale", what 1000 stands for.
+    """
+
+    def __init__(self, metrics: Metrics, *, points: Points) -> None:
+        super().__init__(metrics)
+        self.points = points
+
+
 Split = Literal["train", "test"]
 
 

@@ -4,7 +4,7 @@ import difflib
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from torch import nn
 
@@ -18,7 +18,8 @@ from ssl_bench.eval.lidar import LiDAR
 from ssl_bench.eval.linear import LinearCached
 from ssl_bench.eval.linear_augmented import LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, SINGLE_FAULTS
 from ssl_bench.eval.online import Online
-from ssl_bench.eval.probe import ImageDataset, Metrics, Probe
+from ssl_bench.eval.pca_2d import PCA2D
+from ssl_bench.eval.probe import ImageDataset, Metrics, Points, Probe, WithPoints
 from ssl_bench.eval.rankme import RankMe
 
 
@@ -47,7 +48,7 @@ class Evaluator(Protocol):
 
 
 _PROBES = (LINEAR_AUG, PAPER_PROBE, RELEASED_PROBE, *SINGLE_FAULTS)
-_LABEL_FREE = (RankMe(), AlphaReQ(), LiDAR(), AlignmentUniformity())
+_LABEL_FREE = (RankMe(), AlphaReQ(), LiDAR(), AlignmentUniformity(), PCA2D())
 EVALUATORS: dict[str, Evaluator] = {
     each.name: each for each in (KNN(), LinearCached(), *_PROBES, FewShot(), Finetune(), *_LABEL_FREE, Online())
 }
@@ -76,6 +77,7 @@ class Result(TypedDict):
     feature_seconds: float  # of extracting the features, which it may share with others; 0 if it uses none
     precision: str  # of the backbone's passes; what follows them is fp32
     tabulated: bool  # False: a monitor's number, not for a table of results
+    points: NotRequired[Points]  # of a picture, see `WithPoints`
 
 
 def evaluate(
@@ -127,7 +129,7 @@ def evaluate(
         results.append(
             Result(
                 protocol=evaluator.name,
-                metrics=metrics,
+                metrics=dict(metrics),
                 n_test=int(metrics.get("n_test", len(probe.images("test")))),
                 seconds=elapsed - sum(took for key, took in feature_seconds.items() if key not in before),
                 feature_seconds=sum(feature_seconds.values()),
@@ -135,4 +137,6 @@ def evaluate(
                 tabulated=getattr(evaluator, "tabulated", True),
             )
         )
+        if isinstance(metrics, WithPoints):
+            results[-1]["points"] = metrics.points
     return results

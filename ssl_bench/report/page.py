@@ -237,7 +237,7 @@ def _run(
     head = result.record.provenance
     shown = {name: value for name, value in head.items() if name not in ("recipe", "format", "argv", "param_groups")}
     groups = [{name: group[name] for name in group if name != "param_names"} for group in head.get("param_groups", [])]
-    shown |= {"param_groups": groups, "results": result.record.results}
+    shown |= {"param_groups": groups, "results": _without_points(result.record.results)}
     order = {name: rank for rank, name in enumerate(LABELS)}
     metrics = sorted(curves.metrics.keys() - _UNSHOWN, key=lambda name: (order.get(name, len(order)), name))
     return {
@@ -249,6 +249,14 @@ def _run(
         "layers": {q.column: _layers(curves, q) for q in QUANTITIES if layers and curves.has(q.column)},
         "analysis": tables_of(result),
     }
+
+
+def _without_points(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A run's results without the thousands of numbers of their pictures, which the figures show."""
+    if results is None:
+        return None
+    entries = results.get("evaluations", [])
+    return {**results, "evaluations": [{name: one[name] for name in one if name != "points"} for one in entries]}
 
 
 def images_per_step(curves: Curves, batch_size: int) -> float:

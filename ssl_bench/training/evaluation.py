@@ -74,6 +74,9 @@ class Evaluation:
         about: dict[str, Any] = {"seed": self.seed}
         if self.dataset.classes:
             about["chance"] = 100 / len(self.dataset.classes)
+        for result in results:
+            if "points" in result:  # a picture's legend
+                result["points"] |= {"classes": list(self.dataset.classes)}
         on = f"@{self.elsewhere}" if self.elsewhere else ""
         return [{**result, "protocol": result["protocol"] + on, **about} for result in results]
 

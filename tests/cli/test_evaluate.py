@@ -1,6 +1,7 @@
 """Evaluating a saved run, or a backbone that no run has trained."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -27,10 +28,16 @@ def test_evaluate_adds_to_the_record(here):
     assert done.exit_code == 0, done.output
     after = results(here / "r")["evaluations"]  # replaced, by the same numbers
     assert [(e["model"], e["metrics"]) for e in after] == [(e["model"], e["metrics"]) for e in before]
-    done = CliRunner().invoke(cli.app, ["evaluate", "r", "eval.protocols=[linear-cached-v1]", "eval.baseline=false"])
+    more = ["eval.protocols=[linear-cached-v1,pca-2d-v1]", "eval.baseline=false"]
+    done = CliRunner().invoke(cli.app, ["evaluate", "r", *more])
     assert done.exit_code == 0, done.output
-    protocols = [entry["protocol"] for entry in results(here / "r")["evaluations"]]
-    assert protocols == ["knn-v1", "knn-v1", "linear-cached-v1"]
+    entries = results(here / "r")["evaluations"]
+    assert [entry["protocol"] for entry in entries] == ["knn-v1", "knn-v1", "linear-cached-v1", "pca-2d-v1"]
+    assert len(entries[3]["points"]["x"].split()) == entries[3]["n_test"] == 355
+    assert entries[3]["points"]["classes"] == list("0123456789")
+    assert re.search(
+        r"pca-2d-v1 +trained +explained [\d.]+, explained_1 [\d.]+, explained_2 [\d.]+ of 355\n", done.output
+    )
     refused = CliRunner().invoke(cli.app, ["evaluate", "r", "batch_size=4"])
     assert refused.exit_code == 2
     assert "batch_size is fixed by the run's record" in refused.output

@@ -11,6 +11,7 @@ from ssl_bench.eval.alignment_uniformity import alignment, uniformity
 from ssl_bench.eval.alpha_req import decay_exponent
 from ssl_bench.eval.lidar import lidar
 from ssl_bench.eval.linear_augmented import augmented_spaces
+from ssl_bench.eval.pca_2d import PCA2D, main_plane
 from ssl_bench.eval.rankme import RankMe, effective_rank, singular_values
 
 NAMES = ["rankme-v1", "alpha-req-v1", "lidar-v1", "alignment-uniformity-v1"]
@@ -140,3 +141,45 @@ def test_each_image_gets_the_same_views_whatever_the_batch(splits: Splits) -> No
     assert views[0].shape == (3, 60, 6)
     torch.testing.assert_close(*views)
     assert not torch.allclose(views[0][0], views[0][1])
+
+
+def test_the_main_plane_is_that_of_the_covariance() -> None:
+    x = randn(50, 12) * torch.linspace(0.1, 3, 12) + 5
+    plane, shares = main_plane(x)
+    values, vectors = np.linalg.eigh(np.cov(x.double().numpy(), rowvar=False))
+    centred = x.double().numpy() - x.double().numpy().mean(axis=0)
+    np.testing.assert_allclose(np.abs(plane.numpy()), np.abs(centred @ vectors[:, [-1, -2]]), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(shares.numpy(), values[[-1, -2]] / values.sum(), rtol=1e-9)
+    largest = plane.gather(0, plane.abs().argmax(dim=0, keepdim=True))
+    assert (largest > 0).all()  # the same picture of the same features, whatever the decomposition's signs
+    assert torch.allclose(main_plane(-x + 3)[0].abs(), plane.abs())
+
+
+def test_the_main_plane_of_fewer_directions() -> None:
+    plane, shares = main_plane(torch.ones(6, 4))
+    assert plane.abs().max() == shares.max() == 0
+    plane, shares = main_plane(randn(6, 1))
+    assert shares.tolist() == [pytest.approx(1), 0]
+    assert plane[:, 1].abs().max() == 0
+
+
+def test_a_picture_of_fixed_test_images_with_their_labels(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_bench.eval.pca_2d.IMAGES", 20)
+    backbone = Backbone(dim=9)
+    (result,) = evaluate(backbone, splits, ["pca-2d-v1"], to_float, batch_size=7)
+    assert result["n_test"] == 20
+    assert type(result["metrics"]) is dict
+    metrics, points = result["metrics"], result["points"]
+    assert metrics["explained"] == pytest.approx(metrics["explained_1"] + metrics["explained_2"])
+    assert 0 < metrics["explained_2"] <= metrics["explained_1"] < 100
+    assert splits.train.asked == []
+    columns = {name: list(map(int, points[name].split())) for name in ("x", "y", "label")}
+    assert columns["label"] == [int(splits.test.labels[index]) for index in splits.test.asked]
+    plane, _ = main_plane(Probe(backbone, splits, to_float).subset(train=0, test=20).features("test"))
+    for axis, name in enumerate("xy"):
+        assert (torch.tensor(columns[name]) * points["scale"] / 1000).tolist() == pytest.approx(
+            plane[:, axis].tolist(), abs=points["scale"] / 500
+        )
+    assert max(map(abs, columns["x"] + columns["y"])) == 1000
+    splits.test.labels = torch.full((33,), -1)
+    assert "label" not in evaluate(backbone, splits, [PCA2D()], to_float)[0]["points"]

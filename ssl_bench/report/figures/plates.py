@@ -25,6 +25,7 @@ from ssl_bench.report.figures.drawing import (
     save,
     style,
 )
+from ssl_bench.report.figures.features import features
 from ssl_bench.report.figures.layers import layers
 from ssl_bench.report.figures.sharpness import sharpness_figures
 
@@ -81,6 +82,7 @@ def _figures(collection: Collection, load: Load) -> Iterator[partial[Iterator[tu
     looks = looks_of((arm.optimizer, arm.name) for arms in grouped.values() for arm in arms)
     yield partial(accuracy.best_by_batch_size, grouped)
     yield partial(accuracy.profiles, collection, accuracy.optimizer_looks(collection))
+    yield partial(features, collection)
     for setting, arms in grouped.items():
         yield partial(accuracy.along_training, setting, arms, looks, load)
     for problem, dataset in dict.fromkeys(setting[:2] for setting in grouped):
