@@ -124,9 +124,13 @@ def write_report(runs: str | Path, output: str | Path, *, study: str | None = No
     """
     grid = None if study is None else load_study(study)
     collection = read_collection(runs, study=grid)
+    # From the arguments, because Python calls this too. Without folders above: a report is for others to read.
+    words = ["report", str(runs), "-o", str(output), *(["--study", study] if study else [])]
+    words += ["--figures", figures] if figures != "auto" else []
+    command = shlex.join(["ssl-bench", *(Path(word).name if "/" in word else word for word in words)])
 
     def write(found: Collection) -> Path:
-        return _write(found, Path(runs), Path(output), grid, figures)
+        return _write(found, Path(runs), Path(output), grid, figures, command)
 
     return with_sound_runs(collection, write, lambda found: _probe(found, Path(runs)))
 
@@ -141,24 +145,24 @@ def _probe(collection: Collection, root: Path) -> None:
         write_page(contents, Path(folder) / "index.html")
 
 
-def report_of(collection: Collection, load: Load, study: Study | None, root: Path) -> Contents:
-    """What a report says, before its figures."""
+def report_of(collection: Collection, load: Load, study: Study | None, root: Path, command: str = "") -> Contents:
+    """What a report says, before its figures; ``command`` is what makes it."""
     claims = check_claims(collection, load)
     if not results.matched(collection):
         claims = [claim for claim in claims if claim.verdict != "not measured"]  # these runs are not the paper's
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, ssl_bench {ssl_bench.__version__}"
     header = [("Made", made), ("Runs", root.name or str(root))]
     header += [("Study", study.name)] if study else []
-    header.append(
-        ("Command", shlex.join(["ssl-bench", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]))
-    )
+    header += [("Command", command)] if command else []
     tables = all_tables(collection, load, study=study)
     return Contents(collection, answer(collection), header, tables, claims, (), list, load, root)
 
 
-def _write(collection: Collection, root: Path, folder: Path, study: Study | None, figures: Choice) -> Path:
+def _write(
+    collection: Collection, root: Path, folder: Path, study: Study | None, figures: Choice, command: str
+) -> Path:
     load = Loader()
-    contents = report_of(collection, load, study, root)
+    contents = report_of(collection, load, study, root, command)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     if (folder / "report.md").exists():
         # An earlier report's table or figure that the new one does not have would look like its own.

@@ -212,6 +212,7 @@ def _cell(cell: Cell, contents: Contents, shared: dict[str, int]) -> dict[str, A
         runs.append(_run(result, cell, contents.load(result), shared, points, layers=layers))
     return {
         "title": f"{cell.arm}: {cell.setting}, lr {number(cell.lr)}",
+        "arm": cell.arm,
         "recipe": {name: value for name, value in cell.recipe.items() if name not in ("seed", "run_dir")},
         "runs_table": {"columns": columns, "rows": [_row(result, protocols, contents.root) for result in cell.results]},
         "runs": runs,

@@ -1,6 +1,7 @@
 """The commands: what they write and print, and how they refuse."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -55,6 +56,9 @@ def test_report_writes_everything(tmp_path: Path) -> None:
     ):
         assert part in text
     assert str(tmp_path) not in text
+    # What made it, however it was called: here by no command line at all.
+    assert re.search(r"Made: \d{4}-\d\d-\d\d \d\d:\d\d UTC, ssl_bench \d", text)
+    assert "Command: ssl-bench report runs -o out\n" in text
 
 
 def test_a_damaged_telemetry_costs_only_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

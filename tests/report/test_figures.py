@@ -10,10 +10,13 @@ from synthetic_runs import LAYERS, analysis_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
+from ssl_bench.report.comparisons import arms
 from ssl_bench.report.curves import load_curves, load_metrics, short_names, thin
 from ssl_bench.report.figures import plates as plates_module
-from ssl_bench.report.figures.drawing import legend_below, looks_of, save, style
+from ssl_bench.report.figures.accuracy import best_by_batch_size
+from ssl_bench.report.figures.drawing import PALETTE, legend_below, looks_of, save, style
 from ssl_bench.report.figures.plates import demo_figure, write_figures
+from ssl_bench.report.figures.sharpness import sharpness_figures
 from ssl_bench.report.tables import name_of
 
 
@@ -230,6 +233,20 @@ def test_an_analysis_has_its_figures(tmp_path: Path) -> None:
     for name in names:
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
             assert image.width > 500
+
+
+def test_an_optimizer_has_one_colour_on_every_figure(tmp_path: Path) -> None:
+    """Also where a figure shows a part of the runs: only TVLARS, the second of this report, has an analysis."""
+    write_run(tmp_path / "a", telemetry=False)
+    write_run(tmp_path / "b", telemetry=False, optimizer="tvlars", analysis=analysis_of((5, 10), (500, 20)))
+    collection = gather(*find_runs(tmp_path))
+    looks = looks_of((cell.optimizer, cell.arm) for cell in collection.cells)
+    ((_, sharp),) = sharpness_figures(collection, looks)
+    ((_, best),) = best_by_batch_size(arms(collection))
+    drawn = [line.get_color() for axis in sharp.axes for line in axis.get_lines() if len(line.get_xdata()) > 1]
+    assert set(drawn) == {PALETTE[1]} == {looks["TVLARS"].color}
+    entries = {line.get_label(): line.get_color() for line in best.legends[0].get_lines()}
+    assert entries["TVLARS"] == PALETTE[1]
 
 
 def test_sharpness_without_its_columns_is_noted(tmp_path: Path) -> None:

@@ -204,10 +204,16 @@ def test_two_cells_are_laid_over_each_other(page: Path, tmp_path: Path) -> None:
     beside.value = other.value;
     beside.dispatchEvent(new Event('change'));
     const names = [...dialog.querySelectorAll('.legend li')].map((one) => one.textContent);
-    answer = {alone, both: count(), names, title: other.textContent};
+    const lines = [...dialog.querySelector('svg[role=img]').querySelectorAll('polyline')];
+    const looks = lines.map((line) => [line.getAttribute('stroke'), line.getAttribute('stroke-dasharray')]);
+    answer = {alone, both: count(), names, title: other.textContent, looks, own: ['LARS', 'TVLARS'].map(look)};
     """
     answer = ask(page, script, tmp_path)
     assert (answer["alone"], answer["both"]) == (3, 6)
+    # Each in its optimizer's colour, as on every other chart, and TVLARS's is not the second one here.
+    lars, tvlars = (f"var(--s{one['color']})" for one in answer["own"])
+    assert lars != tvlars != "var(--s1)"
+    assert answer["looks"] == [[lars, None]] * 3 + [[tvlars, "5 3"]] * 3
     assert answer["names"] == ["LARS: classification, cifar10, batch size 512, lr 3", answer["title"]]
 
 

@@ -232,10 +232,16 @@ function onClock(run, curve, clock) {
   return curve.step.map((step) => step * factor);
 }
 
-/** The curves of a cell's runs, a colour a seed; with another cell beside it a colour a cell. */
+/** The lines of two cells: each in its optimizer's colour, the second one dashed. */
+function pairLooks(cell, other) {
+  return [{color: look(cell.arm).color, dash: ""}, {color: look(other.arm).color, dash: "5 3"}];
+}
+
+/** The curves of a cell's runs, a colour a seed; with another cell beside it the colours of both optimizers. */
 function cellCharts(cell, clock, other) {
-  const both = [...cell.runs.map((run, index) => ({run, color: other ? 0 : index, dash: "", name: `seed ${run.seed}`})),
-    ...(other?.runs ?? []).map((run) => ({run, color: 1, dash: "5 3", name: `beside: seed ${run.seed}`}))];
+  const [own, beside] = other ? pairLooks(cell, other) : [];
+  const both = [...cell.runs.map((run, index) => ({run, color: index, dash: "", name: `seed ${run.seed}`, ...own})),
+    ...(other?.runs ?? []).map((run) => ({run, name: `beside: seed ${run.seed}`, ...beside}))];
   const lines = (kind, name) => both.flatMap(({run, ...line}) => {
     const curve = run[kind][name];
     return curve ? [{...curve, ...line, x: onClock(run, curve, clock)}] : [];
@@ -277,7 +283,7 @@ function openCell(key) {
   const names = make("div", {});
   function draw() {
     const other = data.cells[beside.value];
-    names.replaceChildren(other ? legend([cell.title, other.title], [{color: 0, dash: ""}, {color: 1, dash: "5 3"}]) : legend(cell.runs.map((run) => `seed ${run.seed}`)));
+    names.replaceChildren(other ? legend([cell.title, other.title], pairLooks(cell, other)) : legend(cell.runs.map((run) => `seed ${run.seed}`)));
     charts.replaceChildren(...cellCharts(cell, clock.value, other));
   }
   const clock = make("select", {id: "clock", onchange: draw}, ...Object.entries(CLOCKS).map(([value, label]) => make("option", {value}, label)));

@@ -92,7 +92,7 @@ def _figures(collection: Collection, load: Load) -> Iterator[partial[Iterator[tu
     for setting, arms in grouped.items():
         yield partial(accuracy.with_and_without_warmup, setting, arms, looks, load)
     yield partial(decay.phi, collection, load)
-    yield partial(sharpness_figures, collection)
+    yield partial(sharpness_figures, collection, looks)
     for setting, arms in grouped.items():
         for arm in arms:
             yield partial(layers, setting, arm, load)

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ from ssl_bench.report.claims.analysis import (
     noise_curves,
 )
 from ssl_bench.report.curves import rounded
-from ssl_bench.report.figures.drawing import Plate, depth_colors, legend_below, looks_of, note, plain
+from ssl_bench.report.figures.drawing import Look, Plate, depth_colors, legend_below, note, plain
 from ssl_bench.report.tables import name_of, number
 
 Chart = dict[str, Any]  # {"title", "x": the axis's label, "log": both axes logarithmic, "series": [...]}
@@ -30,25 +30,29 @@ _DECADES = 30
 _GREY = 6  # the page's last colour
 
 
-def sharpness_figures(collection: Collection) -> Iterator[tuple[Plate, Figure]]:
-    """A figure of sharpness and one of gradient noise for each setting that has a run with an analysis."""
+def sharpness_figures(collection: Collection, looks: Mapping[str, Look]) -> Iterator[tuple[Plate, Figure]]:
+    """A figure of sharpness and one of gradient noise for each setting that has a run with an analysis.
+
+    Args:
+        collection: the runs.
+        looks: of every arm, the same as on the other figures.
+    """
     by_setting: dict[Setting, list[Analyzed]] = defaultdict(list)
     for run in analyzed(collection):
         by_setting[run.cell.setting].append(run)
     for setting, runs in by_setting.items():
         sharp = [run for run in runs if run.analysis.sharpness]
         if sharp:
-            yield _sharpness_figure(setting, sharp)
+            yield _sharpness_figure(setting, sharp, looks)
     for setting, runs in by_setting.items():
         noisy = list(noise_curves(runs))
         if noisy:
             yield _noise_figure(setting, noisy)
 
 
-def _sharpness_figure(setting: Setting, runs: Sequence[Analyzed]) -> tuple[Plate, Figure]:
+def _sharpness_figure(setting: Setting, runs: Sequence[Analyzed], looks: Mapping[str, Look]) -> tuple[Plate, Figure]:
     """One row for each measure, one column for each learning rate, one line for each run in its optimizer's colour."""
     rates = sorted({run.cell.lr for run in runs})
-    looks = looks_of((run.cell.optimizer, run.cell.arm) for run in runs)
     figure = Figure(figsize=(max(5.0, 2.6 * len(rates) + 1.2), 8.4), layout="constrained")
     axes = figure.subplots(len(MEASURES), len(rates), sharex=True, sharey="row", squeeze=False)
     for row, measure in zip(axes, MEASURES, strict=True):
