@@ -44,6 +44,7 @@ class AlignmentUniformity:
 
     name = "alignment-uniformity-v1"
     tabulated = True
+    needs_labels = needs_test = False
     needs_augment = True
 
     def __call__(self, probe: Probe) -> Metrics:

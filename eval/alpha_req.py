@@ -38,6 +38,7 @@ class AlphaReQ:
 
     name = "alpha-req-v1"
     tabulated = True
+    needs_labels = needs_test = False
 
     def __call__(self, probe: Probe) -> Metrics:
         """Measures the features, and the embeddings where the probe has a projector.

@@ -39,6 +39,7 @@ class LiDAR:
 
     name = "lidar-v1"
     tabulated = True
+    needs_labels = needs_test = False
     needs_augment = True
 
     def __call__(self, probe: Probe) -> Metrics:

@@ -31,6 +31,7 @@ class RankMe:
 
     name = "rankme-v1"
     tabulated = True
+    needs_labels = needs_test = False
 
     def __call__(self, probe: Probe) -> Metrics:
         """Measures the features, and the embeddings where the probe has a projector.

@@ -72,7 +72,7 @@ class Result(TypedDict):
 
     protocol: str
     metrics: Metrics
-    n_test: int
+    n_test: int | None  # None where there are no test images
     seconds: float  # of this evaluator alone
     feature_seconds: float  # of extracting the features, which it may share with others; 0 if it uses none
     precision: str  # of the backbone's passes; what follows them is fp32
@@ -130,7 +130,7 @@ def evaluate(
             Result(
                 protocol=evaluator.name,
                 metrics=dict(metrics),
-                n_test=int(metrics.get("n_test", len(probe.images("test")))),
+                n_test=int(metrics.get("n_test", len(probe.images("test")))) or None,
                 seconds=elapsed - sum(took for key, took in feature_seconds.items() if key not in before),
                 feature_seconds=sum(feature_seconds.values()),
                 precision=probe.precision,

@@ -13,6 +13,8 @@ from ssl_bench.eval.lidar import lidar
 from ssl_bench.eval.linear_augmented import augmented_spaces
 from ssl_bench.eval.pca_2d import PCA2D, main_plane
 from ssl_bench.eval.rankme import RankMe, effective_rank, singular_values
+from ssl_bench.recipe.compose import compose
+from ssl_bench.training.build_data import _needs
 
 NAMES = ["rankme-v1", "alpha-req-v1", "lidar-v1", "alignment-uniformity-v1"]
 
@@ -109,6 +111,16 @@ def test_results_without_a_top1_and_without_labels(splits: Splits) -> None:
     again = evaluate(backbone, splits, NAMES, to_float, augment=Shift(), batch_size=60)
     for one, other in zip(results, again, strict=True):
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-3)
+
+
+def test_they_need_neither_labels_nor_test_images(splits: Splits) -> None:
+    splits.train.labels, splits.test = torch.full((60,), -1), Images(0)
+    results = evaluate(Backbone(dim=9), splits, NAMES, to_float, augment=Shift(), batch_size=16)
+    assert [result["n_test"] for result in results] == [None] * 4  # a record of 0 test images could not be read
+    assert all(result["metrics"]["n_images"] == 60 for result in results)
+    recipe = compose("pretrain", [f"eval.protocols=[{','.join(NAMES)}]", "eval.online_every_epochs=0"])
+    assert _needs(recipe) == ("", False)
+    assert _needs(compose("pretrain", ["eval.protocols=[rankme-v1,pca-2d-v1]", "eval.online_every_epochs=0"]))[1]
 
 
 def test_the_embeddings_are_measured_where_there_is_a_projector(splits: Splits) -> None:
