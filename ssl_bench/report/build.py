@@ -147,9 +147,8 @@ def _probe(collection: Collection, root: Path) -> None:
 
 def report_of(collection: Collection, load: Load, study: Study | None, root: Path, command: str = "") -> Contents:
     """What a report says, before its figures; ``command`` is what makes it."""
-    claims = check_claims(collection, load)
-    if not results.matched(collection):
-        claims = [claim for claim in claims if claim.verdict != "not measured"]  # these runs are not the paper's
+    is_the_papers = bool(results.matched(collection))
+    claims = check_claims(collection, load) if is_the_papers else []
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, ssl_bench {ssl_bench.__version__}"
     header = [("Made", made), ("Runs", root.name or str(root))]
     header += [("Study", study.name)] if study else []

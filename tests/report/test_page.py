@@ -168,7 +168,9 @@ def test_a_footnote_stands_once_and_empty_columns_nowhere(page: Path) -> None:
 
 
 def test_claims_and_errata_stand_where_the_runs_are_the_papers(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a", batch_size=96, telemetry=False)
+    noise = {64: 4.0, 256: 1.0, 1024: 0.25}  # which would decide claim (g)
+    analysis = analysis_of((5, 10), (50, 20), noise=noise)
+    write_run(tmp_path / "runs" / "a", batch_size=96, telemetry=False, analysis=analysis)
     contents = report_of(gather(*find_runs(tmp_path / "runs")), Loader(), None, tmp_path)
     data = embedded(write_page(contents, tmp_path / "p.html"))
     assert (data["claims"], data["errata"]) == ([], [])
