@@ -42,7 +42,11 @@ class Standing:
     left: float | None
 
     def __str__(self) -> str:
-        text = f"step {self.step}/{self.total} ({100 * self.step // self.total}%)"
+        return self.text(f" ({100 * self.step // self.total}%)")
+
+    def text(self, share: str = "") -> str:
+        """The same in words, with or without the share that is done."""
+        text = f"step {self.step}/{self.total}{share}"
         if self.step >= self.total:
             return f"{text}, evaluating"
         text += f", {self.images_per_second:.0f} images/s" if self.images_per_second else ""
@@ -115,14 +119,20 @@ class StudyProgress:
         study = f"{done}/{self.total} done"
         left = self._left(running, known, waiting, now)
         if left is not None:
-            study += f", end {time.strftime('%a %H:%M', time.localtime(time.time() + left))}, in {duration(left)}"
+            study += f", end {time.strftime('%a %H:%M', time.localtime(time.time() + left))}"
         if self._live is not None:
             from rich.text import Text
 
             cell = list(running)[int(now / NEXT_CELL_EVERY) % len(running)]
-            text = f"{study} | {known[cell] or 'starting'}: {cell.label}"
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            at = known[cell]
+            text = f"{study} | {at.text() if at else 'starting'}: "
+            room = max(8, self._live.console.width - len(text))
+            # Cells differ in the end of their labels.
+            label = cell.label if len(cell.label) <= room else "…" + cell.label[1 - room :]
+            self._live.update(Text(text + label, no_wrap=True, overflow="ellipsis"), refresh=True)
             return
+        if left is not None:
+            study += f", in {duration(left)}"
         for cell, began in running.items():
             at = known[cell]
             if at is None:
