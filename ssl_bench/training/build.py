@@ -253,6 +253,7 @@ def trainer(
         loss_scale=recipe.loss_scale,
         evaluation_point=evaluation_point(made, task, batches, where.accelerator.autocast),
         unused=unused,
+        host_bound=partial(_host_bound, where) if where.device.type == "cuda" and where.world_size > 1 else None,
     )
 
 
@@ -265,6 +266,14 @@ def _unused_parameters(task: Method, batches: Pipeline, where: Processes) -> lis
     if names:
         where.say(f"not trained, as no output depends on it: {listed(names)}")
     return names
+
+
+def _host_bound(where: Processes, milliseconds: float) -> None:
+    """The host's time does not fall with a process's share of the batch: then more of them are no faster."""
+    where.say(
+        f"the GPUs wait for the host, which takes {milliseconds:.1f} ms to start a step on any number of them: fewer may "
+        "be as fast, and cuda_graphs=true faster"
+    )
 
 
 def _without_graphs(recipe: Recipe, where: Processes, reason: str) -> None:

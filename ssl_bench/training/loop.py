@@ -24,6 +24,8 @@ from ssl_bench.training.sample_random import SampleRandom
 
 Scalars = dict[str, float]
 
+HOST_BOUND = 0.95  # share of a step's time in which the host starts it, from which on the host decides the speed
+
 
 @dataclass
 class Hook:
@@ -77,6 +79,7 @@ class Trainer:
         loss_scale: factor on the loss for the backward pass, not on the recorded one.
         evaluation_point: step -> the context in which the network is measured and kept.
         unused: the names of trainable parameters that are known to get no gradient; sought with several processes only.
+        host_bound: told once, if the device waits for the host: the milliseconds that the host takes to start a step.
     """
 
     model: nn.Module
@@ -92,6 +95,7 @@ class Trainer:
     loss_scale: float = 1.0
     evaluation_point: Callable[[int], AbstractContextManager] = nullcontext
     unused: Sequence[str] = ()
+    host_bound: Callable[[float], None] | None = None
 
     def __post_init__(self) -> None:
         self.module: Method = unwrap(self.model)
@@ -112,7 +116,7 @@ class Trainer:
         rhythm, io = self.rhythm, self.io
         if self.step == 0 and 0 in rhythm.snapshots:
             io.snapshot(0, self.module)
-        mark, marked_step = time.perf_counter(), self.step
+        mark, marked_step, first = time.perf_counter(), self.step, self.step
         for batch in self.pipeline.batches(self.step, rhythm.total):
             self._begin_step()
             scalars = self.gradient_of(batch, self.pipeline.n_chunks)
@@ -133,12 +137,15 @@ class Trainer:
             due = [hook for hook in self.hooks if hook.every and (last or self.step % hook.every == 0)]
             row = None
             if last or due or self.step % rhythm.log == 0:
+                started = time.perf_counter()
                 row = self._line(multiplier)
                 now = time.perf_counter()  # after `_line`, which waits until the device has done these steps
                 self.seconds += now - mark
                 row["seconds"] = self.seconds
                 seen = self.pipeline.samples(self.step) - self.pipeline.samples(marked_step)
                 row["images_per_second"] = seen / (now - mark)
+                if marked_step > first:  # the first line's steps choose algorithms
+                    self._watch_host(started - mark, now - mark, self.step - marked_step)
                 if found := self.guard.found(self._maximum):
                     self._flush(row)
                     return Outcome("diverged", found["step"], found)
@@ -200,6 +207,12 @@ class Trainer:
             "skipped_steps": self.step - self.clock,
         }
         return row | self.meter.flush(lambda mean: self.accelerator.reduce(mean, "mean"))
+
+    def _watch_host(self, starting: float, whole: float, steps: int) -> None:
+        """Tells, once, that the device had hardly any work left when some steps had all been started (in seconds)."""
+        if self.host_bound is not None and starting > HOST_BOUND * whole:
+            self.host_bound(1000 * starting / steps)
+            self.host_bound = None
 
     def _maximum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.gather(tensor.reshape(1, -1)).amax(0).reshape(tensor.shape)

@@ -261,3 +261,23 @@ def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
             source, [], seed=0, batch_size=batch, chunk_size=chunk, rank=0, world_size=world,
             device=torch.device("cpu"),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("starting", "told"), [(0.97, True), (0.5, False)])
+def test_a_device_that_waits_for_the_host_is_told_of_once(starting, told):
+    loop, _, _ = trainer()
+    said = []
+    loop.host_bound = said.append
+    for _ in range(2):
+        loop._watch_host(starting, 1.0, 10)
+    assert said == ([pytest.approx(97)] if told else [])
+
+
+def test_the_host_is_watched_from_the_second_line_on():
+    loop, record, _ = trainer(total=12)
+    said = []
+    loop.host_bound = said.append  # on the CPU a step has ended when it has been started
+    loop.run()
+    assert len(record.rows) == 3
+    assert len(said) == 1
+    assert said[0] > 0
