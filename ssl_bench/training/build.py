@@ -271,8 +271,8 @@ def _unused_parameters(task: Method, batches: Pipeline, where: Processes) -> lis
 def _host_bound(where: Processes, milliseconds: float) -> None:
     """The host's time does not fall with a process's share of the batch: then more of them are no faster."""
     where.say(
-        f"the GPUs wait for the host, which takes {milliseconds:.1f} ms to start a step on any number of them: fewer may "
-        "be as fast, and cuda_graphs=true faster"
+        f"the GPUs wait for the host, which takes {milliseconds:.1f} ms to start a step on any number of them: "
+        "fewer may be as fast, and cuda_graphs=true faster"
     )
 
 
