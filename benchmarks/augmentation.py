@@ -11,10 +11,8 @@ pass ready float batches. The libraries take turns, so that a noisy machine is e
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_bench.augment.views import SSLView
+from ssl_bench.records.provenance import hardware, package_versions
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VIEWS: tuple[dict[str, Any], ...] = (
@@ -183,23 +182,11 @@ def case(size: int, batch: int, options: argparse.Namespace) -> list[dict]:
 
 def environment() -> dict:
     """What the figures depend on."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    packages = ("torch", "torchvision", "kornia", "lightly", "pillow")
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return {
-        "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
-        "cpu": models[0].split(": ")[1] if models else platform.processor(),
-        "cores": os.cpu_count(),
+        "hardware": hardware(),
+        "packages": package_versions("kornia", "lightly", "pillow"),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # "passive" spares a shared machine torch's spinning
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
     }
 

@@ -17,10 +17,8 @@ machine CPU seconds (summed over threads; only a single thread's do not count wa
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +32,7 @@ from ssl_bench.eval import KNN, LinearCached, Probe, extract_features, knn_predi
 from ssl_bench.eval.linear import fit
 from ssl_bench.methods import METHODS
 from ssl_bench.models.backbone import create_backbone
+from ssl_bench.records.provenance import hardware, package_versions
 
 DIM = 512
 Row = dict[str, object]
@@ -224,22 +223,10 @@ def feature_case(n: int, batch: int, projector: tuple[int, int, int], repeats: i
 
 def environment() -> Row:
     """The versions and hardware that the numbers depend on."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    packages = ("torch", "faiss-gpu", "faiss-cpu", "lightly", "timm", "numpy")
     return {
-        "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
-        "cpu": models[0].split(": ")[1] if models else platform.processor(),
-        "cores": os.cpu_count(),
+        "hardware": hardware(),
+        "packages": package_versions("lightly"),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
     }
 

@@ -24,11 +24,9 @@ that must be read, decoding once also turns small files all over the disk into r
 """
 
 import argparse
-import importlib.metadata
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import tarfile
@@ -52,6 +50,7 @@ from ssl_bench.augment.views import SSLView
 from ssl_bench.data.dataset import Dataset, load_dataset
 from ssl_bench.data.decode import decode
 from ssl_bench.data.pipeline import Pipeline
+from ssl_bench.records.provenance import hardware, package_versions
 from ssl_bench.runtime.launcher import usable_cores
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -285,21 +284,10 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def environment() -> Row:
     """The versions and hardware that the numbers depend on."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    packages = ("torch", "torchvision", "pillow", "PyTurboJPEG", "numpy")
     return {
-        "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
+        "hardware": hardware(),
+        "packages": package_versions("pillow", "PyTurboJPEG"),
         "pillow_libjpeg_turbo": features.version_feature("libjpeg_turbo"),
-        "cpu": models[0].split(": ")[1] if models else platform.processor(),
-        "cores": usable_cores(),
         "load_average": os.getloadavg()[0],
     }
 

@@ -11,11 +11,9 @@ Needs the extra `bench`.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import torchvision
 from torch import nn
 
 from ssl_bench.optim import LAMB, LARS, TVLARS, Telemetry, sgd
+from ssl_bench.records.provenance import hardware, package_versions
 
 PASSES = {"LARS": 7, "TVLARS": 7, "LAMB": 9, "SGD": 5}
 LR, DECAY = 1e-6, 5e-4  # so small a learning rate that the parameters stay what they are
@@ -132,11 +131,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     step = training_step(module, device, args.batch)
     step_ms = statistics.median([timed(step, device) for _ in range(4)][1:])
     return summary(args, times, {name: kind for name, (kind, _) in steps.items()}, len(shapes), total, step_ms) | {
-        "hardware": hardware(device),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "timm", "lightly", "pytorch-optimizer", "torchvision", "ssl-bench")
-        },
+        "hardware": hardware(),
+        "packages": package_versions("lightly", "pytorch-optimizer", "ssl-bench"),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -189,17 +186,6 @@ def summary(
             "share_when_every_step": extra_ms / step_ms,
         },
     }
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """CPU, threads, GPU and Python version of this run."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version()}
 
 
 def show(result: dict[str, Any]) -> None:

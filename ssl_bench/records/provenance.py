@@ -85,10 +85,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that can change a result."""
+def package_versions(*more: str) -> dict[str, str]:
+    """The versions of Python and of the installed packages that can change a result, and of those named besides."""
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

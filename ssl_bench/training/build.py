@@ -228,6 +228,7 @@ def trainer(
             assert_equal_parameters(task)  # as DistributedDataParallel would see to
             gradient = averaged(gradient, task)
         gradient = GraphedGradient(gradient, task, partial(_without_graphs, recipe, where))
+    starts_kernels = where.device.type == "cuda" and where.world_size > 1 and not graphs
     unused = []
     if where.world_size > 1:
         unused = _unused_parameters(task, batches, where)
@@ -253,7 +254,7 @@ def trainer(
         loss_scale=recipe.loss_scale,
         evaluation_point=evaluation_point(made, task, batches, where.accelerator.autocast),
         unused=unused,
-        host_bound=partial(_host_bound, where) if where.device.type == "cuda" and where.world_size > 1 else None,
+        host_bound=partial(_host_bound, where) if starts_kernels else None,
     )
 
 
@@ -272,7 +273,7 @@ def _host_bound(where: Processes, milliseconds: float) -> None:
     """The host's time does not fall with a process's share of the batch: then more of them are no faster."""
     where.say(
         f"the GPUs wait for the host, which takes {milliseconds:.1f} ms to start a step on any number of them: "
-        "fewer may be as fast, and cuda_graphs=true faster"
+        "fewer may be as fast (see cuda_graphs in docs/speed.md)"
     )
 
 

@@ -24,7 +24,9 @@ from ssl_bench.training.sample_random import SampleRandom
 
 Scalars = dict[str, float]
 
-HOST_BOUND = 0.95  # share of a step's time in which the host starts it, from which on the host decides the speed
+# What is left to compute when some steps have all been started, in steps; with less the host decides the speed. The
+# host's share of the time tells nothing: a busy device's queue is full, and then the host waits as it starts.
+HOST_BOUND = 0.05
 
 
 @dataclass
@@ -210,7 +212,7 @@ class Trainer:
 
     def _watch_host(self, starting: float, whole: float, steps: int) -> None:
         """Tells, once, that the device had hardly any work left when some steps had all been started (in seconds)."""
-        if self.host_bound is not None and starting > HOST_BOUND * whole:
+        if self.host_bound is not None and whole - starting < HOST_BOUND * whole / steps:
             self.host_bound(1000 * starting / steps)
             self.host_bound = None
 

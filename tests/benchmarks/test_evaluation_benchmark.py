@@ -17,4 +17,4 @@ def test_quick_run_writes_every_case(tmp_path: Path) -> None:
     assert {row["case"] for row in record["rows"]} == {"knn", "probe", "protocols", "features"}
     assert all(row["seconds"] >= 0 and len(row["runs"]) == 1 for row in record["rows"])
     assert record["quick"] is True
-    assert record["environment"]["versions"]["torch"]
+    assert record["environment"]["packages"]["torch"]

@@ -20,7 +20,7 @@ def test_quick_run_writes_every_figure(tmp_path, capsys):
         "steps"
     ].keys()
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in result["steps"].values())
-    assert result["versions"]["torch"]
-    assert result["hardware"]["threads"] >= 1
+    assert result["packages"]["torch"]
+    assert result["threads"] >= 1
     printed = capsys.readouterr().out
     assert all(name in printed for name in result["steps"])

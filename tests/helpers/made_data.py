@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+
+from ssl_bench.data.sources import Source
 
 
 def pixels(n: int, size: int = 8, seed: int = 0) -> np.ndarray:
     """(n, size, size, 3) random uint8."""
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def all_images(source: Source) -> np.ndarray:
+    """(N, H, W, 3) of a whole split."""
+    (batch,) = source.batches([torch.arange(len(source))])
+    assert batch.dtype == torch.uint8
+    assert batch.shape[1:] == source.image_shape
+    return batch.permute(0, 2, 3, 1).numpy()
 
 
 def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from layerwise_cases import EVERY, PATHS
+from layerwise_cases import ALL, EVERY, PATHS
 from optim_cases import advance, difference, gradient, lr_at, make_params, run
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssl_bench.optim import LARS
 from ssl_bench.optim.kernels import Blocked, Fused, is_dense
@@ -52,6 +54,44 @@ def test_the_gpus_path_agrees_with_the_per_tensor_loop(make, dtype, tolerance, m
     assert difference(fused, loop) <= tolerance
     torch.testing.assert_close(also_seen, seen, rtol=1e-4, atol=1e-6)
     assert any(served) == (dtype != torch.bfloat16)
+
+
+class Passes(TorchDispatchMode):
+    """Counts how often tensors of N elements are read or written, by what each operation says of its arguments."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        named = [about.name for about in function._schema.arguments]
+        given = dict(zip(named, args, strict=False)) | kwargs
+        changed = [about.name for about in function._schema.arguments if about.alias_info and about.alias_info.is_write]
+        # The fused kernels would change the gradients where they are given a scale to undo.
+        written = [given[name] for name in changed if name != "grads"]
+        self.count += len(self.large(given)) + len(self.large(written if changed else result))
+        return result
+
+    def large(self, values):
+        found = (each for each in tree_leaves(values) if isinstance(each, torch.Tensor))
+        return {id(each) for each in found if each.numel() == self.size}
+
+
+@pytest.mark.parametrize(
+    ("make", "fused", "passes"), [("lars", True, 12), ("lars", False, 15), ("lamb", True, 14), ("lamb", False, 27)]
+)
+def test_passes_over_memory_on_a_gpu(make, fused, passes, monkeypatch):
+    monkeypatch.setattr(Blocked, "DEVICE", "nowhere")
+    monkeypatch.setattr(Fused, "DEVICE", "cpu")
+    p = nn.Parameter(torch.ones(30, 10))
+    optimizer = ALL[make]([p], fused=None if fused else False)
+    for _ in range(2):  # the first step makes the state
+        p.grad = torch.ones(30, 10)
+        with Passes(300) as seen:
+            optimizer.step()
+    assert seen.count == passes
 
 
 @EVERY

@@ -263,21 +263,25 @@ def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("starting", "told"), [(0.97, True), (0.5, False)])
-def test_a_device_that_waits_for_the_host_is_told_of_once(starting, told):
+@pytest.mark.parametrize(
+    ("starting", "steps", "told"),
+    [(0.998, 10, True), (0.9, 10, False), (0.98, 50, False), (0.5, 10, False)],
+    ids=["nothing is left", "a step is left", "a step of fifty is left", "the host is far ahead"],
+)
+def test_a_device_that_waits_for_the_host_is_told_of_once(starting, steps, told):
     loop, _, _ = trainer()
     said = []
     loop.host_bound = said.append
     for _ in range(2):
-        loop._watch_host(starting, 1.0, 10)
-    assert said == ([pytest.approx(97)] if told else [])
+        loop._watch_host(starting, 1.0, steps)
+    assert said == ([pytest.approx(99.8)] if told else [])
 
 
 def test_the_host_is_watched_from_the_second_line_on():
     loop, record, _ = trainer(total=12)
-    said = []
-    loop.host_bound = said.append  # on the CPU a step has ended when it has been started
+    seen = []
+    loop._watch_host = lambda *times: seen.append(times)
     loop.run()
     assert len(record.rows) == 3
-    assert len(said) == 1
-    assert said[0] > 0
+    assert [steps for _, _, steps in seen] == [4, 4]
+    assert all(0 < starting < whole for starting, whole, _ in seen)
