@@ -184,7 +184,7 @@ def test_the_notebook_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     cells = nbformat.read(tmp_path / "first_steps.ipynb", as_version=4).cells
     shown = [json.dumps(cell.outputs) for cell in cells if cell.cell_type == "code"]
-    assert "<Result digits-barlow_twins-tvlars" in shown[1]
+    assert "<Result digits-barlow_twins-resnet18-tvlars-b" in shown[1]
     assert "image/png" in shown[4]
     assert "torch.Size([4, 512])" in shown[5]
     assert "unknown optimizer 'lasr'; did you mean 'lars'?" in shown[8]
