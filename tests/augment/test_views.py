@@ -314,7 +314,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
         rows = benchmark.main(["--quick", "--json", str(tmp_path / "rows.json")])
     record = json.loads((tmp_path / "rows.json").read_text())
     assert record["rows"] == rows
-    assert record["versions"]["torch"]
+    assert record["packages"]["torch"]
     assert {row["library"] for row in rows} >= {"ssl_bench bf16", "ssl_bench fp32", "torchvision v2", "kornia"}
     assert all(row["images_per_second"] > 0 for row in rows if "skipped" not in row)
     assert "skipped" not in next(row for row in rows if row["library"] == "torchvision v2")
