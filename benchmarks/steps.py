@@ -23,7 +23,7 @@ from ssl_bench.recipe.schema import Recipe
 from ssl_bench.runtime.tf32 import tf32_products
 from ssl_bench.training import build
 from ssl_bench.training.gradient import compute_gradient
-from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.graphs import GraphedGradient, GraphedUpdate
 from ssl_bench.training.loop import Trainer
 from ssl_bench.training.plan import Rhythm
 
@@ -165,8 +165,10 @@ def build_trainer(
         rank=0, world_size=1, device=device,
     )  # fmt: skip
     gradient: Callable[..., Any] = partial(compute_gradient, tf32=True)
+    update = None
     if graphs and pipeline.n_chunks == 1:
-        gradient = GraphedGradient(gradient, task, _insist)
+        gradient = graphed = GraphedGradient(gradient, task, _insist)
+        update = GraphedUpdate(optimizer, lambda: graphed.replaying, _insist)
     if compile_options is not None:
         for part in task.children():
             part.compile(**compile_options)
@@ -175,7 +177,7 @@ def build_trainer(
         model=model, optimizer=wrapped, schedule=lambda _step: 1.0,
         gradient=gradient, pipeline=pipeline,
         rhythm=Rhythm(0, log=10, checkpoint=0, check_equal=0), accelerator=accelerator, io=NoRun(),
-        telemetry=telemetry(optimizer, every=every),
+        telemetry=telemetry(optimizer, every=every), graphed_update=update,
     )  # fmt: skip
 
 

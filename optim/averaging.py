@@ -49,7 +49,7 @@ class WeightAverage:
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
-        vars(optimizer).update(eval=self.eval, train=self.train)
+        vars(optimizer).update(eval=self.eval, train=self.train, replayable=False)  # the steps are counted on the host
 
     def eval(self) -> None:
         """Put the average in the place of the weights."""

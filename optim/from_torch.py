@@ -27,7 +27,10 @@ def sgd(params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 5e-
     check_range("sgd", "momentum", momentum, 0.0, 1.0)
     check_range("sgd", "weight_decay", weight_decay)
     check_nesterov("sgd", momentum, nesterov)
-    return _fused(SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
+    made = _fused(SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
+    # Only the fused kernel takes a learning rate from the device; without momentum there is no state to count.
+    made.replayable = all(group["fused"] for group in made.param_groups)  # type: ignore[attr-defined]
+    return made
 
 
 def adamw(

@@ -98,6 +98,7 @@ def hold_frozen(optimizer: Optimizer) -> None:
     if any("frozen_steps" in group for group in optimizer.param_groups):
         optimizer.register_step_pre_hook(hide)
         optimizer.register_step_post_hook(count)
+        vars(optimizer)["replayable"] = False  # which is counted on the host
 
 
 def check_cover(module: nn.Module, groups: Iterable[dict[str, Any]]) -> None:

@@ -48,6 +48,7 @@ class LAMB(LayerwiseOptimizer):
     """
 
     STATE = ("exp_avg", "exp_avg_sq", "step")
+    replayable = True
 
     def __init__(
         self,
@@ -121,6 +122,8 @@ class LAMBC(LAMB):
     Raises:
         ValueError: for a value out of range, or a parameter twice, sharded, sparse, complex or integer.
     """
+
+    replayable = True
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class LARS(LayerwiseOptimizer):
     """
 
     STATE = ("momentum_buffer",)
+    replayable = True
 
     def __init__(
         self,

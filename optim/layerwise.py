@@ -101,6 +101,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_replayable(optimizer: Optimizer) -> bool:
+    """Whether a CUDA graph can hold its step: no number but each group's lr changes from step to step on the host.
+
+    Said by ``replayable`` of the object or of its own class; a subclass may count steps, so it has to say so itself.
+    """
+    return bool(vars(optimizer).get("replayable", vars(type(optimizer)).get("replayable", False)))
+
+
 class LayerwiseOptimizer(Optimizer):
     """Base of the optimizers that scale each tensor's step by its norms.
 

@@ -44,6 +44,11 @@ class Telemetry:
                 optimizer.register_step_post_hook(self._finish),
             ]
 
+    @property
+    def due(self) -> bool:
+        """Whether the next step is one to record."""
+        return self.every > 0 and self.step % self.every == 0
+
     def close(self) -> None:
         """Stop recording; what has been recorded can still be flushed."""
         for handle in self._handles:
@@ -67,7 +72,7 @@ class Telemetry:
 
     @torch.no_grad()
     def _start(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - the hook's signature
-        due = self.step % self.every == 0
+        due = self.due
         if isinstance(optimizer, LayerwiseOptimizer):
             optimizer.recording = due
         elif due:

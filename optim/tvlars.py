@@ -96,6 +96,7 @@ class TVLARS(LayerwiseOptimizer):
     """
 
     STATE = ("momentum_buffer", "step")
+    replayable = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Whatever Python decides is decided once, when recording.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -184,7 +184,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             target.copy_(source)
 
 
-def distance(expected: Sequence[Tensor | None], got: Sequence[Tensor | None]) -> float:
+def distance(expected: Iterable[Tensor | None], got: Iterable[Tensor | None]) -> float:
     """|expected - got| / |expected| over all tensors; infinite if one is None on one side only. Waits for the GPU."""
     squares, size = 0.0, 0.0
     for a, b in zip(expected, got, strict=True):

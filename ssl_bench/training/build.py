@@ -19,6 +19,7 @@ from ssl_bench.data.pipeline import Pipeline
 from ssl_bench.methods.base import Method
 from ssl_bench.optim.averaging import WeightAverage, has_evaluation_point
 from ssl_bench.optim.groups import build_groups, hold_frozen
+from ssl_bench.optim.layerwise import is_replayable
 from ssl_bench.optim.schedules import batch_scale
 from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.recipe import registry
@@ -34,7 +35,7 @@ from ssl_bench.training.build_networks import backbone, check_images, classifier
 from ssl_bench.training.evaluation import Evaluation
 from ssl_bench.training.evaluation_point import evaluation_point
 from ssl_bench.training.gradient import compute_gradient, unreached_parameters
-from ssl_bench.training.graphs import GraphedGradient, averaged
+from ssl_bench.training.graphs import GraphedGradient, GraphedUpdate, averaged
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.memory.recompute import recompute_blocks, recomputed
 from ssl_bench.training.micro_gradients import MicroBatches
@@ -223,11 +224,14 @@ def trainer(
     if hasattr(made, "micro_gradients"):
         made.micro_gradients = MicroBatches.of(plan.optimizer, task, batches, where)
     gradient: Callable[..., dict[str, Tensor]] = partial(compute_gradient, tf32=_loss_in_tf32(recipe))
+    update = None
     if graphs := _graphs_steps(recipe, where):
         if where.world_size > 1:
             assert_equal_parameters(task)  # as DistributedDataParallel would see to
             gradient = averaged(gradient, task)
-        gradient = GraphedGradient(gradient, task, partial(_without_graphs, recipe, where))
+        gradient = graphed = GraphedGradient(gradient, task, partial(_without_graphs, recipe, where))
+        if is_replayable(made):
+            update = GraphedUpdate(made, lambda: graphed.replaying, partial(_plain_update, where))
     starts_kernels = where.device.type == "cuda" and where.world_size > 1 and not graphs
     unused = []
     if where.world_size > 1:
@@ -253,6 +257,7 @@ def trainer(
         hooks=hooks,
         loss_scale=recipe.loss_scale,
         evaluation_point=evaluation_point(made, task, batches, where.accelerator.autocast),
+        graphed_update=update,
         unused=unused,
         host_bound=partial(_host_bound, where) if starts_kernels else None,
     )
@@ -281,6 +286,10 @@ def _without_graphs(recipe: Recipe, where: Processes, reason: str) -> None:
     if recipe.cuda_graphs:
         raise ValueError(f"cuda_graphs must be null or false, got true: {reason}")
     where.say(f"without CUDA graphs: {reason}")
+
+
+def _plain_update(where: Processes, reason: str) -> None:
+    where.say(f"the optimizer's step runs without a CUDA graph: {reason}")
 
 
 def provenance(recipe: Recipe, plan: Plan, trainer: Trainer, where: Processes) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""A step's forward and backward pass as one CUDA graph."""
+"""A step's forward and backward pass as one CUDA graph, and the optimizer's step as another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import OutOfMemoryError, Tensor, clear_autocast_cache, nn
+from torch.optim import Optimizer
 
 from ssl_bench.runtime.cuda_graph import (
     TOLERANCE,
@@ -70,6 +72,7 @@ class GraphedGradient:
         self._recorded: tuple[tuple[dict[str, Tensor], list[Tensor | None]], Replay] | None = None
         self._state = "warming up"  # then "recorded", "checked"; or "plain", for good
         self.used = "no step was replayed"  # for the record: what became of the graph
+        self.replaying = False  # whether the last gradients are those of a replay that has been checked
 
     def __call__(
         self, model: nn.Module, views: Views, n_chunks: int, backward: Backward, context: Context = plain
@@ -77,6 +80,7 @@ class GraphedGradient:
         """See `compute_gradient`; the scalars hold until the next call."""
         inputs = views(0)
         shape = signature(inputs)
+        self.replaying = self._state == "checked" and shape == self._recorded_shape
 
         def plainly() -> dict[str, Tensor]:
             return self._recorder.run(lambda: self._plain(model, views, n_chunks, backward, context))
@@ -200,3 +204,132 @@ class GraphedGradient:
     def _give_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+class GraphedUpdate:
+    """An optimizer's step, with what is computed beside it, replayed.
+
+    It is recorded for gradients that lie where a replayed pass leaves them; with others, as after a batch of another
+    shape, the step runs plainly. The first replay is compared with
+    a plain step on the same gradients. The learning rates are on the device from the first step on, so that plain
+    steps and replayed ones, of this process and of others, start the same kernels.
+
+    Args:
+        optimizer: needs nothing of the host in a step but each group's learning rate (``replayable``).
+        ready: whether the gradients are those of a replayed pass.
+        refuse: takes the reason where plain steps must do.
+        recorder: records; None for CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        ready: Callable[[], bool],
+        refuse: Callable[[str], None],
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._optimizer, self._ready, self._refuse = optimizer, ready, refuse
+        self._recorder = recorder or GraphRecorder()
+        self._rates: list[Tensor] = []  # (), of each group
+        self._place: Any = None  # where the last gradients lay, or those of the recording
+        self._calls = 0  # that had their gradients there
+        self._recorded: tuple[Tensor, Replay] | None = None
+        self._state = "warming up"  # then "recorded", "checked"; or "plain", for good
+        self.used = "no step was replayed"
+
+    def __call__(self, work: Callable[[], Tensor], reads: Sequence[Tensor | None], *, plainly: bool) -> Tensor:
+        """Takes a step.
+
+        Args:
+            work: the optimizer's step; it returns a tensor, and reads nothing that changes from step to step besides
+                `reads`, the parameters, the optimizer's state and its groups' learning rates.
+            reads: a tensor of the loss, and each parameter's gradient.
+            plainly: not as a replay: this step does more than others.
+
+        Returns:
+            What ``work`` returns.
+        """
+        with self._rates_on(next(read.device for read in reads if read is not None)):
+            if plainly or self._state == "plain" or not self._ready():
+                return work()
+            place = [None if read is None else (read.data_ptr(), read.stride()) for read in reads]
+            if self._state == "warming up":
+                row = self._recorder.run(work)
+                self._calls = self._calls + 1 if place == self._place else 1
+                self._place = place
+                if self._calls == WARM_UP:
+                    self._record(work)
+                return row
+            if place != self._place:
+                return work()
+            return self._check(work) if self._state == "recorded" else self._replay()
+
+    def release(self) -> None:
+        """Gives the recording's memory back; what follows runs plainly."""
+        self._state, self._recorded = "plain", None
+
+    @contextmanager
+    def _rates_on(self, device: torch.device) -> Iterator[None]:
+        """The groups' learning rates as tensors, whose values the host may change between replays."""
+        groups = self._optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        if not self._rates:
+            self._rates = [torch.zeros((), device=device) for _ in groups]
+        for group, rate, number in zip(groups, self._rates, numbers, strict=True):
+            group["lr"] = rate.fill_(number)
+        try:
+            yield
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+
+    def _record(self, work: Callable[[], Tensor]) -> None:
+        if self._recorder.waited:
+            self._give_up("it waits for the device")
+            return
+        try:
+            self._recorded = self._recorder.record(work)
+        except RuntimeError as error:
+            self._give_up(first_line(error))
+        else:
+            self._state = "recorded"
+
+    def _replay(self) -> Tensor:
+        assert self._recorded is not None
+        row, replay = self._recorded
+        replay()
+        return row.clone()
+
+    def _check(self, work: Callable[[], Tensor]) -> Tensor:
+        """Both ways, of which the plain one counts; waits for the device."""
+        written = [p for group in self._optimizer.param_groups for p in group["params"]]
+        written += [
+            value for state in self._optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
+        with torch.no_grad():
+            try:
+                before, after = ([tensor.clone() for tensor in written] for _ in range(2))
+            except OutOfMemoryError:
+                self._give_up("there is too little memory to compare a replayed step with a plain one")
+                return work()
+            row = work()
+            copy_all(after, written)
+            copy_all(written, before)
+            again = self._replay()
+            # Of the changes, which are small beside what changes.
+            expected = (a - b for a, b in zip(after, before, strict=True))
+            got = (w - b for w, b in zip(written, before, strict=True))
+            far = distance(expected, got) + distance([row], [again])
+            copy_all(written, after)
+        if far > TOLERANCE:
+            self._give_up(f"a replayed step differs from the plain one by {far:.1%}")
+        elif far == far:  # NaN: a step that diverged says nothing; the next one may
+            self._state, self.used = "checked", "replayed"
+            if row.is_cuda:
+                torch.cuda.empty_cache()
+        return row
+
+    def _give_up(self, reason: str) -> None:
+        self.used = f"given up: {reason}"
+        self.release()
+        self._refuse(reason)

@@ -18,6 +18,7 @@ from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import assert_equal_parameters
 from ssl_bench.training.gradient import unwrap
+from ssl_bench.training.graphs import GraphedUpdate
 from ssl_bench.training.monitor import FiniteGuard, Meter
 from ssl_bench.training.plan import Rhythm
 from ssl_bench.training.sample_random import SampleRandom
@@ -80,6 +81,7 @@ class Trainer:
         accelerator: Accelerate's; backward, reduction, autocast and the gradient scaler.
         loss_scale: factor on the loss for the backward pass, not on the recorded one.
         evaluation_point: step -> the context in which the network is measured and kept.
+        graphed_update: replays the optimizer's step; None where it runs plainly.
         unused: the names of trainable parameters that are known to get no gradient; sought with several processes only.
         host_bound: told once, if the device waits for the host: the milliseconds that the host takes to start a step.
     """
@@ -96,6 +98,7 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     loss_scale: float = 1.0
     evaluation_point: Callable[[int], AbstractContextManager] = nullcontext
+    graphed_update: GraphedUpdate | None = None
     unused: Sequence[str] = ()
     host_bound: Callable[[float], None] | None = None
 
@@ -127,9 +130,7 @@ class Trainer:
             multiplier = self.schedule(self.clock)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
-            self.guard.update(self.step, scalars["loss"], self.parameters)
-            self.telemetry.step = self.step
-            self.optimizer.step()
+            self._take_step(scalars["loss"])
             self.optimizer.zero_grad(set_to_none=True)
             self.clock += not self.accelerator.optimizer_step_was_skipped
             self.meter.add(scalars)  # stays on the device; only a logged line waits for it
@@ -176,6 +177,22 @@ class Trainer:
     def gradient_of(self, batch: Batch, n_chunks: int) -> dict[str, Tensor]:
         """A step's forward and backward pass; returns its scalars."""
         return self.gradient(self.model, batch.views, n_chunks, self._backward, partial(self._around, batch))
+
+    def _take_step(self, loss: Tensor) -> None:
+        """Looks at the gradients and takes the optimizer's step; as a CUDA graph unless telemetry records it."""
+
+        def work() -> Tensor:
+            row = self.guard.look(loss, self.parameters)
+            self.optimizer.step()
+            return row
+
+        self.telemetry.step = self.step
+        if self.graphed_update is None:
+            row = work()
+        else:
+            reads = [loss, *(parameter.grad for parameter in self.parameters)]
+            row = self.graphed_update(work, reads, plainly=self.telemetry.due)
+        self.guard.take(self.step, row)
 
     def _begin_step(self) -> None:
         """Lets the method follow the run, and makes whatever the network draws a function of (seed, step)."""

@@ -56,15 +56,19 @@ class FiniteGuard:
         self._zero = torch.zeros((), device=device)
         self._seen: list[tuple[int, Tensor]] = []  # step, and (1 + layers,) its loss and gradients' sums, to be judged
 
-    def update(self, step: int, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Takes one step's loss and gradients; one pass over the gradients, no wait, and nothing else until `found`."""
+    def look(self, loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """(1 + layers,) the loss and what tells of each gradient; one pass over the gradients, and no wait."""
         gradients: Any = [parameter.grad for parameter in parameters if parameter.grad is not None]
         # Infinity and NaN survive a maximum and a sum, while a sum of squares could overflow. Each is the cheaper one
         # on its device; a sum leaves float32's range only with gradients that no training would survive either.
         on_cpu = self._zero.device.type == "cpu"
         norms = iter([g.sum() for g in gradients] if on_cpu else torch._foreach_norm(gradients, float("inf")))
         row = [loss.detach().float(), *(self._zero if p.grad is None else next(norms) for p in parameters)]
-        self._seen.append((step, torch.stack(row)))
+        return torch.stack(row)
+
+    def take(self, step: int, row: Tensor) -> None:
+        """Takes what `look` returned at a step; nothing else until `found`."""
+        self._seen.append((step, row))
 
     def _judge(self) -> None:
         """Keeps the first bad step of those taken since the last time, if none was before."""

@@ -74,7 +74,8 @@ class Session:
         self._agreement = Agreement(self._interrupt, processes.device)
         self._watch = Watch(lambda: self._interrupt.is_saving, self._leave_note)
         self._progress: Progress | None = None
-        self._graphs, self._first_step = "", True
+        self._graphs: dict[str, str] = {}
+        self._first_step = True
         self.results: dict[str, Any] | None = None  # what the run in this directory ended with; None if it has not
 
     def __enter__(self) -> Self:
@@ -150,8 +151,11 @@ class Session:
         with self._interrupt.finishing():
             outcome = self._steps(trainer)
             if isinstance(graphed, GraphedGradient):
-                self._graphs = graphed.used
-                graphed.release()  # the evaluations need the recording's memory
+                self._graphs = {"passes": graphed.used, "optimizer": "not recorded"}
+                graphed.release()  # the evaluations need the recordings' memory
+                if trainer.graphed_update is not None:
+                    self._graphs["optimizer"] = trainer.graphed_update.used
+                    trainer.graphed_update.release()
             if outcome.status == "finished":
                 trainer.checkpoint()  # so that a run killed during its evaluation does not train again
                 if self._interrupt.agreed(self.processes.device):

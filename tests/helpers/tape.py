@@ -28,6 +28,8 @@ class Tape(TorchDispatchMode):
         if function in WAITING:
             raise RuntimeError("operation not permitted while taping")
         kwargs = kwargs or {}
+        if function.namespace == "profiler":  # torch's optimizers name their steps for it
+            return function(*args, **kwargs)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and id(tensor) not in self.made:
                 self.before.setdefault(id(tensor), (tensor, tensor.detach().clone()))

@@ -50,7 +50,7 @@ def test_no_step_waits_and_graphs_spare_the_host_the_kernels(gpu, tmp_path):
     for track, views in (("pretrain", 2), ("classify", 1)):
         plain, graphs = rows[track, "plain steps"], rows[track, "CUDA graphs"]
         assert plain["replays"] == rows[track, "bare"]["replays"] == rows[track, "4 chunks, plain"]["replays"] == 0
-        assert graphs["replays"] == views + 1
+        assert graphs["replays"] == views + 1.9  # the passes, and the update of nine steps of ten: telemetry has one
         assert graphs["kernels"] < 100 < rows[track, "bare"]["kernels"] < plain["kernels"]
         assert rows[track, "4 chunks, graphed views"]["replays"] >= 4 * views
 

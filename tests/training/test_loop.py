@@ -15,7 +15,7 @@ from ssl_bench.data.sources import ResidentSource
 from ssl_bench.methods import Method
 from ssl_bench.optim import TVLARS, Telemetry, build_groups
 from ssl_bench.training.gradient import compute_gradient
-from ssl_bench.training.graphs import GraphedGradient
+from ssl_bench.training.graphs import GraphedGradient, GraphedUpdate
 from ssl_bench.training.loop import Hook, Trainer
 from ssl_bench.training.plan import Rhythm
 
@@ -67,7 +67,10 @@ class Record:
         pass
 
 
-def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None, **batches):
+def trainer(
+    *, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None, record_every=1,
+    fused=None, **batches,
+):  # fmt: skip
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
     source = ResidentSource(images, torch.arange(64) % 5)
@@ -79,7 +82,7 @@ def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
     task = Task()
-    optimizer = TVLARS(build_groups(task, lr=1.0, weight_decay=0.0), lr=1.0, decay=0.1)
+    optimizer = TVLARS(build_groups(task, lr=1.0, weight_decay=0.0), lr=1.0, decay=0.1, fused=fused)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     model, wrapped = accelerator.prepare(task, optimizer)
@@ -92,7 +95,7 @@ def trainer(*, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda
         model=model, optimizer=wrapped, schedule=schedule or (lambda _k: 1.0), gradient=compute_gradient,
         pipeline=pipeline,
         rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, io=record,
-        telemetry=Telemetry(optimizer, every=1), hooks=hooks,
+        telemetry=Telemetry(optimizer, every=record_every), hooks=hooks,
     )  # fmt: skip
     return built, record, optimizer
 
@@ -114,15 +117,22 @@ def test_replayed_steps_train_as_plain_ones_do_whatever_the_rhythm():
     """The loop around a replay: schedule, telemetry, guard, hooks and checkpoints in between."""
     runs = []
     for graphed in (False, True):
-        loop, record, _ = trainer(
-            total=14, checkpoint=5, batch_size=24, last_batch="short", schedule=lambda k: 1 / (1 + k)
-        )
+        loop, record, optimizer = trainer(
+            total=29, checkpoint=5, batch_size=24, last_batch="short", schedule=lambda k: 1 / (1 + k), record_every=4,
+            fused=False,
+        )  # fmt: skip
         loop.hooks = [Hook(3, partial(seen, loop.module.linear.weight.detach()))]
-        recorder = TapeRecorder()
+        passes, updates = TapeRecorder(), TapeRecorder()
+        gradient = GraphedGradient(compute_gradient, loop.module, pytest.fail, passes)
         if graphed:
-            loop.gradient = GraphedGradient(compute_gradient, loop.module, pytest.fail, recorder)
+            loop.gradient = gradient
+        loop.graphed_update = GraphedUpdate(optimizer, lambda g=gradient: g.replaying, pytest.fail, updates)
         loop.run()
-        assert recorder.replays == (7 if graphed else 0)  # of 10 whole batches 3 to warm up; short ones run plainly
+        # Every third batch is short and runs plainly; of 20 whole ones 3 are to warm up. Of the 16 that are replayed
+        # without a comparison, telemetry has 4, and 3 are to warm up again.
+        assert passes.replays == (17 if graphed else 0)
+        assert updates.replays == (9 if graphed else 0)
+        assert loop.graphed_update.used == ("replayed" if graphed else "no step was replayed")
         runs.append((loop, record))
     (plain, rows), (replayed, again) = runs
     timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in r.rows] for r in (rows, again)]
@@ -131,7 +141,7 @@ def test_replayed_steps_train_as_plain_ones_do_whatever_the_rhythm():
     for ours, theirs in zip(again.columns, rows.columns, strict=True):
         assert ours["layer"] == theirs["layer"]
         torch.testing.assert_close(ours["ratio"], theirs["ratio"], rtol=0, atol=0, equal_nan=True)
-    assert len(rows.saved) == len(again.saved) == 2
+    assert len(rows.saved) == len(again.saved) == 5
     for (_, state), (_, other) in zip(rows.saved, again.saved, strict=True):
         assert torch.equal(state["model"]["linear.weight"], other["model"]["linear.weight"])
 

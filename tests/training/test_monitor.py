@@ -16,6 +16,10 @@ def parameters(*gradients):
     return result
 
 
+def update(guard, step, loss, parameters):
+    guard.take(step, guard.look(loss, parameters))
+
+
 def test_meter_gives_means_and_starts_anew():
     meter = Meter()
     for value in (1.0, 2.0, 6.0):
@@ -37,29 +41,29 @@ def test_meter_goes_on_from_its_state():
 def test_guard_names_the_first_step_and_layer(bad):
     guard = FiniteGuard(["a", "b", "c"], torch.device("cpu"))
     fine = torch.tensor(1.0)
-    guard.update(4, fine, parameters(1, 1e30, None))
+    update(guard, 4, fine, parameters(1, 1e30, None))
     assert guard.found(lambda tensor: tensor) is None
-    guard.update(5, fine, parameters(1, bad, None))
-    guard.update(6, torch.tensor(bad), parameters(bad, bad, bad))
+    update(guard, 5, fine, parameters(1, bad, None))
+    update(guard, 6, torch.tensor(bad), parameters(bad, bad, bad))
     assert guard.found(lambda tensor: tensor) == {"step": 5, "layer": "b", "layers": 1, "of": 3}
 
 
 def test_guard_sees_a_loss_alone_and_ignores_gradients_under_a_scaler():
     guard = FiniteGuard(["a"], torch.device("cpu"), gradients=False)
-    guard.update(0, torch.tensor(1.0), parameters(float("inf")))
+    update(guard, 0, torch.tensor(1.0), parameters(float("inf")))
     assert guard.found(lambda tensor: tensor) is None
-    guard.update(1, torch.tensor(float("inf")), parameters(1))
+    update(guard, 1, torch.tensor(float("inf")), parameters(1))
     assert guard.found(lambda tensor: tensor) == {"step": 1, "layer": None, "layers": 0, "of": 1}
 
 
 def test_guard_goes_on_from_its_state_and_keeps_the_first_of_many_steps():
     guard, other = (FiniteGuard(["a", "b"], torch.device("cpu")) for _ in range(2))
     for step, gradient in enumerate((1, 1, float("nan"), float("inf"), 1)):
-        guard.update(step, torch.tensor(1.0), parameters(1, gradient))
-    other.update(9, torch.tensor(1.0), parameters(1, 1))  # of a run that is given up for the checkpoint
+        update(guard, step, torch.tensor(1.0), parameters(1, gradient))
+    update(other, 9, torch.tensor(1.0), parameters(1, 1))  # of a run that is given up for the checkpoint
     other.load_state_dict(guard.state_dict())
     for one in (guard, other):
-        one.update(5, torch.tensor(float("nan")), parameters(float("nan"), 1))
+        update(one, 5, torch.tensor(float("nan")), parameters(float("nan"), 1))
         assert one.found(lambda tensor: tensor) == {"step": 2, "layer": "b", "layers": 1, "of": 2}
 
 
@@ -76,6 +80,6 @@ class Operations(TorchDispatchMode):
 def test_a_step_starts_one_pass_over_the_gradients_and_one_copy_for_the_guard():
     guard = FiniteGuard(["a", "b", "c"], torch.device("cpu"))
     with Operations() as operations:
-        guard.update(0, torch.tensor(1.0), parameters(1, 2, None))
+        update(guard, 0, torch.tensor(1.0), parameters(1, 2, None))
     assert [name for name in operations.seen if name in ("sum", "stack", "cat")].count("sum") == 2
     assert not {"isfinite", "where", "any", "logical_not", "lt", "eq", "ne"} & set(operations.seen)
