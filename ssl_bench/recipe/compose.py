@@ -89,6 +89,10 @@ def build(track: str, plain: Tree) -> Recipe:
         first = error.errors()[0]
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(unknown_key(".".join(map(str, first["loc"])))) from None
+        if first["type"] == "dataclass_type":  # pydantic would name the class
+            section = ".".join(map(str, first["loc"]))
+            own = ", ".join(key for key in known_keys() if key.startswith(f"{section}."))
+            raise ValueError(f"{section} must be given by its keys ({own}), got {first['input']!r}") from None
         raise ValueError(registry.explain(error)) from None
     _cross_check(recipe)
     return recipe

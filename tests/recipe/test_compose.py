@@ -65,6 +65,8 @@ def test_a_duration_in_one_unit_replaces_the_files_other_unit():
         (["bs=1"], r"unknown key 'bs'; did you mean 'batch_size'\?"),
         (["workers=1"], r"unknown key 'workers'; did you mean 'data.workers'\?"),
         (["steps.x=1"], r"unknown key 'steps.x'; did you mean 'steps'\?"),
+        (["averaging=ema"], r"averaging must be given by its keys \(averaging.kind, averaging.decay, .*\), got 'ema'"),
+        (["telemetry=5"], r"telemetry must be given by its keys \(telemetry.every\), got 5"),
         (["track=classify"], r"unknown key 'track'"),
         (["metod=byol"], r"unknown key 'metod'; did you mean 'method'\?"),
         (["optimizr=lars"], r"unknown key 'optimizr'; did you mean 'optimizer'\?"),

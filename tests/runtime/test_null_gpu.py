@@ -55,29 +55,40 @@ def test_no_step_waits_and_graphs_spare_the_host_the_kernels(gpu, tmp_path):
         assert rows[track, "4 chunks, graphed views"]["replays"] >= 4 * views
 
 
-TINY = ["data=digits", "batch_size=64", "steps=8", "log_every=8", "run_dir=r", "precision=bf16"]
+TINY = ["data=digits", "batch_size=64", "steps=14", "log_every=14", "run_dir=r", "precision=bf16"]
 
 
 @pytest.mark.parametrize(
-    ("track", "overrides", "graphs"),
+    ("track", "overrides", "passes", "update"),  # what became of the graphs; "" where steps are plain by the recipe
     [
-        ("pretrain", ["checkpoint.every_steps=4", "checkpoint.snapshots=[0]", "eval.online_every_epochs=0.1"], True),
-        ("pretrain", ["method=simclr", "optimizer=lamb", "deterministic=true"], True),
-        ("pretrain", ["method=vicreg", "optimizer=tvlars", "chunk_size=16"], False),
-        ("pretrain", ["recompute=blocks"], False),
-        ("classify", ["eval.test_every_epochs=0.1"], True),
-        ("classify", ["precision=fp16", "optimizer=sgd"], False),
-        ("classify", ["cuda_graphs=false", "data.resident=false"], False),
+        ("pretrain", ["checkpoint.every_steps=4", "checkpoint.snapshots=[0]"], "replayed", "replayed"),
+        ("pretrain", ["method=simclr", "optimizer=lamb", "deterministic=true"], "replayed", "replayed"),
+        ("pretrain", ["method=vicreg", "optimizer=tvlars", "chunk_size=16"], "", ""),
+        ("pretrain", ["recompute=blocks"], "", ""),
+        ("pretrain", ["eval.online_every_epochs=0.1"], "no step was replayed", "no step was replayed"),  # ends at once
+        (
+            "classify",
+            ["optimizer=tvlars", "optimizer.variant=paper", "optimizer.delay_steps=11"],
+            "replayed",
+            "replayed",
+        ),
+        ("classify", ["optimizer=sgd", "eval.test_every_epochs=0.7"], "replayed", "replayed"),
+        ("classify", ["optimizer=adamw"], "replayed", "not recorded"),
+        ("classify", ["averaging.kind=ema"], "replayed", "not recorded"),
+        ("classify", ["precision=fp16", "optimizer=sgd"], "", ""),
+        ("classify", ["cuda_graphs=false", "data.resident=false"], "", ""),
     ],
 )
-def test_the_commands_take_the_gpu(gpu, tmp_path, track, overrides, graphs):
+def test_the_commands_take_the_gpu(gpu, tmp_path, track, overrides, passes, update):
     ended = run(gpu, ROOT / f"ssl_bench/{track}.py", *TINY, *overrides, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "diverged" in ended.stderr
     assert "CUDA graph" not in ended.stderr  # nobody warns that something could not be recorded
     assert "null GPU" in (tmp_path / "r/sessions.jsonl").read_text()
     record = json.loads((tmp_path / "r/run.json").read_text())
-    assert record["cuda_graphs"] is graphs
+    assert record["cuda_graphs"] is bool(passes)
+    became = json.loads((tmp_path / "r/results.json").read_text()).get("cuda_graphs", {})
+    assert became == ({"passes": passes, "optimizer": update} if passes else {})
     assert record["tf32"] == "the loss's matrix products"
 
 
