@@ -224,7 +224,10 @@ class Collection:
 
 
 def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Collection:
-    """Sorts runs into cells. A record without a usable recipe, or of a run seen before, is skipped with its reason."""
+    """Sorts runs into cells. A record without a usable recipe, or of a run seen before, is skipped with its reason.
+
+    So are a search's trials where their setting has runs evaluated on the test set, which are compared with each other.
+    """
     left_out = list(skipped)
     groups: dict[str, dict[int, Result]] = defaultdict(dict)
     for record in sorted(records, key=lambda record: record.results is None):  # of two copies keep the one that ended
@@ -245,6 +248,13 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
         else:
             runs[result.seed] = result
     cells = [_cell(key, [runs[seed] for seed in sorted(runs)]) for key, runs in groups.items()]
+    tested = {cell.setting for cell in cells if not _held_out(cell)}
+    trials = [cell for cell in cells if _held_out(cell) and cell.setting in tested]
+    places = Counter(result.record.folder.parent for cell in trials for result in cell.results)
+    for place, count in places.items():
+        reason = f"{place}: trials that were evaluated on held-out train images and not on the test set: {count}"
+        left_out.append(Skipped(place, reason))
+    cells = [cell for cell in cells if cell not in trials]
     chance: dict[str, float] = {}
     for cell in cells:
         scores = (s for result in cell.results for s in (result.scores | result.untrained).values())
@@ -254,6 +264,11 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
     cells = [replace(cell, chance=chance.get(cell.dataset, 0.0)) for cell in cells]
     left_out.sort(key=lambda entry: entry.folder)
     return Collection(tuple(sorted(_with_variants(cells), key=_order)), tuple(left_out))
+
+
+def _held_out(cell: Cell) -> bool:
+    """Whether the cell's runs were evaluated on train images that they were not trained on."""
+    return bool((cell.results[0].record.recipe.get("data") or {}).get("holdout"))
 
 
 class _Named(BaseModel):

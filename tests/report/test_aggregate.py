@@ -1,10 +1,11 @@
 """Cells: what belongs together, what a failed run says, and what is skipped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic_runs import evaluation, write_run
+from synthetic_runs import evaluation, recipe_of, write_run
 
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
@@ -98,6 +99,20 @@ def test_a_copied_run_counts_once(tmp_path: Path) -> None:
     (skipped,) = collection.skipped
     assert skipped.folder == tmp_path / "a"
     assert "the same run as" in skipped.reason
+
+
+def test_a_searchs_trials_are_not_compared_with_runs_on_the_test_set(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / f"final-{seed}", recipe=replace(recipe_of(), seed=seed))
+    held_out = replace(recipe_of(), data=replace(recipe_of().data, holdout=0.1))
+    write_run(tmp_path / "trial", top1=99.0, recipe=held_out)
+    collection = collect(tmp_path)
+    assert [cell.text("test-v1") for cell in collection.cells] == ["70.00 ± 0.00 (n = 2)"]
+    (skipped,) = collection.skipped
+    assert skipped.reason.endswith("trials that were evaluated on held-out train images and not on the test set: 1")
+    # Where there is nothing else they are what there is to compare.
+    write_run(tmp_path / "search" / "trial", top1=99.0, recipe=held_out)
+    assert [cell.text("test-v1") for cell in collect(tmp_path / "search").cells] == ["99.00 (n = 1)"]
 
 
 FOREIGN = '{"format": 1, "identity": "x", "recipe": {"seed": %s}}'
