@@ -87,8 +87,8 @@ def book(trainer: Trainer) -> None:
         return gradient(model, views, n_chunks, part("backward", backward), context)
 
     trainer.gradient = booked_gradient
-    trainer.optimizer.step = part("optimizer", trainer.optimizer.step)
-    trainer.guard.update = part("watching", trainer.guard.update)  # type: ignore[method-assign]
+    trainer._take_step = part("optimizer", trainer._take_step)  # type: ignore[method-assign]
+    trainer.guard.look = part("watching", trainer.guard.look)  # type: ignore[method-assign]
     trainer.meter.add = part("watching", trainer.meter.add)  # type: ignore[method-assign]
     trainer._line = part("watching", trainer._line)  # type: ignore[method-assign]
 

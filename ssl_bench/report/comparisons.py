@@ -202,8 +202,8 @@ def leaderboard(collection: Collection) -> Table:
         "many it is not decidedly ahead of, by tests paired by seed with Holm's correction; optimizers that cannot be "
         "told apart share their ranks.",
         "At equal tuning: the optimizer's expected best of k trials, drawn at random from all its variants and "
-        "learning rates, k (in brackets) being the fewest that any optimizer of the setting had. The best learning "
-        "rate is chosen on the test set here, which favours whoever tried more; at equal k it does not.",
+        "learning rates, k (in brackets) being the fewest that any optimizer of the setting had. Of several rates the "
+        "best is chosen on the test set here, which favours whoever tried more; at equal k it does not.",
     )
     table = Table("leaderboard", "Leaderboard", columns, notes)
     for setting, contenders in arms(collection).items():
