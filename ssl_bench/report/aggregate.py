@@ -254,7 +254,7 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
     for place, count in places.items():
         reason = f"{place}: trials that were evaluated on held-out train images and not on the test set: {count}"
         left_out.append(Skipped(place, reason))
-    cells = [cell for cell in cells if cell not in trials]
+    cells = [cell for cell in cells if not (_held_out(cell) and cell.setting in tested)]
     chance: dict[str, float] = {}
     for cell in cells:
         scores = (s for result in cell.results for s in (result.scores | result.untrained).values())
@@ -268,7 +268,7 @@ def gather(records: Iterable[RunRecord], skipped: Iterable[Skipped] = ()) -> Col
 
 def _held_out(cell: Cell) -> bool:
     """Whether the cell's runs were evaluated on train images that they were not trained on."""
-    return bool((cell.results[0].record.recipe.get("data") or {}).get("holdout"))
+    return bool(cell.results[0].record.recipe["data"].get("holdout"))
 
 
 class _Named(BaseModel):

@@ -110,13 +110,13 @@ def assert_equal(run: dict[str, Any], other: dict[str, Any]) -> None:
         assert torch.equal(ours, theirs)
 
 
-def graphed(recorder: TapeRecorder, refuse: Callable[[str], Any], made: list[GraphedUpdate], first: int = 2) -> Any:
-    """A wrapper whose passes are replayed from the step `first` on."""
+def graphed(recorder: TapeRecorder, refuse: Callable[[str], Any], made: list[GraphedUpdate]) -> Any:
+    """A wrapper whose passes are replayed from the third time on that it asks."""
     calls = iter(range(100))
 
     def wrap(optimizer: Optimizer) -> GraphedUpdate:
         assert is_replayable(optimizer)
-        made.append(GraphedUpdate(optimizer, lambda: next(calls) >= first, refuse, recorder))
+        made.append(GraphedUpdate(optimizer, lambda: next(calls) >= 2, refuse, recorder))
         return made[0]
 
     return wrap
@@ -136,7 +136,7 @@ def test_replayed_steps_are_the_plain_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(Counting, "a replayed step differs"), (Waiting, "operation not permitte")]
+    ("make", "reason"), [(Counting, "a replayed step differs"), (Waiting, "operation not permitted")]
 )
 def test_a_step_that_needs_the_host_is_found_out_and_taken_plainly(make: Any, reason: str) -> None:
     recorder, reasons, made = TapeRecorder(), [], []
