@@ -29,9 +29,9 @@ ROOT = HERE.parent
 PEAK_TFLOPS = 790  # dense bf16, measured on an H200 and on an H100 by one large matrix product
 LOG_TAIL = 2000  # characters of a failed part's output
 
-TRAIN = ("data=cifar10", "model.stem=imagenet", "batch_size=512", "precision=bf16", "eval.precision=bf16", "seed=0")
+TRAIN = ("data=cifar10", "batch_size=512", "precision=bf16", "eval.precision=bf16", "seed=0")
 TRAIN += ("optimizer=lars", "optimizer.lr=2")
-TINY_TRAIN = ("data=digits", "model.stem=imagenet", "batch_size=32", "steps=2", "device=cpu", "eval.baseline=false")
+TINY_TRAIN = ("data=digits", "batch_size=32", "steps=2", "device=cpu", "eval.baseline=false")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def parts(options: argparse.Namespace, work: Path) -> dict[str, Part]:
     def own(name: str, seconds: float) -> Part:
         out = work / f"{name}.json"
         command = [sys.executable, __file__, "--part", name, "--seconds", str(seconds), "--json", str(out)]
+        command += ["--stem", options.stem]
         return Part(seconds, command + ["--tiny"] * options.tiny, lambda: read_json(out))
 
     def trained(track: str, seconds: float, *words: str) -> Part:
@@ -62,12 +63,20 @@ def parts(options: argparse.Namespace, work: Path) -> dict[str, Part]:
         base = TINY_TRAIN if options.tiny else (*TRAIN, f"data.path={options.data_path}", *words)
         if options.tiny and track == "pretrain":
             base += ("method.projector=[32,32]", "eval.protocols=[]")
-        command = [sys.executable, str(ROOT / "ssl_bench" / f"{track}.py"), *base, *options.set, f"run_dir={run_dir}"]
+        command = [
+            sys.executable,
+            str(ROOT / "ssl_bench" / f"{track}.py"),
+            *base,
+            f"model.stem={options.stem}",
+            *options.set,
+            f"run_dir={run_dir}",
+        ]
         return Part(seconds, command, lambda: read_run(run_dir))
 
     quick = ["--quick"] * options.tiny
     workers = str(min(16, os.cpu_count() or 1))
-    less = ("--tracks", "classify") if options.tiny else ("--workers", workers, "--turns", "3")
+    less = ["--stem", options.stem]
+    less += ["--tracks", "classify"] if options.tiny else ["--workers", workers, "--turns", "3"]
     return {
         "classify": trained("classify", 80, "epochs=100", "eval.test_every_epochs=10"),
         "pretrain": trained("pretrain", 90, "epochs=30", "eval.protocols=[knn-v1,linear-cached-v1]"),
@@ -134,12 +143,12 @@ def run_part(part: Part, left: float, log: Path, hide: Callable[[str], str]) -> 
 # What runs in a process of its own ------------------------------------------------------------------------------------
 
 
-def ablation(tiny: bool, seconds: float) -> Iterator[list[dict[str, Any]]]:
+def ablation(tiny: bool, stem: str, seconds: float) -> Iterator[list[dict[str, Any]]]:
     """The plain step against compiled and captured ones, their speed and share of the peak; after each track, all."""
     from steps import QUICK, Sizes
     from throughput import race
 
-    sizes = replace(QUICK if tiny else Sizes(), turns=1 if tiny else 3)
+    sizes = replace(QUICK if tiny else Sizes(), stem=stem, turns=1 if tiny else 3)
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     for number, track in enumerate(("pretrain", "classify"), 1):
@@ -254,7 +263,7 @@ def step_flops(track: str, sizes: Any) -> int:
     return counter.get_total_flops()
 
 
-def memory(tiny: bool, _seconds: float) -> Iterator[list[dict[str, Any]]]:
+def memory(tiny: bool, stem: str, _seconds: float) -> Iterator[list[dict[str, Any]]]:
     """Peak memory and time of a Barlow Twins step at B = 16,384, in chunks and whole; after each, all so far."""
     import torch
     from steps import QUICK, Sizes, build_trainer, end_to_end, synchronize
@@ -266,7 +275,7 @@ def memory(tiny: bool, _seconds: float) -> Iterator[list[dict[str, Any]]]:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        sizes = replace(QUICK if tiny else replace(Sizes(), batch=16384, images=50_000), chunk=chunk)
+        sizes = replace(QUICK if tiny else replace(Sizes(), batch=16384, images=50_000), stem=stem, chunk=chunk)
         row: dict[str, Any] = {"batch": sizes.batch, "chunk": chunk}
         try:
             step = end_to_end(build_trainer("pretrain", sizes))
@@ -286,7 +295,7 @@ def memory(tiny: bool, _seconds: float) -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
-OWN: dict[str, Callable[[bool, float], Iterator[list[dict[str, Any]]]]] = {"ablation": ablation, "memory": memory}
+OWN: dict[str, Callable[[bool, str, float], Iterator[list[dict[str, Any]]]]] = {"ablation": ablation, "memory": memory}
 
 
 # The call -------------------------------------------------------------------------------------------------------------
@@ -311,6 +320,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data-path", help="CIFAR-10's folder of parquet files")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
     parser.add_argument("--parts", nargs="+", help="only these; all if left out")
+    parser.add_argument("--stem", choices=["imagenet", "cifar"], default="imagenet", help="of the ResNet-18")
     parser.add_argument("--set", nargs="+", default=[], help="key=value for both training commands, e.g. compile=true")
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, tiny sizes: shows that it runs")
@@ -320,7 +330,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.part:
-        for rows in OWN[options.part](options.tiny, options.seconds):
+        for rows in OWN[options.part](options.tiny, options.stem, options.seconds):
             options.json.write_text(json.dumps(rows))
         return {}
     import torch
@@ -338,7 +348,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     started = time.monotonic()
     record: dict[str, Any] = {"started": now(), "hardware": hardware(), "packages": package_versions()}
-    record |= {"code": code_version(), "peak_tflops": PEAK_TFLOPS, "tiny": options.tiny, "parts": {}}
+    record |= {"code": code_version(), "peak_tflops": PEAK_TFLOPS, "stem": options.stem, "tiny": options.tiny}
+    record["parts"] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         chosen = parts(options, work)

@@ -171,13 +171,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Profiles the tracks; prints, and with --json writes, the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, help="images per step")
+    parser.add_argument("--stem", choices=["imagenet", "cifar"], default="imagenet", help="of the ResNet-18")
     parser.add_argument("--steps", type=int, default=10, help="steps under the profiler; one in ten is recorded")
     parser.add_argument("--top", type=int, default=12, help="operations to list")
     parser.add_argument("--tracks", nargs="+", default=["pretrain", "classify"], choices=["pretrain", "classify"])
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     options = parser.parse_args(arguments)
-    sizes = QUICK if options.quick else replace(Sizes(), steps=options.steps)
+    sizes = QUICK if options.quick else replace(Sizes(), steps=options.steps, stem=options.stem)
     if options.batch:
         sizes = replace(sizes, batch=options.batch)
     results = []
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         about = {"hardware": hardware(), "packages": package_versions(), "code": code_version()}
-        about |= {"threads": torch.get_num_threads(), "batch": sizes.batch, "results": results}
+        about |= {"threads": torch.get_num_threads(), "batch": sizes.batch, "stem": sizes.stem, "results": results}
         options.json.write_text(json.dumps(about, indent=1) + "\n")
     return results
 

@@ -37,6 +37,7 @@ class Sizes:
 
     batch: int = 512  # images per step
     pixels: int = 32  # side of an image
+    stem: str = "imagenet"  # of the ResNet-18: "imagenet", or "cifar" with 16 times the positions
     projector: tuple[int, ...] = (2048, 2048, 4096)  # Barlow Twins' widths; other methods have their own
     method: str = "barlow_twins"  # of the pretraining track, as its file in configs/method has it
     chunk: int | None = None  # images in memory at a time, for ours end to end; None = the whole batch
@@ -79,14 +80,14 @@ class NoRun:
 
 
 def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> Method:
-    """The network of a track: ResNet-18 with the ImageNet stem, and the projector or a classifier's head.
+    """The network of a track: ResNet-18, and the projector or a classifier's head.
 
     Args:
         track: "pretrain" or "classify".
         sizes: what is timed.
         plain: with torch's convolutions everywhere, as everybody else has them (see `ssl_bench.models.small_maps`).
     """
-    backbone, features = create_backbone("resnet18", stem="imagenet", init="torchvision", seed=0)
+    backbone, features = create_backbone("resnet18", stem=sizes.stem, init="torchvision", seed=0)
     for module in backbone.modules():
         if plain and type(module) is SmallMapConv2d:
             module.__class__ = nn.Conv2d
@@ -99,7 +100,8 @@ def build_task(track: str, sizes: Sizes, *, plain: bool = False) -> Method:
 
 def recipe_of(sizes: Sizes) -> Recipe:
     """The recipe of a pretraining method; those on tokens have a ViT-Tiny with patches of 4 x 4."""
-    model = ["model=vit_tiny", f"model.img_size={sizes.pixels}"] if sizes.method == "mae" else ["model.stem=imagenet"]
+    vit = ["model=vit_tiny", f"model.img_size={sizes.pixels}"]
+    model = vit if sizes.method == "mae" else [f"model.stem={sizes.stem}"]
     return compose("pretrain", [f"method={sizes.method}", *model, "precision=bf16", "protocol=fair"])
 
 

@@ -118,6 +118,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sizes]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--pixels", type=int, help="side of an image")
+    parser.add_argument("--stem", choices=["imagenet", "cifar"], help="of the ResNet-18")
     parser.add_argument("--projector", type=int, nargs="+", help="widths")
     parser.add_argument(
         "--chunk", type=int, help="images in memory at a time, ours end to end; the whole batch if left out"

@@ -23,14 +23,15 @@ from ssl_bench.runtime.peers import LAUNCHER
 from ssl_bench.study.cells import CellStore, State
 from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
-from ssl_bench.study.progress import StudyProgress
+from ssl_bench.study.progress import StudyProgress, standing
 
 POLL = 0.1  # seconds between looks at the processes
 LOOK_EVERY = 2.0  # seconds between looks for room and for cells, unless one of ours has ended
 CORES_PER_CELL = 4  # of a CPU run, where the number of workers is not given
 BYTES_PER_CELL = 4 << 30  # of main memory, likewise
-SETTLE = 60.0  # seconds until a run on a GPU shows how much memory it needs
+SETTLE = 60.0  # seconds until a run shows how much of a GPU's memory it needs; its first logged line may come sooner
 HEADROOM = 1.2  # times that memory must be free for another run like it
+SHAPES_MEMORY = ("model", "method", "data", "batch_size", "chunk_size", "recompute", "precision", "compile")
 
 Command = Callable[[Cell, Path], list[str]]
 
@@ -198,6 +199,7 @@ class LocalLauncher:
         self.running: dict[int, CellProcess] = {}
         self.failed_before: dict[str, float] = {}
         self.done = self.total = 0
+        self._needs: dict[str, float] = {}  # MiB of a GPU that a run of some shape was seen to take
         self._next_look, self._waits = 0.0, False
 
     def run(self, cells: Sequence[Cell]) -> int:
@@ -230,10 +232,11 @@ class LocalLauncher:
         if time.monotonic() < self._next_look:
             return waiting
         self._next_look = time.monotonic() + LOOK_EVERY
-        free = [slot for slot in self.places if slot.number not in self.running and self._has_room(slot)]
         left: list[Cell] = []
         for index, cell in enumerate(waiting):
-            if not free:
+            free = (one for one in self.places if one.number not in self.running)
+            slot = next((one for one in free if self._has_room(one, cell)), None)
+            if slot is None:
                 return left + waiting[index:]
             state = self.store.state(cell)
             if state.status == "running":
@@ -243,7 +246,7 @@ class LocalLauncher:
             elif (claim := self.store.claim(cell)) is None:
                 left.append(cell)
             else:
-                self._start(free.pop(0), cell, claim)
+                self._start(slot, cell, claim)
         if left and not self.running and not self._waits:
             # Not given up: if the other workers die, these cells fall to this one.
             self._waits = True
@@ -306,16 +309,32 @@ class LocalLauncher:
                     child.end(self.store, child.process.returncode)
             self.running.clear()
 
-    def _has_room(self, slot: Slot) -> bool:
-        """Whether the slot's GPU has memory for another run like those that are on it; no, where nobody knows."""
+    def _has_room(self, slot: Slot, cell: Cell) -> bool:
+        """Whether the slot's GPU has memory for the cell beside those that are on it; no, where nobody knows."""
         shared = {other.number for other in self.places if other.gpu == slot.gpu}
         neighbours = [child for number, child in self.running.items() if number in shared]
         if slot.gpu is None or not neighbours:
             return True
-        if time.monotonic() - max(child.started for child in neighbours) < SETTLE:
+        starting = sum(not self._has_settled(child) for child in neighbours)
+        shapes = {_shape(child.cell) for child in neighbours}
+        involved = shapes | {_shape(cell)}
+        if starting and not involved <= set(self._needs):
             return False
         memory = gpu_memory(slot.gpu)
         if memory is None:
             return False
         used, total = memory
-        return total - used > HEADROOM * used / len(neighbours)
+        if not starting and len(shapes) == 1:
+            (shape,) = shapes
+            self._needs[shape] = max(self._needs.get(shape, 0.0), used / len(neighbours))
+        # What the starting ones have taken so far is counted twice, which errs on the safe side.
+        need = max(self._needs.get(shape, used / len(neighbours)) for shape in involved)
+        return total - used > HEADROOM * need * (1 + starting)
+
+    def _has_settled(self, child: CellProcess) -> bool:
+        return time.monotonic() - child.started >= SETTLE or standing(self.store.folder(child.cell)) is not None
+
+
+def _shape(cell: Cell) -> str:
+    """What decides how much memory a run needs, to tell runs alike."""
+    return repr([cell.track, *(getattr(cell.recipe, name, None) for name in SHAPES_MEMORY)])

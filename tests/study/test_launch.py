@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,18 @@ def test_cells_spread_over_gpus_before_they_share_one(monkeypatch: pytest.Monkey
     assert slots(per_gpu=2)[0].environment["OMP_NUM_THREADS"] == "3"
 
 
+@contextmanager
+def running(launcher: LocalLauncher, cells: Sequence[Cell], starts: Path) -> Iterator[None]:
+    """The cells as the launcher's processes, in its first places."""
+    for number, cell in enumerate(cells):
+        claim = launcher.store.claim(cell)
+        assert claim is not None
+        launcher.running[number] = launch.CellProcess.start(cell, claim, launcher.store, {}, fake(starts))
+    yield
+    for child in launcher.running.values():
+        child.end(launcher.store, child.process.wait())
+
+
 @pytest.mark.parametrize(("used", "room"), [(30_000.0, True), (40_000.0, False)])
 def test_a_gpu_takes_another_cell_as_far_as_its_memory_allows(
     study: Study, store: CellStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: float, room: bool
@@ -234,15 +248,34 @@ def test_a_gpu_takes_another_cell_as_far_as_its_memory_allows(
     monkeypatch.setattr(launch, "SETTLE", 0.0)
     monkeypatch.setattr(launch, "gpu_memory", lambda _: (used, 80_000.0))
     first, second, other = Slot(0, {}, "0"), Slot(1, {}, "0"), Slot(2, {}, "1")
-    launcher = LocalLauncher(store, [first, second, other], command=fake(tmp_path / "starts"))
-    assert launcher._has_room(first)
-    claim = store.claim(study.cells[0])
-    assert claim is not None
-    child = launch.CellProcess.start(study.cells[0], claim, store, {}, fake(tmp_path / "starts"))
-    launcher.running[0] = child
-    assert launcher._has_room(second) == room
-    assert launcher._has_room(other)
-    child.end(store, child.process.wait())
+    launcher, cells = LocalLauncher(store, [first, second, other]), study.cells
+    assert launcher._has_room(first, cells[0])
+    with running(launcher, cells[:1], tmp_path / "starts"):
+        assert launcher._has_room(second, cells[1]) == room
+        assert launcher._has_room(other, cells[1])
+
+
+def test_a_run_waits_until_the_one_before_it_shows_its_need_and_the_next_ones_do_not(
+    study: Study, store: CellStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: set[Path] = set()
+    monkeypatch.setattr(launch, "standing", lambda folder: folder if folder in logged else None)
+    used = 20_000.0
+    monkeypatch.setattr(launch, "gpu_memory", lambda _: (used, 80_000.0))
+    places = [Slot(number, {}, "0") for number in range(4)]
+    launcher, cells = LocalLauncher(store, places), study.cells
+    with running(launcher, cells[:1], tmp_path / "starts"):
+        assert not launcher._has_room(places[1], cells[1])  # nobody knows yet what a run needs
+        logged.add(store.folder(cells[0]))
+        assert launcher._has_room(places[1], cells[1])
+        # Known now: a starting run does not hold up the next, and gets the room that it will need.
+        logged.clear()
+        assert launcher._has_room(places[1], cells[1])  # 60,000 free for two times 24,000
+        used = 40_000.0
+        assert not launcher._has_room(places[1], cells[1])
+        other = replace(cells[1], recipe=replace(cells[1].recipe, batch_size=2 * cells[1].recipe.batch_size))
+        used = 20_000.0
+        assert not launcher._has_room(places[1], other)
 
 
 def test_a_gpu_whose_memory_nvidia_smi_does_not_know_takes_one_cell(
