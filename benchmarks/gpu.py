@@ -55,7 +55,7 @@ def parts(options: argparse.Namespace, work: Path) -> dict[str, Part]:
     def own(name: str, seconds: float) -> Part:
         out = work / f"{name}.json"
         command = [sys.executable, __file__, "--part", name, "--seconds", str(seconds), "--json", str(out)]
-        command += ["--stem", options.stem]
+        command += ["--stem", options.stem, *(["--variants", *options.variants] if options.variants else [])]
         return Part(seconds, command + ["--tiny"] * options.tiny, lambda: read_json(out))
 
     def trained(track: str, seconds: float, *words: str) -> Part:
@@ -143,17 +143,20 @@ def run_part(part: Part, left: float, log: Path, hide: Callable[[str], str]) -> 
 # What runs in a process of its own ------------------------------------------------------------------------------------
 
 
-def ablation(tiny: bool, stem: str, seconds: float) -> Iterator[list[dict[str, Any]]]:
+def ablation(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The plain step against compiled and captured ones, their speed and share of the peak; after each track, all."""
     from steps import QUICK, Sizes
     from throughput import race
 
-    sizes = replace(QUICK if tiny else Sizes(), stem=stem, turns=1 if tiny else 3)
+    tiny, seconds = options.tiny, options.seconds
+    sizes = replace(QUICK if tiny else Sizes(), stem=options.stem, turns=1 if tiny else 3)
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     for number, track in enumerate(("pretrain", "classify"), 1):
         flops, ready, warm = step_flops(track, sizes), {}, {}
         for name, make in variants(track, sizes, tiny).items():
+            if options.variants and name not in options.variants:
+                continue
             mark = time.monotonic()
             if ready and mark - started > 0.4 * number * seconds:  # the rest is for the race
                 rows.append({"track": track, "what": name, "status": "skipped: no time left"})
@@ -263,19 +266,20 @@ def step_flops(track: str, sizes: Any) -> int:
     return counter.get_total_flops()
 
 
-def memory(tiny: bool, stem: str, _seconds: float) -> Iterator[list[dict[str, Any]]]:
+def memory(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Peak memory and time of a Barlow Twins step at B = 16,384, in chunks and whole; after each, all so far."""
     import torch
     from steps import QUICK, Sizes, build_trainer, end_to_end, synchronize
 
     cuda = torch.cuda.is_available()
     rows: list[dict[str, Any]] = []
-    for chunk in (4, None) if tiny else (512, 2048, 8192, None):
+    for chunk in (4, None) if options.tiny else (512, 2048, 8192, None):
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        sizes = replace(QUICK if tiny else replace(Sizes(), batch=16384, images=50_000), stem=stem, chunk=chunk)
+        whole = QUICK if options.tiny else replace(Sizes(), batch=16384, images=50_000)
+        sizes = replace(whole, stem=options.stem, chunk=chunk)
         row: dict[str, Any] = {"batch": sizes.batch, "chunk": chunk}
         try:
             step = end_to_end(build_trainer("pretrain", sizes))
@@ -295,7 +299,10 @@ def memory(tiny: bool, stem: str, _seconds: float) -> Iterator[list[dict[str, An
         yield rows
 
 
-OWN: dict[str, Callable[[bool, str, float], Iterator[list[dict[str, Any]]]]] = {"ablation": ablation, "memory": memory}
+OWN: dict[str, Callable[[argparse.Namespace], Iterator[list[dict[str, Any]]]]] = {
+    "ablation": ablation,
+    "memory": memory,
+}
 
 
 # The call -------------------------------------------------------------------------------------------------------------
@@ -321,6 +328,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
     parser.add_argument("--parts", nargs="+", help="only these; all if left out")
     parser.add_argument("--stem", choices=["imagenet", "cifar"], default="imagenet", help="of the ResNet-18")
+    parser.add_argument("--variants", nargs="+", help="only these of the ablation, e.g. bare 'end to end'")
     parser.add_argument("--set", nargs="+", default=[], help="key=value for both training commands, e.g. compile=true")
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, tiny sizes: shows that it runs")
@@ -330,7 +338,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.part:
-        for rows in OWN[options.part](options.tiny, options.stem, options.seconds):
+        for rows in OWN[options.part](options):
             options.json.write_text(json.dumps(rows))
         return {}
     import torch

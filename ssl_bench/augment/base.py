@@ -1,8 +1,10 @@
 """What every augmentation shares: checks, blocks that fit a CPU's caches, normalisation, and its parameters' slices."""
 
+import subprocess
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -92,12 +94,13 @@ class Augmentation(ABC):
         self._check(all(value > 0 for value in std), "std", std, "numbers > 0")
         self._check(dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
-        whole: Callable[[Tensor, Tensor], Tensor] = self.program
+        whole: Callable[[Tensor, Tensor], Tensor] = self.fused
         if compile:
-            whole = torch.compile(whole, fullgraph=True, dynamic=False)
+            whole = torch.compile(self.program, fullgraph=True, dynamic=False)
         if graph:
             whole = Replayed(whole)
         self._whole = whole if compile or graph else None
+        self._has_kernel = True  # until it fails
 
     @abstractmethod
     def draw(self, n: int, generator: torch.Generator) -> Params:
@@ -110,6 +113,28 @@ class Augmentation(ABC):
     @abstractmethod
     def program(self, images: Tensor, table: Tensor) -> Tensor:
         """(n, 3, H, W) uint8 and (n, columns) on one device -> (n, 3, h, w), channels_last; never waits for a GPU."""
+
+    def kernel(self, images: Tensor, table: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The program as one kernel on a GPU: (n, h * w, 3); None where there is none for images of this shape."""
+        return None
+
+    def fused(self, images: Tensor, table: Tensor) -> Tensor:
+        """The program, by its own kernel where there is one."""
+        if images.is_cuda and self._has_kernel:
+            try:
+                pixels = self.kernel(images.contiguous(), table)
+            except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+                # Before anything is recorded: the first call compiles, for which Triton wants a C compiler.
+                self._has_kernel = False
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(
+                    f"{type(self).__name__} runs without its own kernel: {reason}", RuntimeWarning, stacklevel=2
+                )
+            else:
+                if pixels is not None:
+                    side = (self.size, self.size) if self.size else images.shape[2:]
+                    return self._images(pixels, *side)
+        return self.program(images, table)
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
@@ -133,7 +158,7 @@ class Augmentation(ABC):
     def apply(self, images: Tensor, table: Tensor, params: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         """The program, block by block, on a table that is still on the CPU."""
         table = to_device(table, images.device)
-        outputs = [self.program(images[block], table[block]) for block in self._blocks(images)]
+        outputs = [self.fused(images[block], table[block]) for block in self._blocks(images)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _check(self, holds: bool, argument: str, got: object, allowed: str) -> None:
@@ -162,6 +187,11 @@ class Augmentation(ABC):
         pixels = 3 * max(self.size**2, images.shape[2] * images.shape[3])
         length = max(1, torch.get_num_threads() * BLOCK // pixels) if images.device.type == "cpu" else n
         return [slice(start, min(start + length, n)) for start in range(0, n, length)]
+
+    def _color(self) -> dict[str, Any]:
+        """The kernels' arguments for the normalisation."""
+        found = {f"mean_{name}": value for name, value in zip("rgb", self.mean, strict=True)}
+        return found | {f"scale_{name}": 1 / value for name, value in zip("rgb", self.std, strict=True)}
 
     def _normalize(self, planes: Tensor) -> Tensor:
         """(3, n, P) float in [0, 1], overwritten -> (n, P, 3) of the output's dtype."""

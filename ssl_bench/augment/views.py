@@ -44,7 +44,6 @@ __all__ = [
 ]
 
 NO_BLUR = 1e-3  # a standard deviation, in pixels, that leaves an image as it is
-_WHOLE = slice(None)
 
 
 class RandomResizedCropFlip(Augmentation):
@@ -99,14 +98,14 @@ class _Rows(NamedTuple):
     """Which samples of a block each operation of `SSLView` is applied to; by default all, for a fixed program.
 
     Args:
-        before, after: those of the three blends before the hue, and of those after it.
-        hue: those that are jittered at all.
+        before, after: those of the three blends before the hue, and of those after it; None for all.
+        hue: those that are jittered at all; None for all.
         gray, blur, solarize: (n,) int64 indices on the device; None for all.
     """
 
-    before: Sequence[slice] = (_WHOLE,) * 3
-    hue: slice = _WHOLE
-    after: Sequence[slice] = (_WHOLE,) * 3
+    before: Sequence[slice | None] = (None,) * 3
+    hue: slice | None = None
+    after: Sequence[slice | None] = (None,) * 3
     gray: Tensor | None = None
     blur: Tensor | None = None
     solarize: Tensor | None = None
@@ -118,6 +117,15 @@ def _apply_to(rows: Tensor | None, operation: Callable[..., Tensor], x: Tensor, 
         operation(x, parameter, *rest)
     elif len(rows):
         x.index_copy_(1, rows, operation(x.index_select(1, rows), parameter.index_select(0, rows), *rest))
+
+
+def _blend_each(planes: Tensor, coefficients: Tensor, parts: Sequence[slice | None]) -> None:
+    """Three blends in place, each of the samples that need it; ``coefficients`` (n, 3, 3)."""
+    for step, part in enumerate(parts):
+        if part is None:
+            color.blend(planes, coefficients[:, step])
+        else:
+            color.blend(planes[:, part], coefficients[part, step])
 
 
 class SSLView(RandomResizedCropFlip):
@@ -220,11 +228,9 @@ class SSLView(RandomResizedCropFlip):
         crop, before, hue, after, gray, sigma, solarize = table.split([5, 9, 1, 9, 1, 1, 1], 1)
         square = self.crop(images, crop)
         planes = square.flatten(2)  # shares its memory
-        for step, part in enumerate(rows.before):
-            color.blend(planes[:, part], before.unflatten(1, (3, 3))[part, step])
-        color.rotate_hue(planes[:, rows.hue], hue[rows.hue])
-        for step, part in enumerate(rows.after):
-            color.blend(planes[:, part], after.unflatten(1, (3, 3))[part, step])
+        _blend_each(planes, before.unflatten(1, (3, 3)), rows.before)
+        color.rotate_hue(*((planes, hue) if rows.hue is None else (planes[:, rows.hue], hue[rows.hue])))
+        _blend_each(planes, after.unflatten(1, (3, 3)), rows.after)
         if self.gray_p:
             _apply_to(rows.gray, color.to_grey, planes, gray)
         if self.blur_p:
@@ -237,6 +243,15 @@ class SSLView(RandomResizedCropFlip):
         self._move_taps(images.device)
         return self._images(self._pixels(images, table, _Rows()), self.size, self.size)
 
+    def kernel(self, images: Tensor, table: Tensor) -> Tensor | None:
+        from ssl_bench.augment import kernels  # here: Triton is there where torch is built for a GPU
+
+        if not kernels.fits(self.size, *images.shape[2:]):
+            return None
+        blur = {"blurs": self.blur_p > 0, "radius": self.blur_kernel // 2, "least": NO_BLUR}
+        color = self._color() | {"threshold": self.solarize_threshold}
+        return kernels.ssl_view(images, table, size=self.size, view=color | blur, dtype=self.dtype)
+
     def _move_taps(self, device: torch.device) -> None:
         if self._taps.device != device:
             self._taps = self._taps.to(device)
@@ -245,8 +260,11 @@ class SSLView(RandomResizedCropFlip):
         """Each sample through its own operations only.
 
         Samples are sorted by how many colour operations come before the hue's, the only one that is not a blend: then
-        each step is one operation on a run of neighbours, which needs no copy.
+        each step is one operation on a run of neighbours, which needs no copy. (A GPU's own kernel skips what a sample
+        does not need by itself.)
         """
+        if images.is_cuda:
+            return self.fused(images, to_device(table, images.device))
         self._move_taps(images.device)
         position = color.hue_position(params)
         order = position.argsort(stable=True)
@@ -308,6 +326,11 @@ class PadCropFlipRotate(Augmentation):
     def program(self, images: Tensor, table: Tensor) -> Tensor:
         x = shifted_rotation(images, table[:, :2], table[:, 2], table[:, 3])
         return self._images(self._normalize(to_planes(x)), *images.shape[2:])
+
+    def kernel(self, images: Tensor, table: Tensor) -> Tensor | None:
+        from ssl_bench.augment import kernels
+
+        return kernels.pad_crop_flip_rotate(images, table, color=self._color(), dtype=self.dtype)
 
 
 class Normalize(Augmentation):

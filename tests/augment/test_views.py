@@ -31,6 +31,7 @@ PIPELINES: list[Augmentation] = [
     SSLView(32, blur_p=0.5, solarize_p=0.2, **COLOR),
     SSLView(24, blur_p=1.0, **COLOR),
     SSLView(14, crop_scale=(0.05, 0.4), blur_p=0.5, **COLOR),
+    SSLView(40, blur_p=0.5, solarize_p=0.2, **COLOR),
     RandomResizedCropFlip(32, **COLOR),
     PadCropFlipRotate(**COLOR),
     Normalize(**COLOR),
