@@ -217,6 +217,7 @@ def test_gpu_equals_cpu_and_never_waits(transform: Augmentation) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ours.device.type == "cuda"
+    assert transform._has_kernel, "a kernel of its own failed"
     assert ours.is_contiguous(memory_format=torch.channels_last)
     theirs = transform(x, params)
     # a value on solarization's threshold, or halfway between two pixels, may fall on either side
