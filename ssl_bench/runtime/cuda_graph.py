@@ -90,6 +90,11 @@ class GraphRecorder:
             # "global" would make it an error that other threads (those that pin memory) go on working.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
+        except BaseException:
+            # torch 2.11's generator goes on waiting for the capture's end; a copy of its state does not.
+            generator = torch.cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         finally:
             torch.cuda.set_stream(current)  # a failed capture does not restore it
         return result, graph.replay
