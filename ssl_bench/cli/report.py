@@ -82,6 +82,9 @@ def export(
         str | None,
         typer.Option("--push", help="With --to: upload the folder to the Hugging Face hub as OWNER/NAME too."),
     ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="With --output: with the layers' statistics, or without.")
+    ] = True,
     debug: Debug = False,
 ) -> None:
     """Copy the runs' records, without weights; or a run's backbone.
@@ -105,7 +108,7 @@ def export(
         from ssl_bench.records.export import export_records
 
         assert output is not None
-        print(f"{len(export_records(runs, output))} records in {output}")
+        print(f"{len(export_records(runs, output, layers=layers))} records in {output}")
         return 0
 
     finish(copy, debug)

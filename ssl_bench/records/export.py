@@ -15,7 +15,7 @@ TEXTS = (RUN, METRICS, RESULTS, SESSIONS, "analysis.json")
 TELEMETRY = "telemetry.parquet"
 
 
-def export_records(runs: str | Path, output: str | Path) -> list[Path]:
+def export_records(runs: str | Path, output: str | Path, *, layers: bool = True) -> list[Path]:
     """Copies the records of all runs that have ended; `ssl-bench report` reads the copies like the runs.
 
     Weights, snapshots and checkpoints are left out. An absolute path, alone, as ``key=path`` or in a list, is cut to
@@ -26,6 +26,7 @@ def export_records(runs: str | Path, output: str | Path) -> list[Path]:
         runs: a folder of runs, at any depth, or a run.
         output: the folder to copy to, with the same sub-folders (of a single run, with its name); an earlier copy of
             the same run is replaced.
+        layers: whether with the layers' statistics, most of a long run's record.
 
     Returns:
         the folders written.
@@ -48,7 +49,7 @@ def export_records(runs: str | Path, output: str | Path) -> list[Path]:
         if record.results is None:
             say(f"left out: {record.folder}: the run is {record.status}")
         elif (texts := _texts(record)) is not None:
-            _write(record, texts, folder)
+            _write(record, texts, folder, layers)
             written.append(folder)
     if not written:
         raise RecordError(f"{runs}: no run that has ended, nothing to export")
@@ -69,7 +70,7 @@ def _texts(record: RunRecord) -> dict[str, str] | None:
     return texts
 
 
-def _write(record: RunRecord, texts: dict[str, str], folder: Path) -> None:
+def _write(record: RunRecord, texts: dict[str, str], folder: Path, layers: bool) -> None:
     """One record's files; those of an earlier copy that the run no longer has are deleted."""
     if (folder / RUN).is_file() and (found := read_head(folder)["identity"]) != record.identity:
         raise RecordError(f"export: {folder}: it holds the record of another run ({found}); choose another output")
@@ -78,7 +79,7 @@ def _write(record: RunRecord, texts: dict[str, str], folder: Path) -> None:
         if name in texts:
             with atomic_file(folder / name, synced=False) as file:
                 file.write(texts[name].encode())
-        elif name == TELEMETRY and (record.folder / name).is_file():
+        elif layers and name == TELEMETRY and (record.folder / name).is_file():
             with open(record.folder / name, "rb") as telemetry, atomic_file(folder / name, synced=False) as file:
                 shutil.copyfileobj(telemetry, file)
         else:

@@ -130,8 +130,11 @@ def _at_equal_tuning(collection: Collection, compared: dict[Setting, list[Arm]])
             other.append(f"{best} instead of {first}")
     if not other:
         return ""
-    told = ", ".join(f"{text} in {count}" for text, count in Counter(other).most_common())
-    return f" With equally many trials for every optimizer the highest expected accuracy is another one's: {told}."
+    with_equal = " With equally many trials for every optimizer the highest expected accuracy"
+    if len(compared) == 1:
+        return f"{with_equal} is that of {other[0]}."
+    told = ", ".join(f"{text} in {count} of {len(compared)}" for text, count in Counter(other).most_common())
+    return f"{with_equal} is another one's: {told} settings."
 
 
 def print_leaderboard(runs: str | Path) -> None:

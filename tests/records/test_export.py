@@ -56,6 +56,9 @@ def test_it_is_small_and_knows_nothing_of_the_machine(runs: Path, tmp_path: Path
     }  # fmt: skip
     for path in files:
         assert str(runs.parent).encode() not in path.read_bytes(), path
+    assert CliRunner().invoke(cli.app, ["export", str(runs), "-o", str(tmp_path / "out"), "--no-layers"]).exit_code == 0
+    assert not (tmp_path / "out/study/a/telemetry.parquet").exists()  # nor an earlier copy's
+    assert read_run(tmp_path / "out/study/a").metrics == read_run(runs / "study/a").metrics
     before, after = (read_run(folder / "study/a").provenance["argv"] for folder in (runs, tmp_path / "out"))
     assert before[-1] == f"run_dir={runs / 'study/a'}"
     assert (after[0], after[-1]) == ("classify.py", "run_dir=a")

@@ -42,14 +42,17 @@ def test_a_diverged_classification_says_what_it_said() -> None:
     assert read_telemetry(DIVERGED)["step"][-1].as_py() == 24
 
 
-@pytest.mark.parametrize("folder", sorted(RECORDS.glob("*/*")), ids=lambda folder: folder.name)
-def test_every_committed_record_is_read_whole(folder: Path) -> None:
-    record = read_run(folder)
-    assert record.results is not None
-    assert record.metrics[-1]["step"] <= record.provenance["plan"]["total_steps"]
-    table = read_telemetry(folder)
-    assert 1 <= table["step"][0].as_py() <= table["step"][-1].as_py() <= record.metrics[-1]["step"]
-    assert str(table.schema.field("layer").type).startswith("dictionary")
+@pytest.mark.parametrize("study", sorted(RECORDS.iterdir()), ids=lambda study: study.name)
+def test_every_committed_record_is_read_whole(study: Path) -> None:
+    for folder in sorted(study.iterdir()):
+        record = read_run(folder)
+        assert record.results is not None
+        assert record.metrics[-1]["step"] <= record.provenance["plan"]["total_steps"]
+        if not (folder / "telemetry.parquet").exists():  # exported without its layers
+            continue
+        table = read_telemetry(folder)
+        assert 1 <= table["step"][0].as_py() <= table["step"][-1].as_py() <= record.metrics[-1]["step"]
+        assert str(table.schema.field("layer").type).startswith("dictionary")
 
 
 def test_an_old_run_can_be_opened_again(tmp_path: Path) -> None:
