@@ -10,6 +10,7 @@ differs by a few 1/255 for that reason); results are clamped to [0, 1] where tor
 from collections.abc import Mapping
 from itertools import permutations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,16 +55,18 @@ def blend_coefficients(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         two (n, 3, 3), (n, step, coefficient): for the steps before the hue and for those after it. In step 1, say, a
         sample's second blend has its coefficients in one of the two, and the other has `IDENTITY`.
     """
-    order = params["order"]
-    order = order[order != HUE].view(-1, 3)
-    factor = params["factors"].gather(1, order)
+    # NumPy: the same float32 arithmetic at half the cost of a call, of which a GPU's host pays many at every step.
+    order, jitter = params["order"].numpy(), params["jitter"].numpy()
+    is_hue = order == HUE
+    position = np.where(jitter, is_hue.argmax(1), 4)[:, None]
+    order = order[~is_hue].reshape(-1, 3)
+    factor = params["factors"].numpy()[np.arange(len(order))[:, None], order]
     rest = 1 - factor
-    blends = torch.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
-    position, steps, identity = hue_position(params)[:, None], torch.arange(3), torch.tensor(IDENTITY)
-    before = steps < position
-    after = ~before
-    before = before & params["jitter"][:, None]
-    return torch.where(before[:, :, None], blends, identity), torch.where(after[:, :, None], blends, identity)
+    blends = np.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
+    before, identity = np.arange(3) < position, np.array(IDENTITY, np.float32)
+    chosen = np.stack([before & jitter[:, None], ~before])[..., None]
+    first, last = torch.from_numpy(np.where(chosen, blends, identity))
+    return first, last
 
 
 def luma(planes: Tensor) -> Tensor:

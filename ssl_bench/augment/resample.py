@@ -8,6 +8,7 @@ matrix products run near the peak where gathers do not. (On a GPU they follow to
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,13 +53,14 @@ def crop_boxes(params: Mapping[str, Tensor], height: int, width: int, ratio: tup
     Returns:
         (n, 4) float32 whole numbers: top, left, height, width.
     """
-    area, aspect = params["crop_area"] * (height * width), params["crop_ratio"]
-    widths, heights = (area * aspect).sqrt_().round_(), (area / aspect).sqrt_().round_()  # (n, TRIES)
+    # NumPy: the same float32 arithmetic at half the cost of a call, of which a GPU's host pays many at every step.
+    area, aspect = params["crop_area"].numpy() * np.float32(height * width), params["crop_ratio"].numpy()
+    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))  # (n, TRIES)
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
-    size = torch.cat([heights.gather(1, first), widths.gather(1, first)], 1)  # (n, 2)
-    room = torch.tensor([height, width]) - size + 1
-    corner = (params["crop_position"] * room).floor_()
+    rows, first = np.arange(len(fits)), fits.argmax(1)
+    size = np.stack([heights[rows, first], widths[rows, first]], 1)  # (n, 2)
+    room = np.array([height, width], np.float32) - size + 1
+    corner = np.floor(params["crop_position"].numpy() * room)
 
     # the fallback, as torchvision computes it
     central = (height, width)
@@ -66,8 +68,10 @@ def crop_boxes(params: Mapping[str, Tensor], height: int, width: int, ratio: tup
         central = (round(width / ratio[0]), width)
     elif width / height > ratio[1]:
         central = (height, round(height * ratio[1]))
-    fallback = torch.tensor([(height - central[0]) // 2, (width - central[1]) // 2, *central], dtype=torch.float32)
-    return torch.where(fits.any(1, keepdim=True), torch.cat([corner, size], 1), fallback)
+    fallback = np.array([(height - central[0]) // 2, (width - central[1]) // 2, *central], np.float32)
+    found = np.concatenate([corner, size], 1)
+    found[~fits[rows, first]] = fallback
+    return torch.from_numpy(found)
 
 
 def _axis(start: Tensor, length: Tensor, flip: Tensor | None, source: int, size: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ The pipelines are those of torchvision with the same names, and its semantics on
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,17 +206,16 @@ class SSLView(RandomResizedCropFlip):
 
         The crop's box (4), flip, blends before the hue (9), hue, blends after it (9), grey, sigma, solarize.
         """
+        table = torch.empty((len(params["hue"]), 27))
+        columns = table.numpy()
+        columns[:, :5] = super().table(params, height, width).numpy()
         before, after = color.blend_coefficients(params)
-        columns = [
-            super().table(params, height, width),
-            before.flatten(1),
-            (params["hue"] * params["jitter"])[:, None],
-            after.flatten(1),
-            params["gray"][:, None],
-            torch.where(params["blur"], params["sigma"], NO_BLUR)[:, None],
-            params["solarize"][:, None],
-        ]
-        return torch.cat(columns, 1)
+        columns[:, 5:14], columns[:, 15:24] = before.flatten(1).numpy(), after.flatten(1).numpy()
+        columns[:, 14] = params["hue"].numpy() * params["jitter"].numpy()
+        columns[:, 24] = params["gray"].numpy()
+        columns[:, 25] = np.where(params["blur"].numpy(), params["sigma"].numpy(), np.float32(NO_BLUR))
+        columns[:, 26] = params["solarize"].numpy()
+        return table
 
     def _pixels(self, images: Tensor, table: Tensor, rows: _Rows) -> Tensor:
         """The view itself, for every device and every way to run it: (n, size * size, 3), normalised.

@@ -48,5 +48,6 @@ def test_several_settings_and_equal_tuning(tmp_path: Path) -> None:
     assert told(tmp_path) == (
         "Of 2 settings, decidedly the best is LARS in 1; in the other 1 the leaders cannot be told apart (95% "
         "confidence, Holm's correction: 1 of 2 comparisons decided; n = 2 to 3 per optimizer). With equally many "
-        "trials for every optimizer the highest expected accuracy is another one's: LAMB instead of LARS in 1 of 2 settings."
+        "trials for every optimizer the highest expected accuracy is another one's: LAMB instead of LARS in 1 of 2 "
+        "settings."
     )

@@ -176,7 +176,9 @@ def test_an_unknown_study_lists_the_known_ones() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in choices("study") if name == "table1_cell" or not name.startswith("table1")])
+@pytest.mark.parametrize(
+    "name", [name for name in choices("study") if name == "table1_cell" or not name.startswith("table1")]
+)
 def test_shipped_studies_expand_and_state_their_cost(name: str) -> None:
     sizes = {
         "bt_cifar10_b512": 9,
