@@ -23,7 +23,7 @@ from ssl_bench.runtime.peers import LAUNCHER
 from ssl_bench.study.cells import CellStore, State
 from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
-from ssl_bench.study.progress import StudyProgress, standing
+from ssl_bench.study.progress import Standing, StudyProgress, standing
 
 POLL = 0.1  # seconds between looks at the processes
 LOOK_EVERY = 2.0  # seconds between looks for room and for cells, unless one of ours has ended
@@ -124,12 +124,13 @@ def _arguments(cell: Cell, run_dir: Path) -> list[str]:
 
 @dataclass
 class CellProcess:
-    """A running cell with its claim, which is held until `end`."""
+    """A running cell with its claim, which is held until `end`; and where an earlier process had left it."""
 
     cell: Cell
     claim: CellClaim
     command: list[str]
     process: subprocess.Popen[bytes]
+    before: Standing | None = None
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -143,7 +144,7 @@ class CellProcess:
     ) -> "CellProcess":
         """Starts the cell's process, with its output going to the cell's log."""
         store.forget_failure(cell)
-        arguments = command(cell, store.folder(cell))
+        arguments, before = command(cell, store.folder(cell)), standing(store.folder(cell))
         with open(store.log(cell), "ab") as log:
             log.write(f"$ {shlex.join(arguments)}\n".encode())
             log.flush()
@@ -159,7 +160,7 @@ class CellProcess:
                 # A batch system may signal every process of a job; the launcher's warning must not kill the run.
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
-        return cls(cell, claim, arguments, process)
+        return cls(cell, claim, arguments, process, before)
 
     def end(self, store: CellStore, code: int) -> State:
         """After the process's end: keeps its error if there is one, releases the claim, and returns the new state."""
@@ -332,7 +333,10 @@ class LocalLauncher:
         return total - used > HEADROOM * need * (1 + starting)
 
     def _has_settled(self, child: CellProcess) -> bool:
-        return time.monotonic() - child.started >= SETTLE or standing(self.store.folder(child.cell)) is not None
+        """Whether the run has computed steps; a resumed one's earlier lines do not count."""
+        if time.monotonic() - child.started >= SETTLE:
+            return True
+        return standing(self.store.folder(child.cell)) not in (None, child.before)
 
 
 def _shape(cell: Cell) -> str:

@@ -276,6 +276,10 @@ def test_a_run_waits_until_the_one_before_it_shows_its_need_and_the_next_ones_do
         other = replace(cells[1], recipe=replace(cells[1].recipe, batch_size=2 * cells[1].recipe.batch_size))
         used = 20_000.0
         assert not launcher._has_room(places[1], other)
+    logged.add(store.folder(cells[0]))  # by an earlier process of the same run
+    launcher = LocalLauncher(store, places)
+    with running(launcher, cells[:1], tmp_path / "starts"):
+        assert not launcher._has_room(places[1], cells[1])
 
 
 def test_a_gpu_whose_memory_nvidia_smi_does_not_know_takes_one_cell(
