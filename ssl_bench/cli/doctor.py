@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,17 @@ def gpus() -> Iterator[Finding]:
             yield Finding("gpu", "note", text, "another program uses it: nvidia-smi names it")
         else:
             yield Finding("gpu", "ok", text)
+    yield from _kernels()
+
+
+def _kernels() -> Iterator[Finding]:
+    """What Triton, which compiles the augmentation's kernels and compile=true's, lacks."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    lacks = [name for name, there in (("a C compiler", compiler), (str(headers), headers.is_file())) if not there]
+    if lacks:
+        advice = "apt-get install gcc python3-dev, or what your system calls them: a step's views would be made faster"
+        yield Finding("kernels", "note", f"Triton cannot compile without {' and '.join(lacks)}", advice)
 
 
 def torchvision() -> Iterator[Finding]:

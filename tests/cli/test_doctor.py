@@ -57,6 +57,21 @@ def test_torchvision_of_another_torch(monkeypatch):
     assert "pip install 'torch==1.2.3', or the torchvision of torch" in found.advice
 
 
+def test_it_says_what_triton_lacks(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _name: str(tmp_path))
+    assert not list(doctor._kernels())
+    monkeypatch.setattr(doctor.shutil, "which", lambda _name: None)
+    (found,) = doctor._kernels()
+    assert (found.level, found.text) == ("note", "Triton cannot compile without a C compiler")
+    monkeypatch.setenv("CC", "cc")
+    (tmp_path / "Python.h").unlink()
+    (found,) = doctor._kernels()
+    assert found.text == f"Triton cannot compile without {tmp_path / 'Python.h'}"
+
+
 def test_two_of_faiss_overwrite_each_other(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: "1.9")
     (found,) = doctor.faiss()
