@@ -1,8 +1,8 @@
 """For mkdocs: pages of the manual that lie outside docs/, and links from pages into the repository.
 
 README.md's kin (`PAGES`) are pages of the site under their own paths. Any other file of the repository that a page
-links to is copied beside the pages, under files/; a link to a folder becomes its bare text. So one Markdown text serves
-the site and a reader of the repository, and `mkdocs build --strict` checks all of its links.
+links to or shows is copied beside the pages, under files/; a link to a folder becomes its bare text. So one Markdown text
+serves the site and a reader of the repository, and `mkdocs build --strict` checks all of its links.
 """
 
 import os
@@ -21,7 +21,7 @@ PAGES = {  # in the repository -> in the site, where a README.md at the top woul
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
 }
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
