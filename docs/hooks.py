@@ -1,8 +1,8 @@
 """For mkdocs: pages of the manual that lie outside docs/, and links from pages into the repository.
 
 README.md's kin (`PAGES`) are pages of the site under their own paths. Any other file of the repository that a page
-links to or shows is copied beside the pages, under files/; a link to a folder becomes its bare text. So one Markdown text
-serves the site and a reader of the repository, and `mkdocs build --strict` checks all of its links.
+links to or shows is copied beside the pages, under files/; a link to a folder becomes its bare text. So one Markdown
+text serves the site and a reader of the repository, and `mkdocs build --strict` checks all of its links.
 """
 
 import os
