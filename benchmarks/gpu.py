@@ -6,7 +6,7 @@
 FOLDER holds CIFAR-10 as parquet files. Every part is its own process with a time limit: if it fails, hangs or is late,
 only its own numbers are lost, and its entry says so. The parts: both accuracies by the suite's own commands
 (classification for 100 epochs, Barlow Twins for 30, seed 0), throughput.py, compilation and CUDA graphs against the
-plain step with the share of the card's peak, memory at B = 16,384, optimizers.py.
+plain step with the share of the card's peak, memory at B = 16,384, the views' kernels, optimizers.py.
 """
 
 import argparse
@@ -83,6 +83,7 @@ def parts(options: argparse.Namespace, work: Path) -> dict[str, Part]:
         "throughput": script("throughput", 110, *quick, *less),
         "ablation": own("ablation", 190),
         "memory": own("memory", 50),
+        "views": own("views", 30),
         "optimizers": script("optimizers", 50, *quick, *(("--device", "cpu") if options.tiny else ())),
     }
 
@@ -154,7 +155,10 @@ def ablation(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     started = time.monotonic()
     for number, track in enumerate(("pretrain", "classify"), 1):
         flops, ready, warm = step_flops(track, sizes), {}, {}
-        for name, make in variants(track, sizes, tiny).items():
+        known = variants(track, sizes, tiny)
+        if unknown := set(options.variants or ()) - set(known):
+            raise ValueError(f"--variants must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        for name, make in known.items():
             if options.variants and name not in options.variants:
                 continue
             mark = time.monotonic()
@@ -299,9 +303,40 @@ def memory(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
+def views(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """What the views of a step ask of the device, by kernels of their own and by the plain program; after each, all."""
+    import torch
+    from steps import QUICK, Sizes, build_trainer, synchronize
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda, steps, rows = torch.cuda.is_available(), 10, []
+    sizes = QUICK if options.tiny else Sizes()
+    for track in ("pretrain", "classify"):
+        pipeline = build_trainer(track, sizes, every=0, graphs=False).pipeline
+        for own in (True, False):
+            for view in pipeline.views:
+                view._has_kernel = own  # type: ignore[attr-defined]
+            batches = pipeline.batches(0, 2 * steps + 2)
+            for _ in range(steps):
+                next(batches).views(0)
+            synchronize()
+            with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+                for _ in range(steps):
+                    next(batches).views(0)
+                synchronize()
+            events = [
+                (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in profiler.key_averages()
+            ]
+            milliseconds, launches = (sum(values) / steps for values in zip(*events, strict=True))
+            row = {"track": track, "own_kernels": own, "ms_per_step": milliseconds / 1e3, "launches_per_step": launches}
+            rows.append(row)
+            yield rows
+
+
 OWN: dict[str, Callable[[argparse.Namespace], Iterator[list[dict[str, Any]]]]] = {
     "ablation": ablation,
     "memory": memory,
+    "views": views,
 }
 
 

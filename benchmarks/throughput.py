@@ -31,9 +31,9 @@ from ssl_bench.methods import METHODS
 from ssl_bench.recipe.command import leave
 from ssl_bench.records.provenance import code_version, hardware, package_versions
 
-# As work grows, or from method to method. 16,384 images of 32 x 32 take some 14 GiB as one batch.
 GRAPHS_READY = 15  # steps after which a run on a GPU has recorded and checked its CUDA graphs
 
+# As work grows, or from method to method. 16,384 images of 32 x 32 take some 14 GiB as one batch.
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "batch": (512, 1024, 2048, 4096, 8192, 16384),
     "pixels": (32, 48, 64, 96),

@@ -188,7 +188,7 @@ class Augmentation(ABC):
         length = max(1, torch.get_num_threads() * BLOCK // pixels) if images.device.type == "cpu" else n
         return [slice(start, min(start + length, n)) for start in range(0, n, length)]
 
-    def _color(self) -> dict[str, Any]:
+    def _stats(self) -> dict[str, Any]:
         """The kernels' arguments for the normalisation."""
         found = {f"mean_{name}": value for name, value in zip("rgb", self.mean, strict=True)}
         return found | {f"scale_{name}": 1 / value for name, value in zip("rgb", self.std, strict=True)}

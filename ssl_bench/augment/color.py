@@ -44,8 +44,8 @@ def draw_jitter(n: int, jitter: tuple[float, float, float, float], p: float, gen
 
 def hue_position(params: Mapping[str, Tensor]) -> Tensor:
     """(n,) how many operations come before the hue's; 4 for a sample that is not jittered."""
-    position = (params["order"] == HUE).to(torch.uint8).argmax(1)
-    return torch.where(params["jitter"], position, 4)
+    position = (params["order"].numpy() == HUE).argmax(1)
+    return torch.from_numpy(np.where(params["jitter"].numpy(), position, 4))
 
 
 def blend_coefficients(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -57,9 +57,8 @@ def blend_coefficients(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     # NumPy: the same float32 arithmetic at half the cost of a call, of which a GPU's host pays many at every step.
     order, jitter = params["order"].numpy(), params["jitter"].numpy()
-    is_hue = order == HUE
-    position = np.where(jitter, is_hue.argmax(1), 4)[:, None]
-    order = order[~is_hue].reshape(-1, 3)
+    position = hue_position(params).numpy()[:, None]
+    order = order[order != HUE].reshape(-1, 3)
     factor = params["factors"].numpy()[np.arange(len(order))[:, None], order]
     rest = 1 - factor
     blends = np.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssl_bench.augment import color, resample
+
 MOST = 32  # pixels of an image's sides, before and after: three planes of more do not fit a block's registers
-_OUTSIDE = tl.constexpr(1e6)
+_OUTSIDE, _TINY = tl.constexpr(resample._OUTSIDE), tl.constexpr(color._TINY)
+_LUMA_R, _LUMA_G, _LUMA_B = map(tl.constexpr, color.LUMA)
 
 
 _PIXELS = 1024  # of an image that a block of threads rotates at a time
@@ -47,13 +50,13 @@ def ssl_view(images: Tensor, table: Tensor, *, size: int, view: dict[str, Any], 
     return out
 
 
-def pad_crop_flip_rotate(images: Tensor, table: Tensor, *, color: dict[str, float], dtype: torch.dtype) -> Tensor:
+def pad_crop_flip_rotate(images: Tensor, table: Tensor, *, stats: dict[str, float], dtype: torch.dtype) -> Tensor:
     """What `PadCropFlipRotate` makes of images: shift, flip, rotation (each pixel from its nearest), normalisation.
 
     Args:
         images: (n, 3, H, W) uint8, contiguous.
         table: (n, 4) float32 from `PadCropFlipRotate.table`, on the images' device.
-        color: ``mean_r`` ... and ``scale_r`` ... (1 / std).
+        stats: ``mean_r`` ... and ``scale_r`` ... (1 / std).
         dtype: of the result.
 
     Returns:
@@ -62,7 +65,7 @@ def pad_crop_flip_rotate(images: Tensor, table: Tensor, *, color: dict[str, floa
     n, _, height, width = images.shape
     out = torch.empty((n, height * width, 3), dtype=dtype, device=images.device)
     blocks = triton.cdiv(height * width, _PIXELS)
-    _shifted_rotation[(n, blocks)](images, table, out, height, width, **color, pixels=_PIXELS, num_warps=4)
+    _shifted_rotation[(n, blocks)](images, table, out, height, width, **stats, pixels=_PIXELS, num_warps=4)
     return out
 
 
@@ -135,7 +138,7 @@ def _plane(images, place, inside, rows, columns):
 
 @triton.jit
 def _luma(red, green, blue):
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
+    return _LUMA_R * red + _LUMA_G * green + _LUMA_B * blue
 
 
 @triton.jit
@@ -217,7 +220,7 @@ def _ssl_view(
     if shift != 0:
         low, high = tl.minimum(tl.minimum(red, green), blue), tl.maximum(tl.maximum(red, green), blue)
         chroma = high - low
-        hue = (green + blue - red - low) / tl.maximum(chroma, 1e-20) + 1
+        hue = (green + blue - red - low) / tl.maximum(chroma, _TINY) + 1
         hue = tl.where(green < blue, -hue, hue) + shift * 6
         hue -= 6 * tl.floor(hue * (1 / 6))
         green, blue = low + chroma * _share(hue, 2.0), low + chroma * _share(hue, 4.0)

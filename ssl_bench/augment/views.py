@@ -249,8 +249,8 @@ class SSLView(RandomResizedCropFlip):
         if not kernels.fits(self.size, *images.shape[2:]):
             return None
         blur = {"blurs": self.blur_p > 0, "radius": self.blur_kernel // 2, "least": NO_BLUR}
-        color = self._color() | {"threshold": self.solarize_threshold}
-        return kernels.ssl_view(images, table, size=self.size, view=color | blur, dtype=self.dtype)
+        view = self._stats() | blur | {"threshold": self.solarize_threshold}
+        return kernels.ssl_view(images, table, size=self.size, view=view, dtype=self.dtype)
 
     def _move_taps(self, device: torch.device) -> None:
         if self._taps.device != device:
@@ -330,7 +330,7 @@ class PadCropFlipRotate(Augmentation):
     def kernel(self, images: Tensor, table: Tensor) -> Tensor | None:
         from ssl_bench.augment import kernels
 
-        return kernels.pad_crop_flip_rotate(images, table, color=self._color(), dtype=self.dtype)
+        return kernels.pad_crop_flip_rotate(images, table, stats=self._stats(), dtype=self.dtype)
 
 
 class Normalize(Augmentation):

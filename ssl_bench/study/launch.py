@@ -235,8 +235,11 @@ class LocalLauncher:
         self._next_look = time.monotonic() + LOOK_EVERY
         left: list[Cell] = []
         for index, cell in enumerate(waiting):
-            free = (one for one in self.places if one.number not in self.running)
-            slot = next((one for one in free if self._has_room(one, cell)), None)
+            # One of each GPU: another of the same would ask nvidia-smi the same once more.
+            free = {one.gpu: one for one in reversed(self.places) if one.number not in self.running}
+            slot = next(
+                (one for one in sorted(free.values(), key=lambda one: one.number) if self._has_room(one, cell)), None
+            )
             if slot is None:
                 return left + waiting[index:]
             state = self.store.state(cell)
