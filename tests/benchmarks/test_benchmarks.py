@@ -171,7 +171,7 @@ def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, ca
     load("gpu").main(["--tiny", "--json", str(tmp_path / "out.json")])
     record = json.loads((tmp_path / "out.json").read_text())
     assert {name: part["status"] for name, part in record["parts"].items()} == dict.fromkeys(
-        ("classify", "pretrain", "throughput", "ablation", "memory", "optimizers"), "done"
+        ("classify", "pretrain", "throughput", "ablation", "memory", "views", "optimizers"), "done"
     )
     results = {name: part["result"] for name, part in record["parts"].items()}
     assert results["classify"]["steps"] == results["pretrain"]["steps"] == 2
@@ -185,6 +185,10 @@ def test_the_gpu_benchmark_runs_whole_on_the_cpu(load, tmp_path, monkeypatch, ca
     # 8 pairs of 32 x 32 images through ResNet-18's 37 MMAC, forward and twice that backward (less the first layer's).
     assert results["ablation"][0]["gflop_per_step"] == pytest.approx(3 * 2 * 16 * 0.0366, rel=0.05)
     assert [row["chunk"] for row in results["memory"]] == [4, None]
+    assert [(row["track"], row["own_kernels"]) for row in results["views"]] == [
+        (track, own) for track in ("pretrain", "classify") for own in (True, False)
+    ]
+    assert all(row["ms_per_step"] > 0 and row["launches_per_step"] > 0 for row in results["views"])
     assert results["optimizers"]["steps"]["ours LARS"]["ms"] > 0
     assert str(BENCHMARKS.parent) not in (tmp_path / "out.json").read_text()
     assert "memory: done" in capsys.readouterr().out
