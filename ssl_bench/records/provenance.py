@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def code_version() -> dict[str, Any]:
+@cache
+def code_version() -> Mapping[str, Any]:
     """The package's version, the git commit it runs from, and whether tracked files differ from that.
 
-    The commit is None for an installed package, even if it lies inside somebody else's checkout.
+    Looked up once in a process, near the code's import: what is committed later is not what runs. The commit is None
+    for an installed package, even if it lies inside somebody else's checkout.
     """
     version: dict[str, Any] = {"version": ssl_bench.__version__, "commit": None, "dirty": None}
     folder = Path(ssl_bench.__file__).resolve().parent

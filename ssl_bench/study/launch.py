@@ -20,6 +20,7 @@ from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, Interrupt
 from ssl_bench.runtime.launcher import usable_cores
 from ssl_bench.runtime.memory import available_memory
 from ssl_bench.runtime.peers import LAUNCHER
+from ssl_bench.study import warm
 from ssl_bench.study.cells import CellStore, State
 from ssl_bench.study.claims import CellClaim
 from ssl_bench.study.grid import Cell
@@ -129,7 +130,7 @@ class CellProcess:
     cell: Cell
     claim: CellClaim
     command: list[str]
-    process: subprocess.Popen[bytes]
+    process: warm.Process
     before: Standing | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -145,13 +146,14 @@ class CellProcess:
         """Starts the cell's process, with its output going to the cell's log."""
         store.forget_failure(cell)
         arguments, before = command(cell, store.folder(cell)), standing(store.folder(cell))
+        # By its launcher's id it notices when that dies, and saves (`ssl_bench.runtime.peers`).
+        whole = {**os.environ, **environment, LAUNCHER: str(os.getpid()), STUDY: cell.study}
         with open(store.log(cell), "ab") as log:
             log.write(f"$ {shlex.join(arguments)}\n".encode())
             log.flush()
-            process = subprocess.Popen(
+            process = warm.start(arguments, whole, store.log(cell)) or subprocess.Popen(
                 arguments,
-                # By its launcher's id it notices when that dies, and saves (`ssl_bench.runtime.peers`).
-                env={**os.environ, **environment, LAUNCHER: str(os.getpid()), STUDY: cell.study},
+                env=whole,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -304,13 +306,13 @@ class LocalLauncher:
                     time.sleep(POLL)
         finally:
             for child in self.running.values():
-                if child.process.poll() is None:
+                if (code := child.process.poll()) is None:
                     child.process.kill()
-                    child.process.wait()
-                if child.process.returncode < 0:
+                    code = child.process.wait()
+                if code < 0:
                     child.claim.release()  # killed by us, or asked to stop before it could answer: no failure
                 else:
-                    child.end(self.store, child.process.returncode)
+                    child.end(self.store, code)
             self.running.clear()
 
     def _has_room(self, slot: Slot, cell: Cell) -> bool:
