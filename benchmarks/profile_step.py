@@ -90,7 +90,8 @@ def book(trainer: Trainer) -> None:
     trainer._take_step = part("optimizer", trainer._take_step)  # type: ignore[method-assign]
     trainer.guard.look = part("watching", trainer.guard.look)  # type: ignore[method-assign]
     trainer.meter.add = part("watching", trainer.meter.add)  # type: ignore[method-assign]
-    trainer._line = part("watching", trainer._line)  # type: ignore[method-assign]
+    trainer._begin_line = part("watching", trainer._begin_line)  # type: ignore[method-assign]
+    trainer._end_line = part("watching", trainer._end_line)  # type: ignore[method-assign]
 
 
 def booked_ms(events: Any, device: str) -> dict[str, float]:

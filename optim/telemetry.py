@@ -62,13 +62,25 @@ class Telemetry:
             Columns of equal length R: "step" (ints), "layer" (parameter names), and each of `VALUES` as a float32 CPU
             tensor (R,); rows in the order of steps, within a step in the order of the parameter groups.
         """
+        return self.named(*self.take())
+
+    def take(self) -> tuple[dict[str, list[int] | list[str]], Tensor]:
+        """What `columns` hands over, without its wait: "step" and "layer", and the values on the device, for `named`.
+
+        Returns:
+            the first two columns, and a float32 tensor (len(VALUES), R).
+        """
         blocks, self._blocks = self._blocks, []
-        values = torch.cat([b[2] for b in blocks], 1).cpu() if blocks else torch.empty(len(VALUES), 0)
-        out: dict[str, list[int] | list[str] | Tensor] = {
+        where: dict[str, list[int] | list[str]] = {
             "step": [step for step, layers, _ in blocks for _ in layers],
             "layer": [layer for _, layers, _ in blocks for layer in layers],
         }
-        return out | dict(zip(VALUES, values.unbind(0), strict=True))
+        return where, torch.cat([b[2] for b in blocks], 1) if blocks else torch.empty(len(VALUES), 0)
+
+    @staticmethod
+    def named(where: dict[str, list[int] | list[str]], values: Tensor) -> dict[str, list[int] | list[str] | Tensor]:
+        """What `take` returned as `columns`."""
+        return where | dict(zip(VALUES, values.cpu().unbind(0), strict=True))
 
     @torch.no_grad()
     def _start(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - the hook's signature

@@ -19,7 +19,7 @@ from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import assert_equal_parameters
 from ssl_bench.training.gradient import unwrap
 from ssl_bench.training.graphs import GraphedUpdate
-from ssl_bench.training.monitor import FiniteGuard, Meter
+from ssl_bench.training.monitor import Arriving, FiniteGuard, Meter
 from ssl_bench.training.plan import Rhythm
 from ssl_bench.training.sample_random import SampleRandom
 
@@ -28,6 +28,9 @@ Scalars = dict[str, float]
 # What is left to compute when some steps have all been started, in steps; with less the host decides the speed. The
 # host's share of the time tells nothing: a busy device's queue is full, and then the host waits as it starts.
 HOST_BOUND = 0.05
+
+# Steps that are started on a GPU before a line of the metrics is waited for, so that it does not stand still meanwhile.
+LAG = 4
 
 
 @dataclass
@@ -45,6 +48,17 @@ class Outcome:
     status: str
     step: int
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Line:
+    """A line of the metrics at its step, some of it still on its way, with what is looked at beside it."""
+
+    step: int
+    row: Scalars
+    means: Arriving
+    found: Arriving
+    layers: tuple[dict[str, Any], Arriving]
 
 
 class RunIO(Protocol):
@@ -66,7 +80,7 @@ class RunIO(Protocol):
         """Whether a signal asked to stop; the same answer on every process."""
 
     def progress(self, step: int, row: Scalars | None) -> None:
-        """Called after every step, with the line that was logged at it, if any."""
+        """Called after every step, with the line that was logged since the last time, if any."""
 
 
 @dataclass
@@ -115,13 +129,18 @@ class Trainer:
         self.step = 0  # batches consumed
         self.clock = 0  # optimizer steps taken: fewer than `step` where the gradient scaler skipped some
         self.seconds = 0.0
+        self.lag = LAG if self.device.type == "cuda" else 0
+        self._line: Line | None = None  # begun and not ended
+        self._row: Scalars | None = None  # of the last ended, until it is shown
+        self._mark, self._marked_step, self._first_step = 0.0, 0, 0  # since when `seconds` lacks the time; after what
 
     def run(self) -> Outcome:
         """Trains from ``self.step`` to the end, to a divergence or to an interruption."""
         rhythm, io = self.rhythm, self.io
         if self.step == 0 and 0 in rhythm.snapshots:
             io.snapshot(0, self.module)
-        mark, marked_step, first = time.perf_counter(), self.step, self.step
+        self._first_step = self.step
+        self._note_time(self.step)
         for batch in self.pipeline.batches(self.step, rhythm.total):
             self._begin_step()
             scalars = self.gradient_of(batch, self.pipeline.n_chunks)
@@ -138,38 +157,29 @@ class Trainer:
 
             last = self.step == rhythm.total
             due = [hook for hook in self.hooks if hook.every and (last or self.step % hook.every == 0)]
-            row = None
-            if last or due or self.step % rhythm.log == 0:
-                started = time.perf_counter()
-                row = self._line(multiplier)
-                now = time.perf_counter()  # after `_line`, which waits until the device has done these steps
-                self.seconds += now - mark
-                row["seconds"] = self.seconds
-                seen = self.pipeline.samples(self.step) - self.pipeline.samples(marked_step)
-                row["images_per_second"] = seen / (now - mark)
-                if marked_step > first:  # the first line's steps choose algorithms
-                    self._watch_host(started - mark, now - mark, self.step - marked_step)
-                if found := self.guard.found(self._maximum):
-                    self._flush(row)
-                    return Outcome("diverged", found["step"], found)
-                with self.evaluation_point(self.step) if due else nullcontext():
-                    for hook in due:
-                        row |= hook.measure(self.step)
-                self._flush(row)
-                mark, marked_step = time.perf_counter(), self.step
-            io.progress(self.step, row)
+            logged = last or due or self.step % rhythm.log == 0
+            if (logged or self._is_due()) and (bad := self._end_line()):
+                return bad
+            if logged:
+                self._begin_line(multiplier)
+                if (last or due or self._is_due()) and (bad := self._end_line(due)):
+                    return bad
+            io.progress(self.step, self._row)
+            self._row = None
             if rhythm.check_equal and self.step % rhythm.check_equal == 0:
                 assert_equal_parameters(self.module)
             stopping = not last and io.should_stop(self.step)
             saving = stopping or (rhythm.checkpoint and not last and self.step % rhythm.checkpoint == 0)
             if saving or self.step in rhythm.snapshots:
-                self.seconds += time.perf_counter() - mark
+                if bad := self._end_line():
+                    return bad
+                self.seconds += time.perf_counter() - self._mark
                 if self.step in rhythm.snapshots:
                     with self.evaluation_point(self.step):
                         io.snapshot(self.step, self.module)
                 if saving:
                     self.checkpoint()
-                mark, marked_step = time.perf_counter(), self.step
+                self._note_time(self.step)
             if stopping:
                 return Outcome("interrupted", self.step)
         return Outcome("finished", self.step)
@@ -215,8 +225,8 @@ class Trainer:
         """
         return self.random.rows(batch.positions(chunk))
 
-    def _line(self, multiplier: float) -> Scalars:
-        """One line of the metrics: means since the last line. Waits for the device."""
+    def _begin_line(self, multiplier: float) -> None:
+        """Begins a line of the metrics: means since the last line. Waits for nothing."""
         row = {
             "step": self.step,
             "samples": self.pipeline.samples(self.step),
@@ -225,7 +235,54 @@ class Trainer:
             "lr_multiplier": multiplier,
             "skipped_steps": self.step - self.clock,
         }
-        return row | self.meter.flush(lambda mean: self.accelerator.reduce(mean, "mean"))
+        means = self.meter.take(lambda mean: self.accelerator.reduce(mean, "mean"))
+        where, layers = self.telemetry.take()
+        self._line = Line(
+            self.step, row, Arriving(means), Arriving(self.guard.found(self._maximum)), (where, Arriving(layers))
+        )
+
+    def _is_due(self) -> bool:
+        """Whether enough steps have been started since the line that was begun, if one was."""
+        return self._line is not None and self.step - self._line.step >= self.lag
+
+    def _end_line(self, due: Sequence[Hook] = ()) -> Outcome | None:
+        """Waits until the device has done the steps of the line that was begun, if one was, and logs it.
+
+        Args:
+            due: what is measured for it.
+
+        Returns:
+            How the run ends, if it has diverged.
+        """
+        line, self._line = self._line, None
+        if line is None:
+            return None
+        started = time.perf_counter()
+        row = line.row | self.meter.named(line.means.values())
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        row["seconds"] = self.seconds
+        seen = self.pipeline.samples(line.step) - self.pipeline.samples(self._marked_step)
+        row["images_per_second"] = seen / (now - self._mark)
+        if self._marked_step > self._first_step:  # the first line's steps choose algorithms
+            self._watch_host(started - self._mark, now - self._mark, line.step - self._marked_step)
+        self._note_time(line.step, now)
+        found = self.guard.explain(line.found.values())
+        if due and not found:
+            with self.evaluation_point(line.step):
+                for hook in due:
+                    row |= hook.measure(line.step)
+        self._row = row
+        self.io.log(row)
+        where, layers = line.layers
+        self.io.log_telemetry(self.telemetry.named(where, layers.values()))
+        if line.step == self.step:  # the device stood still
+            self._note_time(self.step)
+        return Outcome("diverged", found["step"], found) if found else None
+
+    def _note_time(self, step: int, now: float | None = None) -> None:
+        """Notes up to what moment, and for how many steps, `seconds` is whole."""
+        self._mark, self._marked_step = time.perf_counter() if now is None else now, step
 
     def _watch_host(self, starting: float, whole: float, steps: int) -> None:
         """Tells, once, that the device had hardly any work left when some steps had all been started (in seconds)."""
@@ -235,10 +292,6 @@ class Trainer:
 
     def _maximum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.gather(tensor.reshape(1, -1)).amax(0).reshape(tensor.shape)
-
-    def _flush(self, row: Scalars) -> None:
-        self.io.log(row)
-        self.io.log_telemetry(self.telemetry.columns())
 
     def checkpoint(self) -> None:
         """Saves everything that the rest of the run depends on."""

@@ -7,8 +7,26 @@ import torch
 from torch import Tensor
 
 
+class Arriving:
+    """A tensor's values on their way to the host; to ask for them waits for nothing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values, self._arrived = tensor, None
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def values(self) -> Tensor:
+        """The values, on the CPU. Waits until the device has come that far, and no longer."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values
+
+
 class Meter:
-    """Means of the logged scalars over a logging interval, kept on the device until `flush`."""
+    """Means of the logged scalars over a logging interval, kept on the device."""
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
@@ -20,17 +38,18 @@ class Meter:
             self._names = list(scalars)
         self._rows.append(torch.stack([scalars[name].detach().float() for name in self._names]))
 
-    def flush(self, reduce: Any) -> dict[str, float]:
-        """The means since the last flush. This is where the loop waits for the device.
+    def take(self, reduce: Any) -> Tensor:
+        """The means since the last call, (scalars,) in float64 on the device, and starts anew.
 
         Args:
             reduce: maps a (scalars,) tensor to its mean over processes.
         """
-        if not self._rows:
-            return {}
-        mean = reduce(torch.stack(self._rows).double().mean(0)).tolist()
-        self._rows = []
-        return dict(zip(self._names, mean, strict=True))
+        rows, self._rows = self._rows, []
+        return reduce(torch.stack(rows).double().mean(0)) if rows else torch.empty(0, dtype=torch.float64)
+
+    def named(self, means: Tensor) -> dict[str, float]:
+        """What `take` returned, on the CPU, by name."""
+        return dict(zip(self._names, means.tolist(), strict=False))  # none where nothing was added
 
     def state_dict(self) -> dict[str, Any]:
         """What the interval has so far."""
@@ -67,7 +86,7 @@ class FiniteGuard:
         return torch.stack(row)
 
     def take(self, step: int, row: Tensor) -> None:
-        """Takes what `look` returned at a step; nothing else until `found`."""
+        """Takes what `look` returned at a step; judged by `found`."""
         self._seen.append((step, row))
 
     def _judge(self) -> None:
@@ -82,17 +101,20 @@ class FiniteGuard:
         self._step = torch.where(new, torch.tensor(steps, device=self._step.device)[first], self._step)
         self._layers = torch.where(new, broken[first, 1:], self._layers)
 
-    def found(self, reduce_max: Any) -> dict[str, Any] | None:
-        """The first bad step and its first bad tensors, or None. Waits for the device.
+    def found(self, reduce_max: Any) -> Tensor:
+        """(1 + layers,) int64 on the device: the first bad step, -1 without one, and 1 for each bad tensor in it.
 
         Args:
             reduce_max: maps a tensor to its maximum over processes.
         """
         self._judge()
-        step = int(reduce_max(self._step))
+        return reduce_max(torch.cat([self._step.reshape(1), self._layers.to(torch.int64)]))
+
+    def explain(self, found: Tensor) -> dict[str, Any] | None:
+        """What `found` returned, on the CPU, in words; None without a bad step."""
+        step, *layers = found.tolist()
         if step < 0:
             return None
-        layers = reduce_max(self._layers.to(torch.int64)).tolist()
         broken = [name for name, is_broken in zip(self.names, layers, strict=True) if is_broken]
         return {"step": step, "layer": broken[0] if broken else None, "layers": len(broken), "of": len(self.names)}
 

@@ -16,7 +16,8 @@ from ssl_bench.methods import Method
 from ssl_bench.optim import TVLARS, Telemetry, build_groups
 from ssl_bench.training.gradient import compute_gradient
 from ssl_bench.training.graphs import GraphedGradient, GraphedUpdate
-from ssl_bench.training.loop import Hook, Trainer
+from ssl_bench.training.loop import LAG, Hook, Trainer
+from ssl_bench.training.monitor import Arriving
 from ssl_bench.training.plan import Rhythm
 
 
@@ -69,7 +70,7 @@ class Record:
 
 def trainer(
     *, total=12, scaler=None, hooks=(), checkpoint=0, interrupted=lambda: False, schedule=None, record_every=1,
-    fused=None, **batches,
+    fused=None, lag=0, **batches,
 ):  # fmt: skip
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
@@ -97,7 +98,11 @@ def trainer(
         rhythm=Rhythm(total=total, log=4, checkpoint=checkpoint, check_equal=0), accelerator=accelerator, io=record,
         telemetry=Telemetry(optimizer, every=record_every), hooks=hooks,
     )  # fmt: skip
+    built.lag = lag
     return built, record, optimizer
+
+
+WAITS = pytest.mark.parametrize("lag", [0, LAG])  # for a line of the metrics at once, or as on a GPU
 
 
 def test_every_interval_has_a_line_and_the_end_too():
@@ -107,6 +112,36 @@ def test_every_interval_has_a_line_and_the_end_too():
     assert [row["step"] for row in record.rows] == [4, 8, 10]
     assert [row["samples"] for row in record.rows] == [64, 128, 160]
     assert record.rows[0]["epochs"] == 1.0
+
+
+def test_a_line_is_waited_for_when_later_steps_have_been_started_unless_something_needs_it(monkeypatch):
+    waited = []  # for which step's line, and after how many steps
+
+    class Watched(Arriving):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.begun = loop.step
+
+        def values(self):
+            waited.append((self.begun, loop.step))
+            return super().values()
+
+    monkeypatch.setattr("ssl_bench.training.loop.Arriving", Watched)
+    runs = []
+    for lag, expected in ((0, []), (2, [(4, 6), (8, 9), (9, 9), (12, 14), (16, 17), (18, 18), (20, 21), (21, 21)])):
+        waited.clear()
+        loop, record, _ = trainer(total=21, lag=lag, hooks=[Hook(9, lambda step: {"measured": step})])
+        loop.rhythm.snapshots, loop.io.snapshot = frozenset({17}), lambda *_: None
+        loop.run()
+        assert sorted(set(waited)) == (expected or [(step, step) for step in (4, 8, 9, 12, 16, 18, 20, 21)])
+        assert all(row["images_per_second"] > 0 for row in record.rows)
+        assert [row["seconds"] for row in record.rows] == sorted(row["seconds"] for row in record.rows)
+        runs.append(record)
+    rows, late = ([{k: v for k, v in row.items() if "second" not in k} for row in run.rows] for run in runs)
+    assert rows == late
+    for one, other in zip(runs[0].columns, runs[1].columns, strict=True):
+        assert one["step"] == other["step"]
+        torch.testing.assert_close(one["ratio"], other["ratio"], rtol=0, atol=0, equal_nan=True)
 
 
 def seen(weight, _step):
@@ -200,18 +235,20 @@ def test_steps_that_the_scaler_skips_advance_neither_schedule_nor_phi():
     assert recorded == set(range(12)) - steps
 
 
-def test_an_infinite_gradient_without_a_scaler_is_a_divergence_with_its_place():
-    loop, record, _ = trainer(total=12)
+@WAITS
+def test_an_infinite_gradient_without_a_scaler_is_a_divergence_with_its_place(lag):
+    loop, record, _ = trainer(total=12, lag=lag)
     loop.module.linear.bias.register_hook(lambda grad: grad * float("nan") if loop.step == 5 else grad)
     outcome = loop.run()
     assert (outcome.status, outcome.step, outcome.details["layer"]) == ("diverged", 5, "linear.bias")
     assert record.rows[-1]["step"] == 8  # found at the next line: nothing waits for the device in between
 
 
-def test_hooks_run_in_their_rhythm_and_at_the_end_and_join_the_line():
+@WAITS
+def test_hooks_run_in_their_rhythm_and_at_the_end_and_join_the_line(lag):
     seen = []
     hook = Hook(every=3, measure=lambda step: {"extra": seen.append(step) or float(step)})
-    loop, record, _ = trainer(total=10, hooks=[hook, Hook(every=0, measure=lambda _step: {"never": 1.0})])
+    loop, record, _ = trainer(total=10, lag=lag, hooks=[hook, Hook(every=0, measure=lambda _step: {"never": 1.0})])
     loop.run()
     assert seen == [3, 6, 9, 10]
     assert [row["step"] for row in record.rows] == [3, 4, 6, 8, 9, 10]
@@ -219,13 +256,14 @@ def test_hooks_run_in_their_rhythm_and_at_the_end_and_join_the_line():
     assert not any("never" in row for row in record.rows)
 
 
-def test_an_interruption_saves_and_the_loop_goes_on_from_there_bit_for_bit():
+@WAITS
+def test_an_interruption_saves_and_the_loop_goes_on_from_there_bit_for_bit(lag):
     whole, expected, _ = trainer(total=11)
     whole.run()
-    loop, first, _ = trainer(total=11, checkpoint=4, interrupted=lambda: loop.step == 6)
+    loop, first, _ = trainer(total=11, lag=lag, checkpoint=4, interrupted=lambda: loop.step == 6)
     assert loop.run().status == "interrupted"
     assert [step for step, _ in first.saved] == [4, 6]
-    again, second, _ = trainer(total=11)
+    again, second, _ = trainer(total=11, lag=lag)
     again.load_state_dict(first.saved[-1][1])
     assert again.run().status == "finished"
     assert torch.equal(again.module.linear.weight, whole.module.linear.weight)

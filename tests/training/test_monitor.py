@@ -20,12 +20,16 @@ def update(guard, step, loss, parameters):
     guard.take(step, guard.look(loss, parameters))
 
 
+def found(guard):
+    return guard.explain(guard.found(lambda tensor: tensor))
+
+
 def test_meter_gives_means_and_starts_anew():
     meter = Meter()
     for value in (1.0, 2.0, 6.0):
         meter.add({"loss": torch.tensor(value), "other": torch.tensor(-value)})
-    assert meter.flush(lambda mean: mean) == {"loss": 3.0, "other": -3.0}
-    assert meter.flush(lambda mean: mean) == {}
+    assert meter.named(meter.take(lambda mean: mean)) == {"loss": 3.0, "other": -3.0}
+    assert meter.named(meter.take(lambda mean: mean)) == {}
 
 
 def test_meter_goes_on_from_its_state():
@@ -34,7 +38,7 @@ def test_meter_goes_on_from_its_state():
     other.load_state_dict(meter.state_dict(), torch.device("cpu"))
     for one in (meter, other):
         one.add({"loss": torch.tensor(4.0)})
-    assert meter.flush(lambda mean: mean) == other.flush(lambda mean: mean) == {"loss": 2.5}
+    assert meter.named(meter.take(lambda mean: mean)) == other.named(other.take(lambda mean: mean)) == {"loss": 2.5}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -42,18 +46,18 @@ def test_guard_names_the_first_step_and_layer(bad):
     guard = FiniteGuard(["a", "b", "c"], torch.device("cpu"))
     fine = torch.tensor(1.0)
     update(guard, 4, fine, parameters(1, 1e30, None))
-    assert guard.found(lambda tensor: tensor) is None
+    assert found(guard) is None
     update(guard, 5, fine, parameters(1, bad, None))
     update(guard, 6, torch.tensor(bad), parameters(bad, bad, bad))
-    assert guard.found(lambda tensor: tensor) == {"step": 5, "layer": "b", "layers": 1, "of": 3}
+    assert found(guard) == {"step": 5, "layer": "b", "layers": 1, "of": 3}
 
 
 def test_guard_sees_a_loss_alone_and_ignores_gradients_under_a_scaler():
     guard = FiniteGuard(["a"], torch.device("cpu"), gradients=False)
     update(guard, 0, torch.tensor(1.0), parameters(float("inf")))
-    assert guard.found(lambda tensor: tensor) is None
+    assert found(guard) is None
     update(guard, 1, torch.tensor(float("inf")), parameters(1))
-    assert guard.found(lambda tensor: tensor) == {"step": 1, "layer": None, "layers": 0, "of": 1}
+    assert found(guard) == {"step": 1, "layer": None, "layers": 0, "of": 1}
 
 
 def test_guard_goes_on_from_its_state_and_keeps_the_first_of_many_steps():
@@ -64,7 +68,7 @@ def test_guard_goes_on_from_its_state_and_keeps_the_first_of_many_steps():
     other.load_state_dict(guard.state_dict())
     for one in (guard, other):
         update(one, 5, torch.tensor(float("nan")), parameters(float("nan"), 1))
-        assert one.found(lambda tensor: tensor) == {"step": 2, "layer": "b", "layers": 1, "of": 2}
+        assert found(one) == {"step": 2, "layer": "b", "layers": 1, "of": 2}
 
 
 class Operations(TorchDispatchMode):

@@ -36,8 +36,8 @@ def test_it_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, capsys, whe
         if where == "evaluation":
             patch.setattr(KNN, "__call__", exhausted)
         else:
-            line = Trainer._line
-            patch.setattr(Trainer, "_line", lambda self, rate: exhausted() if self.step == 5 else line(self, rate))
+            line = Trainer._begin_line
+            patch.setattr(Trainer, "_begin_line", lambda self, rate: exhausted() if self.step == 5 else line(self, rate))
         assert pretrain.main(words) == 2
     errors = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     if where == "evaluation":
@@ -90,7 +90,7 @@ def test_both_ways_are_measured(monkeypatch, free, ways):
 def test_the_measured_steps_are_computed_as_the_runs_are(tmp_path, monkeypatch):
     """In the run's precision: a float32 step needs about twice the memory of the bf16 one that is to fit."""
     monkeypatch.chdir(tmp_path)
-    seen, forward, line = [], TinyTwins.forward, Trainer._line
+    seen, forward, line = [], TinyTwins.forward, Trainer._begin_line
 
     def watched(self, *views):
         seen.append((len(views[0]), torch.is_autocast_enabled("cpu")))
@@ -106,6 +106,6 @@ def test_the_measured_steps_are_computed_as_the_runs_are(tmp_path, monkeypatch):
         return line(self, rate)
 
     monkeypatch.setattr(TinyTwins, "forward", watched)
-    monkeypatch.setattr(Trainer, "_line", measured)
+    monkeypatch.setattr(Trainer, "_begin_line", measured)
     assert pretrain.main([*TINY_PRETRAIN, "steps=1", "run_dir=r", "eval=none", "precision=bf16"]) == 0
     assert seen[:3] == [(96, True), (3, True), (6, True)]
