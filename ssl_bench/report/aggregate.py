@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +16,13 @@ from ssl_bench.report.protocols import MONITORS, among_ours, ordered
 from ssl_bench.report.recipes import cell_key, lookup, variants
 from ssl_bench.report.tables import Value, is_number, on_one_line, one_line
 
-OPTIMIZER_NAMES = {"lars": "LARS", "lamb": "LAMB", "lambc": "LAMBC", "tvlars": "TVLARS", "sgd": "SGD", "adamw": "AdamW"}
+# What readers call the suite's optimizers, in the order in which tables have them: by the name in the registry, and a
+# setting that makes it another one.
+OPTIMIZER_NAMES = {
+    ("lars", None): "LARS", ("lars", "clip"): "LARC", ("lamb", None): "LAMB", ("lambc", None): "LAMBC",
+    ("tvlars", None): "TVLARS", ("clars", None): "CLARS", ("sgd", None): "SGD", ("sgd", "nesterov"): "Nesterov SGD",
+    ("adamw", None): "AdamW", ("timm", "muon"): "Muon",
+}  # fmt: skip
 
 # What "lost" means, for readers. A lost run has no accuracy of its own and counts as chance, or an optimizer that loses
 # seeds would rank by those that it did not lose.
@@ -320,8 +326,6 @@ def _result(record: RunRecord) -> Result:
 
 def _cell(key: str, results: list[Result]) -> Cell:
     recipe = results[0].record.recipe
-    target = str(lookup(recipe, "optimizer.target")).split(":")[-1]
-    name = lookup(recipe, "optimizer.name", target) if target == "timm" else OPTIMIZER_NAMES.get(target, target)
     data = str(recipe["data"]["name"])
     if is_its_path(data):
         data = f"{data}:{str(recipe['data'].get('path')).rstrip('/').rsplit('/', 1)[-1]}"
@@ -333,10 +337,21 @@ def _cell(key: str, results: list[Result]) -> Cell:
         dataset=one_line(data),
         batch_size=int(batch_size),
         lr=float(lr) if is_number(lr) and math.isfinite(lr) else math.nan,
-        optimizer=one_line(name),
+        optimizer=one_line(_optimizer(recipe)),
         variant="",
         results=tuple(results),
     )
+
+
+def _optimizer(recipe: Mapping[str, Any]) -> str:
+    """What readers call a recipe's optimizer; one from outside, or of timm's, by its own name."""
+    target = str(lookup(recipe, "optimizer.target")).split(":")[-1]
+    if target == "timm":
+        name = str(lookup(recipe, "optimizer.name", target))
+        return OPTIMIZER_NAMES.get((target, name), name)
+    switched = {switch for known, switch in OPTIMIZER_NAMES if known == target and switch}
+    on = next((switch for switch in switched if lookup(recipe, f"optimizer.{switch}", False) is True), None)
+    return OPTIMIZER_NAMES.get((target, on), target)
 
 
 def _with_variants(cells: Sequence[Cell]) -> list[Cell]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import evaluation, recipe_of, write_run
 
+from ssl_bench.recipe.compose import compose
 from ssl_bench.records.reader import find_runs
 from ssl_bench.report.aggregate import Collection, gather
 
@@ -171,3 +172,19 @@ def test_monitors_are_no_results_and_probe_seeds_join(tmp_path: Path) -> None:
     score = collection.results[0].scores["linear-cached-v1"]
     assert score.top1 == 63.0
     assert score.probes == (60.0, 62.0, 64.0, 66.0)
+
+
+def test_an_optimizer_is_called_by_the_fields_name_and_one_from_outside_by_its_own(tmp_path: Path) -> None:
+    expected = {
+        "lars": "LARS", "larc": "LARC", "lamb": "LAMB", "lambc": "LAMBC", "tvlars": "TVLARS", "clars": "CLARS",
+        "sgd": "SGD", "nesterov": "Nesterov SGD", "adamw": "AdamW", "muon": "Muon", "soap": "SOAP", "splus": "SPlus",
+    }  # fmt: skip
+    for name in expected:
+        write_run(tmp_path / name, telemetry=False, recipe=compose("classify", ["data=cifar10", f"optimizer={name}"]))
+    # timm's LARS is another implementation of it than the suite's, which "LARS" means.
+    timm = compose("classify", ["data=cifar10", "optimizer=timm", "optimizer.name=lars", "optimizer.lr=1"])
+    write_run(tmp_path / "timm", telemetry=False, recipe=timm)
+    cells = collect(tmp_path).cells
+    assert {Path(cell.results[0].record.folder).name: cell.optimizer for cell in cells} == {**expected, "timm": "lars"}
+    in_order = [name for name in expected.values() if name not in ("SOAP", "SPlus")]  # the others come after them
+    assert [cell.optimizer for cell in cells][: len(in_order)] == in_order

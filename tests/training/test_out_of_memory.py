@@ -37,7 +37,9 @@ def test_it_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, capsys, whe
             patch.setattr(KNN, "__call__", exhausted)
         else:
             line = Trainer._begin_line
-            patch.setattr(Trainer, "_begin_line", lambda self, rate: exhausted() if self.step == 5 else line(self, rate))
+            patch.setattr(
+                Trainer, "_begin_line", lambda self, rate: exhausted() if self.step == 5 else line(self, rate)
+            )
         assert pretrain.main(words) == 2
     errors = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     if where == "evaluation":
