@@ -20,9 +20,9 @@ def run(recipe: "Recipe") -> int:
         if session.results is not None:
             return session.already_ended()
         where = session.processes
+        method = build.method(recipe)  # before the data: it may refuse its settings
         data = build.dataset(recipe, where)
         plan = build.plan(recipe, len(data.train))
-        method = build.method(recipe)
         batches = build.pipeline(recipe, data, build.views(recipe, data, method.views, where), where)
         evaluation = build.evaluation(recipe, data, where)
 

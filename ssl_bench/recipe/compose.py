@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from ssl_bench.recipe import registry, weights
 from ssl_bench.recipe.identity import flatten
 from ssl_bench.recipe.schema import AveragingOptions, Plugin, Recipe
+from ssl_bench.recipe.trial import trial
 from ssl_bench.recipe.values import Kind, holds, load_yaml, read_value
 from ssl_bench.runtime.suggestion import meant_key, nearest, suggested
 
@@ -167,7 +168,7 @@ def _check_averaging(recipe: Recipe) -> None:
         raise ValueError(f"averaging.decay must be {default} without averaging.kind=ema, got {average.decay}")
     if not optimizer.target:
         return
-    made = registry.trial_optimizer(optimizer.target, optimizer.options)
+    made = trial(recipe)
     from ssl_bench.optim.averaging import has_evaluation_point  # here, because --help must not wait for torch
 
     if made is None or not has_evaluation_point(made):

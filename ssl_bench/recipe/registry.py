@@ -25,6 +25,8 @@ from ssl_bench.runtime.suggestion import nearest
 # of ndim <= 1 are treated), the length of the run and its batch size.
 PROVIDED = frozenset({"self", "backbone", "feature_dim", "params", "decay_1d", "adapt_1d", "total_steps", "batch_size"})
 
+_REFUSED = re.compile(r"[\w\[\]]+: (?P<name>\w+)(?P<rest>(\[\d+\])? must be .*), got (?P<value>.*)", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -145,7 +147,7 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
     known = options(factory)
     if kind == "optimizer" and "model" in known:
         raise ValueError(f"optimizer {target!r} must take parameters, got one that takes the model")
-    units = {unit: name for name in known for unit in _units(name)}
+    units = {unit: name for name in known for unit in units_of(name)}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
     result: dict[str, Any] = {}
     for name, value in values.items():
@@ -153,7 +155,7 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"unknown key '{kind}.{name}'{nearest(name, units)} ({target} takes: {', '.join(sorted(units))})"
             )
-        if name in units and value is None and (name not in known or len(_units(name)) > 1):
+        if name in units and value is None and (name not in known or len(units_of(name)) > 1):
             continue  # a duration that is given in another unit, or left at the plug-in's default
         checker = known[name].checker if name in known else TypeAdapter(float if name in units else Any)
         try:
@@ -161,62 +163,47 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             raise ValueError(explain(error, f"{kind}.{name}")) from None
     for name, option in known.items():
-        given = [f"{kind}.{unit}" for unit in _units(name) if unit in result]
+        given = [f"{kind}.{unit}" for unit in units_of(name) if unit in result]
         if len(given) > 1:
             raise ValueError(f"give only one of {', '.join(given)}")
         if not given and option.default is inspect.Parameter.empty:
             what = f" ({option.help.rstrip('.')})" if option.help else ""
-            raise ValueError(f"{kind} {target!r} needs {' or '.join(f'{kind}.{unit}' for unit in _units(name))}{what}")
+            raise ValueError(
+                f"{kind} {target!r} needs {' or '.join(f'{kind}.{unit}' for unit in units_of(name))}{what}"
+            )
         if not given:
             result[name] = option.default
     # A plug-in may write out defaults that depend on its other keywords: what ran is what is recorded.
-    return getattr(factory, "resolve_options", dict)(result)
+    try:
+        return getattr(factory, "resolve_options", dict)(result)
+    except ValueError as error:
+        raise ValueError(in_recipes_terms(kind, str(error), result)) from None
 
 
-def trial_optimizer(target: str, values: Mapping[str, Any]) -> Any:
-    """An optimizer from outside, made and stepped once on two small tensors, before any data is read.
+def in_recipes_terms(kind: str, text: str, options: Mapping[str, Any], whole: Mapping[str, str] | None = None) -> str:
+    """A plug-in's refusal of a keyword, by the key and in the unit and value of the recipe; another text as it is.
 
     Args:
-        target: its name.
-        values: what `check` returned.
-
-    Returns:
-        the optimizer; None for the suite's own, which need no trial.
-
-    Raises:
-        ValueError: one line; it cannot be made of these values, or wants what the training loop does not give: a
-            closure (SAM, LBFGS) or second-order gradients.
+        kind: "optimizer", say.
+        text: ``COMPONENT: NAME must be ..., got VALUE``.
+        options: what the recipe gives.
+        whole: what a duration may be at most, by its unit.
     """
-    if target in builtin("optimizer"):
-        return None
-    import torch
-
-    factory = resolve("optimizer", target)
-    params = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
-    try:
-        made = factory(params, **in_steps(factory, values, 1.0, 1))
-    except Exception as error:  # whatever outside code raises
-        raise ValueError(f"optimizer {target!r} cannot be made: {_line(error)}") from error
-    for param in params:
-        param.grad = torch.ones_like(param)
-    try:
-        if callable(getattr(made, "train", None)):
-            made.train()
-        if not hasattr(made, "micro_gradients"):
-            made.step()
-    except Exception as error:
-        raise ValueError(
-            f"optimizer {target!r} must step from the gradients alone (no closure, no second-order gradients), got "
-            f"{_line(error)}"
-        ) from error
-    return made
+    found = _REFUSED.fullmatch(text)
+    units = [] if found is None else units_of(found["name"])
+    given = next((unit for unit in units if options.get(unit) is not None), None)
+    if found is None or given is None:
+        return text
+    rest, value = found["rest"], found["value"]
+    if given != found["name"]:
+        value = f"{options[given]:g}"
+    for unit, most in (whole or {}).items():
+        if given.endswith(unit):
+            rest = re.sub(r"total_steps=\d+", most, rest)
+    return f"{kind}.{given}{rest}, got {value}"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _units(name: str) -> list[str]:
+def units_of(name: str) -> list[str]:
     """The names under which a recipe may give a keyword: itself, and for a duration its other units."""
     stem = name.removesuffix("_steps")
     return [name] if stem == name else [name, f"{stem}_epochs", f"{stem}_fraction"]
@@ -248,7 +235,7 @@ def in_steps(
     """
     result = dict(values)
     for name, option in options(factory).items():
-        for unit, length in zip(_units(name)[1:], (steps_per_epoch, total_steps), strict=False):
+        for unit, length in zip(units_of(name)[1:], (steps_per_epoch, total_steps), strict=False):
             if unit in result:
                 value = result.pop(unit) * length
                 result[name] = value if option.annotation is float else round(value)

@@ -1,6 +1,5 @@
 """From a recipe to the objects of a run: outside ``ssl_bench.recipe`` this is the one place that reads a recipe."""
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from ssl_bench.optim.telemetry import Telemetry
 from ssl_bench.recipe import registry
 from ssl_bench.recipe.identity import differences, flatten, is_its_path
 from ssl_bench.recipe.schema import Recipe
+from ssl_bench.recipe.trial import make_schedule
 from ssl_bench.records.provenance import collect_provenance
 from ssl_bench.records.tracker import Tracker
 from ssl_bench.runtime.distributed import assert_equal_parameters, synchronize_batch_norm
@@ -183,10 +183,7 @@ def optimizer(recipe: Recipe, task: nn.Module, plan: Plan) -> tuple[torch.optim.
 
 def schedule(recipe: Recipe, plan: Plan) -> Callable[[int], float]:
     """The learning rate's multiplier by step, for a plan's length."""
-    make = registry.resolve("schedule", recipe.schedule.target)
-    known = {"total_steps": plan.total, "batch_size": recipe.batch_size}
-    passed = {name: value for name, value in known.items() if name in inspect.signature(make).parameters}
-    return make(**passed, **plan.schedule)
+    return make_schedule(recipe.schedule.target, plan.total, recipe.batch_size, plan.schedule)
 
 
 def _loss_in_tf32(recipe: Recipe) -> bool:

@@ -279,7 +279,7 @@ def test_a_yaml_file_with_a_key_given_twice_is_refused_with_its_line():
 PINNED = {
     "pretrain": "66da5eeef306c871",
     "classify": "9ba4a65a69537d68",
-    "pretrain optimizer=tvlars optimizer.delay_fraction=0.5": "76acd6fb42a89f74",
+    "pretrain optimizer=tvlars optimizer.variant=paper optimizer.delay_fraction=0.5": "002b26e1c063c43b",
     "pretrain protocol=paper optimizer=tvlars data=tiny_imagenet batch_size=1024": "7740c6551169e009",
     "classify protocol=released optimizer=lamb data=cifar10 batch_size=1024": "40ec13138cea64d7",
     "pretrain protocol=released batch_size=4096 method.divisor=5": "7daf2544347d67b5",
