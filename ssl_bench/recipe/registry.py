@@ -7,6 +7,7 @@ A name is a key of the folder's dict, an installed entry point (groups ``ssl_ben
 
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -162,6 +163,8 @@ def check(kind: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = checker.validate_python(value)
         except ValidationError as error:
             raise ValueError(explain(error, f"{kind}.{name}")) from None
+        if name in units and name not in known and not 0 <= result[name] < math.inf:
+            raise ValueError(f"{kind}.{name} must be a number in [0, inf), got {result[name]!r}")
     for name, option in known.items():
         given = [f"{kind}.{unit}" for unit in units_of(name) if unit in result]
         if len(given) > 1:

@@ -7,15 +7,15 @@ from typing import Any
 from ssl_bench.recipe import registry
 from ssl_bench.recipe.schema import Plugin, Recipe
 
-# Steps of an epoch, before the data set's size is known: so many that no duration given in steps is found too long.
-_MANY = 10**6
+# Steps of an epoch, before the data set's size is known: more than any has, and few. What both refuse is refused.
+_MANY = 1e9
 
 
 def trial(recipe: Recipe) -> Any:
     """Makes the optimizer on two small tensors, and the suite's own schedule; one from outside takes a step too.
 
     Returns:
-        the optimizer; None where its length depends on the data set's size.
+        the optimizer.
 
     Raises:
         ValueError: one line that names the key; a value out of range. An optimizer from outside cannot be made, or
@@ -47,15 +47,19 @@ def make_schedule(target: str, total_steps: int, batch_size: int, options: Mappi
 
 
 def _made(recipe: Recipe, node: Plugin, kind: str, make: Callable[[int, dict[str, Any]], Any]) -> Any:
-    if recipe.steps and any(name.endswith("_epochs") for name in node.options):
-        return None
-    total = recipe.steps or max(1, round((recipe.epochs or 0) * _MANY))
-    try:
-        return make(total, registry.in_steps(registry.resolve(kind, node.target), node.options, _MANY, total))
-    except ValueError as error:
-        whole = {"steps": "total_steps" if recipe.steps is None else f"steps={recipe.steps}"}
-        whole |= {"fraction": "1", "epochs": f"epochs={recipe.epochs or 0:g}"}
-        raise ValueError(registry.in_recipes_terms(kind, str(error), node.options, whole)) from None
+    refused, made = "", []
+    for per_epoch in (1e-3 if recipe.steps else 1.0, _MANY):  # a run of so many steps may be short of an epoch
+        total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
+        given = registry.in_steps(registry.resolve(kind, node.target), node.options, per_epoch, total)
+        try:
+            made.append(make(total, given))
+        except ValueError as error:
+            refused = str(error)
+    if made:
+        return made[0]
+    whole = {"steps": "total_steps" if recipe.steps is None else f"steps={recipe.steps}"}
+    whole |= {"fraction": "1", "epochs": f"epochs={recipe.epochs or 0:g}"}
+    raise ValueError(registry.in_recipes_terms(kind, refused, node.options, whole))
 
 
 def _outside(target: str, values: dict[str, Any]) -> Any:

@@ -345,12 +345,14 @@ def _cell(key: str, results: list[Result]) -> Cell:
 
 def _optimizer(recipe: Mapping[str, Any]) -> str:
     """What readers call a recipe's optimizer; one from outside, or of timm's, by its own name."""
-    target = str(lookup(recipe, "optimizer.target")).split(":")[-1]
+    target = str(lookup(recipe, "optimizer.target"))
+    if ":" in target:
+        return target.split(":")[-1]
     if target == "timm":
         name = str(lookup(recipe, "optimizer.name", target))
         return OPTIMIZER_NAMES.get((target, name), name)
-    switched = {switch for known, switch in OPTIMIZER_NAMES if known == target and switch}
-    on = next((switch for switch in switched if lookup(recipe, f"optimizer.{switch}", False) is True), None)
+    switches = (switch for known, switch in OPTIMIZER_NAMES if known == target and switch)
+    on = next((switch for switch in switches if lookup(recipe, f"optimizer.{switch}", False) is True), None)
     return OPTIMIZER_NAMES.get((target, on), target)
 
 

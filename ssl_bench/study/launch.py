@@ -142,8 +142,9 @@ class CellProcess:
         store: CellStore,
         environment: Mapping[str, str],
         command: Command = local_command,
+        server: warm.ForkServer | None = None,
     ) -> "CellProcess":
-        """Starts the cell's process, with its output going to the cell's log."""
+        """Starts the cell's process, with its output going to the cell's log; by a server where that can do it."""
         store.forget_failure(cell)
         arguments, before = command(cell, store.folder(cell)), standing(store.folder(cell))
         # By its launcher's id it notices when that dies, and saves (`ssl_bench.runtime.peers`).
@@ -151,7 +152,8 @@ class CellProcess:
         with open(store.log(cell), "ab") as log:
             log.write(f"$ {shlex.join(arguments)}\n".encode())
             log.flush()
-            process = warm.start(arguments, whole, store.log(cell)) or subprocess.Popen(
+            forked = server.start(arguments, whole, store.log(cell)) if server else None
+            process: warm.Process = forked or subprocess.Popen(
                 arguments,
                 env=whole,
                 stdin=subprocess.DEVNULL,
@@ -204,6 +206,7 @@ class LocalLauncher:
         self.done = self.total = 0
         self._needs: dict[str, float] = {}  # MiB of a GPU that a run of some shape was seen to take
         self._next_look, self._waits = 0.0, False
+        self._server = warm.ForkServer()
 
     def run(self, cells: Sequence[Cell]) -> int:
         """Runs what is missing.
@@ -217,7 +220,8 @@ class LocalLauncher:
         states = {cell: self.store.state(cell) for cell in cells}
         waiting = [cell for cell in cells if states[cell].status == "running" or self._startable(cell, states[cell])]
         self.done = len(cells) - len(waiting)
-        with Interrupt() as interrupt, StudyProgress(self.store, len(cells), len(self.places)) as progress:
+        progress_of = StudyProgress(self.store, len(cells), len(self.places))
+        with self._server, Interrupt() as interrupt, progress_of as progress:
             try:
                 while (waiting or self.running) and not interrupt.requested:
                     waiting = self._fill(waiting)
@@ -269,7 +273,9 @@ class LocalLauncher:
         status, _ = self.store.ending(cell)
         state = State(status or ("failed" if self.store.failed_at(cell) else "missing"))
         if self._startable(cell, state):
-            self.running[slot.number] = CellProcess.start(cell, claim, self.store, slot.environment, self.command)
+            self.running[slot.number] = CellProcess.start(
+                cell, claim, self.store, slot.environment, self.command, self._server
+            )
         else:
             claim.release()
             self.done += 1

@@ -1,34 +1,34 @@
 """A cell's process as a fork of one that has imported torch and the suite already, so that it starts seconds sooner.
 
-Python's own fork server does the work. What a cell computes, says and records is what its command, ``python -m
-ssl_bench.classify ...``, does in a new Python.
+What a cell computes, says and records is what its command, ``python -m ssl_bench.classify ...``, does in a new Python.
 """
 
-import importlib
-import multiprocessing
+import contextlib
+import itertools
+import json
 import os
 import signal
+import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.process import BaseProcess
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
-from ssl_bench.recipe.command import leave
-from ssl_bench.runtime.interrupt import SIGNALS
+from ssl_bench.records.tracker import STUDY
+from ssl_bench.runtime.interrupt import REQUEUE_EXIT_CODE, SIGNALS
+from ssl_bench.runtime.peers import LAUNCHER
 
 TRACKS = ("ssl_bench.pretrain", "ssl_bench.classify")
 
 # A batch system may send these to every process of a job. They are for the launcher and the runs; a server that died of
 # one could not tell how its runs have ended.
 _FOR_OTHERS = {*SIGNALS, signal.SIGUSR2}
-_THREADS = "OMP_NUM_THREADS"
 
-_server_threads: list[str | None] = []  # what the server was started with, as libraries read it when they are loaded
+# What may differ between cells of one server. Of the rest, libraries read much when they are imported.
+_OF_A_CELL = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", LAUNCHER, STUDY)
+_POLL = 0.02  # seconds
+_PATIENCE = 10.0  # seconds for the server to end by itself
 
 
 class Process(Protocol):
@@ -51,113 +51,127 @@ class Process(Protocol):
         """Sends SIGKILL."""
 
 
-class WarmProcess:
-    """A process of the fork server as `Process` has it."""
+class ForkServer:
+    """Starts cells as forks of one process, which is started with the first and ends with this context."""
 
-    def __init__(self, process: BaseProcess) -> None:
-        self._process = process
-        self.terminate, self.kill = process.terminate, process.kill
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[bytes] | None = None
+        self._like: tuple[dict[str, str], str] = {}, ""  # the environment and the working folder of its start
+        self._numbers = itertools.count()
+        self._text = b""
+        self.processes: dict[int, int] = {}  # of the cells that have started, by their numbers
+        self.codes: dict[int, int] = {}  # of those that have ended
+
+    def __enter__(self) -> "ForkServer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._server is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.communicate(timeout=_PATIENCE)  # the end of its input ends it
+            self._server.kill()
+            self._server.wait()
+            self._server = None
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> "ForkedProcess | None":
+        """Starts a track's command in a fork, in a session of its own, with its output going to the end of the log.
+
+        Args:
+            command: its words.
+            environment: the process's, whole.
+            log: a file.
+
+        Returns:
+            the process; None where a fork cannot stand for the command, which has to be run itself.
+        """
+        if not sys.platform.startswith("linux") or list(command[:2]) != [sys.executable, "-m"]:
+            return None
+        shared = {name: value for name, value in environment.items() if name not in _OF_A_CELL}
+        if command[2] not in TRACKS or (self._server is not None and (shared, os.getcwd()) != self._like):
+            return None
+        if self._server is None:
+            self._like = shared, os.getcwd()
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "ssl_bench.cli.fork_server"],
+                env=shared,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_OTHERS),
+            )
+            assert self._server.stdout is not None
+            os.set_blocking(self._server.stdout.fileno(), False)
+        number = next(self._numbers)
+        mask = [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+        request = {"module": command[2], "arguments": list(command[3:]), "log": str(Path(log).absolute())}
+        own = {name: environment[name] for name in _OF_A_CELL if name in environment}
+        sent = self.ask(number, **request, environment=own, mask=mask)
+        return ForkedProcess(self, number) if sent else None
+
+    def ask(self, number: int, **what: Any) -> bool:
+        """Sends a request about a cell; returns whether there is somebody to take it."""
+        assert self._server is not None
+        assert self._server.stdin is not None
+        text = json.dumps({"number": number, **what}).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):
+            while text:  # an unbuffered pipe may take a part
+                text = text[self._server.stdin.write(text) :]
+        return not text
+
+    def look(self) -> bool:
+        """Reads what the server has said; returns whether it still lives."""
+        assert self._server is not None
+        assert self._server.stdout is not None
+        alive = self._server.poll() is None
+        while said := self._server.stdout.read(1 << 16):
+            *lines, self._text = (self._text + said).split(b"\n")
+            for answer in map(json.loads, lines):
+                if "code" in answer:
+                    self.codes[answer["number"]] = answer["code"]
+                else:
+                    self.processes[answer["number"]] = answer["process"]
+        return alive
+
+
+class ForkedProcess:
+    """A cell of a `ForkServer`; as `Process` has it."""
+
+    def __init__(self, server: ForkServer, number: int) -> None:
+        self._server, self._number = server, number
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        return self._server.codes.get(self._number)
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        if self.returncode is None and not self._server.look() and self.returncode is None:
+            # The server was killed, and the kernel has asked its forks to save and end, as `follow_parent` wants it.
+            process = self._server.processes.get(self._number)
+            if process is None or _has_ended(process):
+                self._server.codes[self._number] = REQUEUE_EXIT_CODE
+        return self.returncode
 
     def wait(self) -> int:
-        self._process.join()
-        assert self._process.exitcode is not None
-        return self._process.exitcode
+        while (code := self.poll()) is None:
+            time.sleep(_POLL)
+        return code
+
+    def terminate(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if not self._server.ask(self._number, signal=int(number)) and self._number in self._server.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._server.processes[self._number], number)
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process | None:
-    """Starts a track's command in a fork, in a session of its own, with its output going to the end of the log.
-
-    Args:
-        command: its words.
-        environment: the process's, whole.
-        log: a file.
-
-    Returns:
-        the process; None where a fork cannot stand for the command, which has to be run itself.
-    """
-    if not sys.platform.startswith("linux") or list(command[:2]) != [sys.executable, "-m"] or command[2] not in TRACKS:
-        return None
-    threads = environment.get(_THREADS)
-    if _server_threads and _server_threads[0] != threads:
-        return None
-    multiprocessing.set_forkserver_preload(["ssl_bench.cli.preloaded"])
-    context = multiprocessing.get_context("forkserver")
+def _has_ended(process: int) -> bool:
+    """Whether a process that is not this one's child has ended; one that nobody has waited for yet has."""
     try:
-        resource_tracker.ensure_running()  # the server starts it otherwise, which lets signals through
-        with _all_blocked() as mask, _without_main():
-            with _in_environment(environment):
-                forkserver.ensure_running()
-            _server_threads[:] = [threads]
-            process = context.Process(target=_run, args=(list(command[2:]), dict(environment), str(log), mask))
-            process.start()
-    except (OSError, EOFError):  # no place for its socket (a long TMPDIR), or it could not start
-        return None
-    return WarmProcess(process)
-
-
-def _run(words: list[str], environment: dict[str, str], log: str, mask: set[signal.Signals]) -> None:
-    """In the fork: becomes ``python -m`` of the words, and does not return."""
-    os.setsid()
-    for source, targets in (((os.devnull, os.O_RDONLY), (0,)), ((log, os.O_WRONLY | os.O_APPEND), (1, 2))):
-        opened = os.open(*source)
-        for target in targets:
-            os.dup2(opened, target)
-        os.close(opened)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.path.insert(0, os.getcwd())
-    module = importlib.import_module(words[0])
-    sys.argv = [str(module.__file__), *words[1:]]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A batch system may signal every process of a job; the launcher's warning must not kill the run.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    threading.Thread(target=_follow_launcher, daemon=True, name="launcher").start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came in the meantime is delivered now
-    leave(module.main())
-
-
-def _follow_launcher() -> None:
-    """Asks this process to save and end when the launcher dies, which the server, its parent, survives."""
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None
-    launcher.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def _all_blocked() -> Iterator[set[signal.Signals]]:
-    """Holds signals back from this thread, and from what it starts; gives the mask of before."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_OTHERS)
-    try:
-        yield {signal.Signals(number) for number in mask}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextmanager
-def _in_environment(environment: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Hides the program that called the suite, which a fork would import, and so run again from its first line."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True

@@ -1,8 +1,7 @@
 """THE training loop, shared by both tracks. It knows no method, data set, optimizer or metric by name."""
 
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,15 +18,11 @@ from ssl_bench.runtime import seeds
 from ssl_bench.runtime.distributed import assert_equal_parameters
 from ssl_bench.training.gradient import unwrap
 from ssl_bench.training.graphs import GraphedUpdate
-from ssl_bench.training.monitor import Arriving, FiniteGuard, Meter
+from ssl_bench.training.monitor import Arriving, FiniteGuard, Meter, Moment
 from ssl_bench.training.plan import Rhythm
 from ssl_bench.training.sample_random import SampleRandom
 
 Scalars = dict[str, float]
-
-# What is left to compute when some steps have all been started, in steps; with less the host decides the speed. The
-# host's share of the time tells nothing: a busy device's queue is full, and then the host waits as it starts.
-HOST_BOUND = 0.05
 
 # Steps that are started on a GPU before a line of the metrics is waited for, so that it does not stand still meanwhile.
 LAG = 4
@@ -56,6 +51,8 @@ class Line:
 
     step: int
     row: Scalars
+    reached: Moment  # by the device
+    host_bound: bool  # whether the device had done the step's passes when the optimizer's step had been started
     means: Arriving
     found: Arriving
     layers: tuple[dict[str, Any], Arriving]
@@ -132,10 +129,19 @@ class Trainer:
         self.lag = LAG if self.device.type == "cuda" else 0
         self._line: Line | None = None  # begun and not ended
         self._row: Scalars | None = None  # of the last ended, until it is shown
-        self._mark, self._marked_step, self._first_step = 0.0, 0, 0  # since when `seconds` lacks the time; after what
+        self._passed = Moment(self.device)  # the last step's forward and backward pass
+        self._mark, self._marked_step, self._first_step = Moment(self.device), 0, 0  # up to where `seconds` is whole
 
     def run(self) -> Outcome:
         """Trains from ``self.step`` to the end, to a divergence or to an interruption."""
+        try:
+            return self._run()
+        except BaseException:
+            with suppress(Exception):  # the device may be lost
+                self._end_line()
+            raise
+
+    def _run(self) -> Outcome:
         rhythm, io = self.rhythm, self.io
         if self.step == 0 and 0 in rhythm.snapshots:
             io.snapshot(0, self.module)
@@ -144,6 +150,7 @@ class Trainer:
         for batch in self.pipeline.batches(self.step, rhythm.total):
             self._begin_step()
             scalars = self.gradient_of(batch, self.pipeline.n_chunks)
+            self._passed = Moment(self.device)
             self.random.end_step()
             # The schedule counts optimizer steps: a step that the gradient scaler skips must not advance it.
             multiplier = self.schedule(self.clock)
@@ -173,7 +180,7 @@ class Trainer:
             if saving or self.step in rhythm.snapshots:
                 if bad := self._end_line():
                     return bad
-                self.seconds += time.perf_counter() - self._mark
+                self.seconds += Moment(self.device).since(self._mark)
                 if self.step in rhythm.snapshots:
                     with self.evaluation_point(self.step):
                         io.snapshot(self.step, self.module)
@@ -227,6 +234,7 @@ class Trainer:
 
     def _begin_line(self, multiplier: float) -> None:
         """Begins a line of the metrics: means since the last line. Waits for nothing."""
+        reached = Moment(self.device)
         row = {
             "step": self.step,
             "samples": self.pipeline.samples(self.step),
@@ -237,9 +245,10 @@ class Trainer:
         }
         means = self.meter.take(lambda mean: self.accelerator.reduce(mean, "mean"))
         where, layers = self.telemetry.take()
-        self._line = Line(
-            self.step, row, Arriving(means), Arriving(self.guard.found(self._maximum)), (where, Arriving(layers))
-        )
+        found = Arriving(self.guard.found(self._maximum))
+        # The share of the host's time in a step tells nothing: a busy device's queue is full, and the host waits in it.
+        host_bound = self._passed.is_past()
+        self._line = Line(self.step, row, reached, host_bound, Arriving(means), found, (where, Arriving(layers)))
 
     def _is_due(self) -> bool:
         """Whether enough steps have been started since the line that was begun, if one was."""
@@ -257,16 +266,16 @@ class Trainer:
         line, self._line = self._line, None
         if line is None:
             return None
-        started = time.perf_counter()
         row = line.row | self.meter.named(line.means.values())
-        now = time.perf_counter()
-        self.seconds += now - self._mark
+        passed, steps = line.reached.since(self._mark), line.step - self._marked_step
+        self.seconds += passed
         row["seconds"] = self.seconds
         seen = self.pipeline.samples(line.step) - self.pipeline.samples(self._marked_step)
-        row["images_per_second"] = seen / (now - self._mark)
-        if self._marked_step > self._first_step:  # the first line's steps choose algorithms
-            self._watch_host(started - self._mark, now - self._mark, line.step - self._marked_step)
-        self._note_time(line.step, now)
+        row["images_per_second"] = seen / passed
+        # The first line's steps choose algorithms, and soon after a line was waited for the device is never far behind.
+        if self._marked_step > self._first_step and steps > self.lag + 1:
+            self._watch_host(line.host_bound, passed, steps)
+        self._note_time(line.step, line.reached)
         found = self.guard.explain(line.found.values())
         if due and not found:
             with self.evaluation_point(line.step):
@@ -280,14 +289,14 @@ class Trainer:
             self._note_time(self.step)
         return Outcome("diverged", found["step"], found) if found else None
 
-    def _note_time(self, step: int, now: float | None = None) -> None:
+    def _note_time(self, step: int, moment: Moment | None = None) -> None:
         """Notes up to what moment, and for how many steps, `seconds` is whole."""
-        self._mark, self._marked_step = time.perf_counter() if now is None else now, step
+        self._mark, self._marked_step = moment or Moment(self.device), step
 
-    def _watch_host(self, starting: float, whole: float, steps: int) -> None:
-        """Tells, once, that the device had hardly any work left when some steps had all been started (in seconds)."""
-        if self.host_bound is not None and whole - starting < HOST_BOUND * whole / steps:
-            self.host_bound(1000 * starting / steps)
+    def _watch_host(self, host_bound: bool, seconds: float, steps: int) -> None:
+        """Tells, once, that the device waits for the host, which started so many steps in so many seconds."""
+        if self.host_bound is not None and host_bound:
+            self.host_bound(1000 * seconds / steps)
             self.host_bound = None
 
     def _maximum(self, tensor: Tensor) -> Tensor:

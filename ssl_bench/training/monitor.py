@@ -1,5 +1,6 @@
 """What the loop watches without ever waiting for the device: the logged scalars, and the first non-finite value."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,21 +8,46 @@ import torch
 from torch import Tensor
 
 
+class Moment:
+    """A moment in the device's work, after all that has been started; on the CPU, now. Making one waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._at, self._event = time.perf_counter(), None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def is_past(self) -> bool:
+        """Whether the device has come so far."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Waits until the device has come so far, and no longer."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, earlier: "Moment") -> float:
+        """Seconds from an earlier moment, by the device's clock. Waits for this one."""
+        self.wait()
+        if self._event is None or earlier._event is None:
+            return self._at - earlier._at
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
 class Arriving:
-    """A tensor's values on their way to the host; to ask for them waits for nothing."""
+    """A tensor's values on their way to the host. Making one waits for nothing."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._values, self._arrived = tensor, None
         if tensor.is_cuda:
             self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived = Moment(tensor.device)
 
     def values(self) -> Tensor:
-        """The values, on the CPU. Waits until the device has come that far, and no longer."""
+        """The values, of a GPU's tensor on the CPU. Waits until the device has come that far, and no longer."""
         if self._arrived is not None:
-            self._arrived.synchronize()
+            self._arrived.wait()
         return self._values
 
 
@@ -49,7 +75,7 @@ class Meter:
 
     def named(self, means: Tensor) -> dict[str, float]:
         """What `take` returned, on the CPU, by name."""
-        return dict(zip(self._names, means.tolist(), strict=False))  # none where nothing was added
+        return dict(zip(self._names, means.tolist(), strict=True)) if len(means) else {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the interval has so far."""
@@ -98,8 +124,9 @@ class FiniteGuard:
         broken = torch.stack(rows).isfinite().logical_not()  # (steps, 1 + layers)
         bad = broken.any(dim=1) if self.gradients else broken[:, 0]
         first, new = bad.int().argmax(), bad.any() & (self._step < 0)
-        self._step = torch.where(new, torch.tensor(steps, device=self._step.device)[first], self._step)
-        self._layers = torch.where(new, broken[first, 1:], self._layers)
+        # Neither `steps[first]` nor a tensor of the steps: both would wait for the device. They follow one another.
+        self._step = torch.where(new, steps[0] + first, self._step)
+        self._layers = torch.where(new, broken.index_select(0, first.reshape(1))[0, 1:], self._layers)
 
     def found(self, reduce_max: Any) -> Tensor:
         """(1 + layers,) int64 on the device: the first bad step, -1 without one, and 1 for each bad tensor in it.

@@ -24,23 +24,26 @@ import json, os, signal, sys
 from pathlib import Path
 open("counted", "a").write("x")
 signal.signal(signal.SIGUSR2, lambda *_: None)
-from multiprocessing import forkserver
 from ssl_bench.study import warm
-children = []
+children, server = [], warm.ForkServer()
 for line in sys.stdin:
     order, *words = json.loads(line)
+    environment = dict(os.environ, SSL_BENCH_LAUNCHER=str(os.getpid()))
     if order == "start":
-        started = warm.start([sys.executable, "-m", *words[1:]], dict(os.environ, SSL_BENCH_LAUNCHER=str(os.getpid())), Path(words[0]))
-        children.append(started)
-        answer = started and started._process.pid
-    elif order == "threads":
-        answer = warm.start([sys.executable, "-m", *words[1:]], {**os.environ, "OMP_NUM_THREADS": "3"}, Path(words[0]))
+        children.append(server.start([sys.executable, "-m", *words[1:]], environment, Path(words[0])))
+        answer = children[-1] and children[-1]._number
+    elif order == "process":
+        while words[0] not in server.processes:
+            server.look()
+        answer = server.processes[words[0]]
+    elif order == "other":
+        answer = server.start([sys.executable, "-m", *words[1:]], environment | {"OTHER": "1"}, Path(words[0]))
     elif order == "server":
-        answer = forkserver._forkserver._forkserver_pid
+        answer = server._server.pid
     else:
         answer = getattr(children[words[0]], order)()
     print(json.dumps(answer), flush=True)
-"""  # noqa: E501
+"""
 FOREVER = (*TINY_CLASSIFY, "epochs=100000", "eval.test_every_epochs=0", "checkpoint.every_epochs=0")
 
 
@@ -155,14 +158,13 @@ def test_signals_for_the_whole_job_do_not_end_the_server(launcher: Launcher) -> 
 
 
 def test_a_run_ignores_the_launcher_s_warning(launcher: Launcher) -> None:
-    (launcher.folder / "warned.log").touch()
-    process = launcher("start", "warned.log", "ssl_bench.classify", *FOREVER, "run_dir=warned")
-    launcher.started += 1
+    number = launcher.start("warned.log", *FOREVER, "run_dir=warned")
+    process = launcher("process", number)
     wait_for(lambda: (launcher.folder / "warned" / "metrics.jsonl").exists())
     os.kill(process, signal.SIGUSR2)
     assert os.getsid(process) == process  # a Ctrl-C in the launcher's terminal does not reach it
     os.kill(process, signal.SIGINT)
-    assert launcher("wait", launcher.started - 1) == 75
+    assert launcher("wait", number) == 75
 
 
 def test_the_program_that_starts_cells_is_not_run_again(launcher: Launcher) -> None:
@@ -170,11 +172,48 @@ def test_the_program_that_starts_cells_is_not_run_again(launcher: Launcher) -> N
     assert (launcher.folder / "counted").read_text() == "x"
 
 
-def test_other_threads_or_another_command_run_by_themselves(launcher: Launcher) -> None:
+def test_another_environment_or_command_runs_by_itself(launcher: Launcher) -> None:
     launcher.run("help.log", "--help")
-    assert launcher("threads", "threads.log", "ssl_bench.classify", "--help") is None
+    assert launcher("other", "other.log", "ssl_bench.classify", "--help") is None
     for command in (["true"], [sys.executable, "-m", "ssl_bench", "classify"], [sys.executable, "-c", "pass"]):
-        assert warm.start(command, {}, launcher.folder / "none.log") is None
+        assert warm.ForkServer().start(command, {}, launcher.folder / "none.log") is None
+
+
+def test_a_run_whose_server_was_killed_saves_and_is_one_to_start_again(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    number = launcher.start("run.log", *FOREVER, "run_dir=run")
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.kill(launcher("server"), signal.SIGKILL)
+    assert launcher("wait", number) == 75
+    assert list((tmp_path / "run").glob("checkpoints/*"))  # it was waited for
+    assert launcher("start", "next.log", "ssl_bench.classify", "--help") is None
+    launcher.end()
+
+
+def test_a_signal_before_the_server_is_ready_is_not_lost(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    number = launcher.start("run.log", *FOREVER, "run_dir=run")
+    assert launcher("poll", number) is None
+    launcher("terminate", number)
+    assert launcher("wait", number) in (-signal.SIGTERM, 75)
+    launcher.end()
+
+
+def test_forks_differ_in_what_the_system_draws_for_them(launcher: Launcher) -> None:
+    (launcher.folder / "drawn.py").write_text(
+        "import atexit, multiprocessing, sys\nimport numpy as np\nfrom tiny_net import tiny_smooth\n"
+        "def network(**options):\n"
+        "    print('drawn', np.random.rand(), multiprocessing.get_start_method(), sys.path[0])\n"
+        "    atexit.register(print, 'ended')\n"
+        "    return tiny_smooth(**options)\n"
+    )
+    words = (*TINY_CLASSIFY, "model.name=drawn:network", "steps=1")
+    said = [launcher.run(f"{i}.log", *words, f"run_dir=drawn{i}")[1] for i in range(2)]
+    said.append(anew(launcher, *words, "run_dir=drawn2")[1])
+    drawn = [re.findall(r"drawn (\S+) (\S+) (\S+)", text)[0] for text in said]
+    assert len({number for number, *_ in drawn}) == 3
+    assert len({tuple(rest) for _, *rest in drawn}) == 1
+    assert all(text.splitlines().count("ended") == said[-1].splitlines().count("ended") > 0 for text in said)
 
 
 def test_a_run_saves_when_its_launcher_dies(tmp_path: Path) -> None:
@@ -193,7 +232,7 @@ def test_what_is_preloaded_leaves_gpus_alone() -> None:
         "def asked(*_): raise AssertionError('a GPU was asked for')\n"
         "for name in ('_cuda_init', '_cuda_getDeviceCount'):\n"
         "    if hasattr(torch._C, name): setattr(torch._C, name, asked)\n"
-        "import ssl_bench.cli.preloaded\n"
+        "from ssl_bench.cli.fork_server import preload; preload()\n"
         "assert not torch.cuda.is_initialized()\n"
         "import threading; assert threading.active_count() == 1\n"
     )

@@ -311,18 +311,29 @@ def test_batches_that_cannot_be_are_refused(batch, chunk, world, name):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("starting", "steps", "told"),
-    [(0.998, 10, True), (0.9, 10, False), (0.98, 50, False), (0.5, 10, False)],
-    ids=["nothing is left", "a step is left", "a step of fifty is left", "the host is far ahead"],
-)
-def test_a_device_that_waits_for_the_host_is_told_of_once(starting, steps, told):
+def test_a_device_that_waits_for_the_host_is_told_of_once():
     loop, _, _ = trainer()
     said = []
     loop.host_bound = said.append
-    for _ in range(2):
-        loop._watch_host(starting, 1.0, steps)
-    assert said == ([pytest.approx(99.8)] if told else [])
+    for bound in (False, True, True):
+        loop._watch_host(bound, 1.0, 10)
+    assert said == [100]
+
+
+@WAITS
+def test_an_error_loses_no_line_that_was_begun(lag):
+    loop, record, _ = trainer(lag=lag)
+    gradient = loop.gradient
+
+    def failing(*arguments):
+        if loop.step == 9:
+            raise torch.OutOfMemoryError
+        return gradient(*arguments)
+
+    loop.gradient = failing
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.run()
+    assert [row["step"] for row in record.rows] == [4, 8]
 
 
 def test_the_host_is_watched_from_the_second_line_on():
@@ -331,5 +342,58 @@ def test_the_host_is_watched_from_the_second_line_on():
     loop._watch_host = lambda *times: seen.append(times)
     loop.run()
     assert len(record.rows) == 3
-    assert [steps for _, _, steps in seen] == [4, 4]
-    assert all(0 < starting < whole for starting, whole, _ in seen)
+    assert [(bound, steps) for bound, _, steps in seen] == [
+        (True, 4),
+        (True, 4),
+    ]  # the CPU has done all that was started
+
+
+class Device:
+    """A device and a host with clocks of their own; a step takes each of them so long, in order."""
+
+    def __init__(self, step, host):
+        self.step, self.host = step, host
+        self.now = self.free = 0.0  # the host's clock, and when the device has done all that was started
+
+    def start_passes(self):
+        self.now += self.host / 2
+        self.free = max(self.free, self.now) + self.step
+
+    def start_update(self):
+        self.now += self.host / 2
+
+    def moment(self, _device=None):
+        device, at = self, max(self.free, self.now)
+
+        class Moment:
+            def is_past(self):
+                return device.now >= at
+
+            def wait(self):
+                device.now = max(device.now, at)
+
+            def since(self, earlier):
+                self.wait()
+                return at - earlier.at
+
+        made = Moment()
+        made.at = at
+        return made
+
+
+@pytest.mark.parametrize(("step", "host", "rate"), [(10, 1, 10), (1, 10, 10), (10, 9, 10)])
+@pytest.mark.parametrize("hook", [0, 30])
+def test_times_are_those_of_the_steps_whoever_is_slower(monkeypatch, step, host, rate, hook):
+    device, told = Device(step, host), []
+    monkeypatch.setattr("ssl_bench.training.loop.Moment", device.moment)
+    loop, record, _ = trainer(total=60, lag=LAG, hooks=[Hook(hook, lambda _: {"measured": 0})])
+    loop.rhythm.log, loop.host_bound = 10, told.append
+    gradient, update = loop.gradient, loop._take_step
+    loop.gradient = lambda *arguments: device.start_passes() or gradient(*arguments)
+    loop._take_step = lambda loss: device.start_update() or update(loss)
+    loop.run()
+    per_step = [16 / row["images_per_second"] for row in record.rows]
+    # At the start and after a hook the device stands still until the host has started a step.
+    assert per_step == pytest.approx([rate] * 6, rel=0.11)
+    assert told == ([pytest.approx(1000 * host, rel=0.01)] if host > step else [])
+    assert record.rows[-1]["seconds"] == pytest.approx(60 * rate, rel=0.05)

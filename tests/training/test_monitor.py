@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_bench.training.monitor import FiniteGuard, Meter
@@ -87,3 +88,16 @@ def test_a_step_starts_one_pass_over_the_gradients_and_one_copy_for_the_guard():
         update(guard, 0, torch.tensor(1.0), parameters(1, 2, None))
     assert [name for name in operations.seen if name in ("sum", "stack", "cat")].count("sum") == 2
     assert not {"isfinite", "where", "any", "logical_not", "lt", "eq", "ne"} & set(operations.seen)
+
+
+def test_no_line_of_the_metrics_waits_for_a_gpu_when_it_is_begun():
+    """On tensors without values, whose first use by the host is an error."""
+    with FakeTensorMode():
+        device = torch.device("cuda:0")
+        guard, meter = FiniteGuard(["a", "b"], device), Meter()
+        for step in range(3):
+            guard.take(step, torch.ones(3, device=device))
+            meter.add({"loss": torch.ones((), device=device)})
+        assert guard.found(lambda tensor: tensor).device == meter.take(lambda mean: mean).device == device
+        with pytest.raises(DataDependentOutputException):
+            guard.explain(guard.found(lambda tensor: tensor))
