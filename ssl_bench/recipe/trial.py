@@ -47,16 +47,14 @@ def make_schedule(target: str, total_steps: int, batch_size: int, options: Mappi
 
 
 def _made(recipe: Recipe, node: Plugin, kind: str, make: Callable[[int, dict[str, Any]], Any]) -> Any:
-    refused, made = "", []
+    refused = ""
     for per_epoch in (1e-3 if recipe.steps else 1.0, _MANY):  # a run of so many steps may be short of an epoch
         total = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
         given = registry.in_steps(registry.resolve(kind, node.target), node.options, per_epoch, total)
         try:
-            made.append(make(total, given))
+            return make(total, given)
         except ValueError as error:
             refused = str(error)
-    if made:
-        return made[0]
     whole = {"steps": "total_steps" if recipe.steps is None else f"steps={recipe.steps}"}
     whole |= {"fraction": "1", "epochs": f"epochs={recipe.epochs or 0:g}"}
     raise ValueError(registry.in_recipes_terms(kind, refused, node.options, whole))
